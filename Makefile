@@ -1,0 +1,40 @@
+# `make demo` and `make test` work on a fresh machine that has make and Python >= 3.11: they build .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+CODE := setup.py src examples tests
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.train
+	$(PY) examples/generate.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32 --output demo.png
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check $(CODE) && $(PY) -m ruff format --check $(CODE)
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix $(CODE) && $(PY) -m ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache demo.png && find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+# Each stamp is written last, so an interrupted step runs again. torch goes first and alone, at its pinned version.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "diffusers-dualrate needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1): run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py src/diffusers_dualrate/__init__.py
+	$(INSTALL) -e '.[$*]'
+	@touch $@

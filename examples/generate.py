@@ -1,0 +1,170 @@
+"""Generate a labelled picture of samples with a Dual-Rate pair, beside other ways to spend the compute.
+
+    python examples/generate.py --model model_cards/dualrate-emoji32 --class_labels food-fruit animal-bird
+
+With `--compare`, a single-rate model makes the same images: from the same noise at equal N, and with DPM-Solver++ at few
+steps, the fast solver that every diffusers user has. What each costs is printed.
+"""
+
+import argparse
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image, ImageDraw
+
+from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate.flops import image_flops
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hub repository or folder of a pair.")
+    parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
+    parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
+    parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
+    parser.add_argument("--num_images_per_class", type=int, default=2)
+    parser.add_argument("--num_inference_steps", type=int, help="N; default: the model's.")
+    parser.add_argument("--num_context_steps", type=int, help="K; default: the model's.")
+    parser.add_argument("--solver_steps", type=int, default=8, help="Steps of DPM-Solver++ in the comparison.")
+    parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="samples.png")
+    parser.add_argument("--zoom", type=int, default=3, help="Pixels in the picture per pixel of an image.")
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Row:
+    """Images of one way to sample, with what they cost."""
+
+    title: str
+    images: list
+    heavy: int
+    light: int
+    flops: int
+    guided: bool
+    seconds: float
+
+
+@contextlib.contextmanager
+def counted(*networks):
+    """Count the evaluations of networks while the block runs; absent networks stay at 0."""
+    counts = [0] * len(networks)
+
+    def count(position):
+        def hook(*_):
+            counts[position] += 1
+
+        return hook
+
+    handles = [network.register_forward_hook(count(i)) for i, network in enumerate(networks) if network is not None]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def sample(pipe, name, args, class_labels, guidance_scale, **steps):
+    """Sample the classes from the seeds of this picture, with proof of what was evaluated."""
+    count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
+    pipe.set_progress_bar_config(desc=name)
+    start = time.perf_counter()
+    with counted(pipe.context_encoder, pipe.denoiser) as evaluations:
+        images = pipe(
+            class_labels,
+            batch_size=None if class_labels else count,
+            num_images_per_prompt=args.num_images_per_class if class_labels else 1,
+            generator=generators,
+            guidance_scale=guidance_scale,
+            **steps,
+        ).images
+    seconds = time.perf_counter() - start
+    refreshes, steps_run = evaluations
+    flops = image_flops(
+        pipe.denoiser,
+        pipe.context_encoder,
+        num_inference_steps=steps_run,
+        num_context_steps=refreshes,
+        guided=guidance_scale > 1,
+    )
+    # The network that runs at every step of a single-rate model is the heavy one.
+    heavy, light = (steps_run, 0) if pipe.context_encoder is None else (refreshes, steps_run)
+    return Row(
+        f"{name}: {heavy} heavy + {light} light evaluations", images, heavy, light, flops, guidance_scale > 1, seconds
+    )
+
+
+def draw(rows, column_names, args):
+    """Arrange rows of images under their titles, the classes' names on top."""
+    per_column, zoom = args.num_images_per_class, args.zoom
+    width, height = (side * zoom for side in rows[0].images[0].size)
+    gap, line = 4, 16
+    columns = len(rows[0].images) // per_column
+    picture = Image.new(
+        "RGB", (columns * (width + gap) + gap, line + len(rows) * (line + per_column * (height + gap)) + gap), "white"
+    )
+    pen = ImageDraw.Draw(picture)
+    for column, name in enumerate(column_names):
+        limit = max(1, width // 6)  # the default font is about 6 pixels wide
+        pen.text((gap + column * (width + gap), 2), name if len(name) <= limit else name[: limit - 1] + "…", "black")
+    top = line
+    for row in rows:
+        guided = " with guidance" if row.guided else ""
+        pen.text((gap, top + 1), f"{row.title}, {row.flops / 1e9:.2f} GFLOP per image{guided}", "black")
+        top += line
+        for i, image in enumerate(row.images):
+            column, below = divmod(i, per_column)
+            place = (gap + column * (width + gap), top + below * (height + gap))
+            picture.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+        top += per_column * (height + gap)
+    return picture
+
+
+def main(args):
+    pipe = DualRatePipeline.from_pretrained(args.model)
+    num_classes = pipe.denoiser.config.num_classes
+    class_labels = args.class_labels and [int(label) if label.isdigit() else label for label in args.class_labels]
+    if class_labels is None and num_classes:
+        class_labels = [i * num_classes // args.num_columns for i in range(args.num_columns)]
+    names = (
+        [pipe.id2label.get(label, str(label)) for label in pipe.get_label_ids(class_labels)] if class_labels else []
+    )
+    guidance_scale = args.guidance_scale or (pipe.config.guidance_scale if num_classes else 1.0)
+    steps = args.num_inference_steps or pipe.config.num_inference_steps
+    common = (args, class_labels, guidance_scale)
+    rows = [
+        sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),
+    ]
+    if args.compare:
+        single = DualRatePipeline.from_pretrained(args.compare)
+        rows.append(sample(single, "single-rate", *common, num_inference_steps=steps))
+        single.scheduler = DPMSolverMultistepScheduler(
+            trained_betas=single.scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
+        )
+        rows.append(
+            sample(single, "single-rate, DPM-Solver++", *common, num_inference_steps=args.solver_steps),
+        )
+    draw(rows, names, args).save(args.output)
+
+    guided = f" with guidance {guidance_scale:g}, which evaluates both branches" if guidance_scale > 1 else ""
+    print(f"\n{len(rows[0].images)} images a row{guided}; per image:\n")
+    print(f"{'':28}{'N':>5}{'K':>5}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
+    for row in rows:
+        name, count = row.title.partition(":")[0], len(row.images)
+        n, k = (row.light, row.heavy) if row.light else (row.heavy, "-")
+        print(
+            f"{name:28}{n:>5}{k:>5}{row.heavy:>7}{row.light:>7}{row.flops / 1e9:>8.2f}"
+            f"{row.flops / rows[0].flops:>8.2f}{row.seconds / count:>9.3f}"
+        )
+    print(f"\nThe picture is {Path(args.output).resolve()}.")
+    return rows
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,23 @@
+"""Dual-Rate Diffusion for diffusers: a heavy context encoder a few times per image, a light denoiser at every step."""
+
+__version__ = "0.1.0"
+
+from diffusers import ModelMixin, SchedulerMixin
+
+from .models import UViTContextEncoder, UViTDenoiser
+from .pipeline import DualRatePipeline
+from .registration import register
+from .scheduler import DualRateScheduler, refresh_plan
+
+# The host looks up the base classes of our components under the name that model_index.json records for them.
+register(__name__)
+
+__all__ = [
+    "DualRatePipeline",
+    "DualRateScheduler",
+    "ModelMixin",
+    "SchedulerMixin",
+    "UViTContextEncoder",
+    "UViTDenoiser",
+    "refresh_plan",
+]

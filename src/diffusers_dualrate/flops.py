@@ -1,0 +1,103 @@
+"""Compute of one image as a function of (N, K), counted rather than guessed.
+
+Two units. FLOPs are 2 x multiply-adds of everything an evaluation runs, attention included, counted by running the
+network without data on the meta device: the same counter returns 0 for attention on a CPU. The paper's unit, for
+comparison with published tables only, is multiply-adds of the main blocks alone, for a square map of side H and c
+channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c.
+"""
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .models import UViTContextEncoder, UViTDenoiser
+from .uvit import UViTStage
+
+
+def _size(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None) -> tuple[int, int]:
+    size = network.config.sample_size if size is None else size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def network_flops(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:
+    """FLOPs of one evaluation for one image; for a denoiser with context, of the branch that takes one.
+
+    Adding a projected context costs additions only, which are not counted.
+
+    Args:
+        network: Either network; it is neither run nor changed.
+        size: Height and width; default: its `sample_size`.
+    """
+    height, width = _size(network, size)
+    with torch.device("meta"):
+        copy = type(network).from_config(network.config).eval()
+        sample = torch.empty(1, network.config.in_channels, height, width)
+        inputs = {"sample": sample, "log_snr": torch.empty(1)}
+        if isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
+            features = copy.trunk(sample, torch.empty(1, copy.config.embedding_dim))
+            inputs |= {"context": tuple(map(torch.zeros_like, features)), "context_log_snr": torch.empty(1)}
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            copy(**inputs)
+    return counter.get_total_flops()
+
+
+def context_flops(denoiser: UViTDenoiser, size: tuple[int, int] | None = None) -> int:
+    """FLOPs of projecting one context for one image, which the denoiser does once per refresh."""
+    height, width = _size(denoiser, size)
+    total, side = 0, denoiser.config.patch_size
+    for projection in denoiser.context_proj:
+        total += 2 * projection.in_channels * projection.out_channels * (height // side) * (width // side)
+        side *= 2
+    return total
+
+
+def image_flops(
+    denoiser: UViTDenoiser,
+    context_encoder: UViTContextEncoder | None = None,
+    *,
+    num_inference_steps: int,
+    num_context_steps: int = 0,
+    guided: bool = False,
+    size: tuple[int, int] | None = None,
+) -> int:
+    """FLOPs of generating one image: K heavy evaluations with their projections, N light ones.
+
+    Args:
+        denoiser: Network that runs N times.
+        context_encoder: Network that runs K times; `None` for a single-rate model.
+        num_inference_steps: N.
+        num_context_steps: K, from 1 to N with an encoder; without meaning for a single-rate model.
+        guided: Whether guidance evaluates both branches at every step, which doubles everything.
+        size: Height and width; default: the denoiser's `sample_size`.
+    """
+    if context_encoder is not None and not 1 <= num_context_steps <= num_inference_steps:
+        raise ValueError(
+            f"num_context_steps must be between 1 and num_inference_steps={num_inference_steps}, got {num_context_steps}."
+        )
+    size = _size(denoiser, size)
+    total = num_inference_steps * network_flops(denoiser, size)
+    if context_encoder is not None:
+        total += num_context_steps * (network_flops(context_encoder, size) + context_flops(denoiser, size))
+    return total * (2 if guided else 1)
+
+
+def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:
+    """Multiply-adds of the main blocks in one evaluation for one image: the paper's unit.
+
+    Args:
+        network: Either network.
+        size: Height and width; default: its `sample_size`.
+    """
+    config, (height, width) = network.config, _size(network, size)
+
+    def stage_cost(stage: nn.Module, level: int) -> int:
+        assert isinstance(stage, UViTStage)
+        side, channels = config.patch_size * 2**level, config.level_channels[level]
+        pixels = (height // side) * (width // side)
+        if stage.attends:
+            return len(stage.blocks) * (12 * channels**2 * pixels + 2 * pixels**2 * channels)
+        return len(stage.blocks) * 18 * channels**2 * pixels
+
+    trunk, last = network.trunk, len(config.level_channels) - 1
+    outer = sum(stage_cost(stage, level) for stages in (trunk.down, trunk.up) for level, stage in enumerate(stages))
+    return outer + stage_cost(trunk.middle, last)

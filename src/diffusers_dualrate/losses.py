@@ -1,0 +1,177 @@
+"""Drawing (t, τ, ε) and the denoising loss, as functions of tensors and callables.
+
+The loss is the weighted bound of SiD2 (arXiv 2410.19324), ½ E_t[ −dλ/dt · e^{λ_t} w(λ_t) ‖x − x̂‖² ] with the sigmoid
+weight w(λ) = sigmoid(b − λ) on ε, written for networks that predict v: ‖x − x̂‖² = σ² ‖v − v̂‖². A denoiser with context
+also sees features of z_τ, τ ≥ t, and z_τ must lie on one trajectory with z_t: noising x a second time would leak
+information that sampling never has.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import diffusion
+
+Schedule = Callable[[Tensor], Tensor]
+Denoise = Callable[[Tensor, Tensor, Tensor | None, object, Tensor | None], Tensor]
+Encode = Callable[[Tensor, Tensor, Tensor | None], object]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of one training step.
+
+    Args:
+        uniforms: Numbers in [0, 1) [B, 4] that become t, the window, the lag of τ and the dropping of the label.
+        eps: Standard normal noise of z_t [B, C, H, W].
+        eps_tau: Standard normal noise of the transition from z_t to z_τ [B, C, H, W].
+    """
+
+    uniforms: Tensor
+    eps: Tensor
+    eps_tau: Tensor
+
+
+def seed_of(*numbers: int) -> int:
+    """Seed for a random generator, an independent one for each tuple of integers (a hash, the same everywhere)."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
+    """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
+
+    Args:
+        seed: Seed of the run.
+        step: Training step.
+        rows: Row numbers in the global batch.
+        shape: Shape [C, H, W] of one image.
+        device: Where the result goes; the drawing itself is on the CPU, so that devices agree.
+    """
+    generator = torch.Generator()
+    uniforms, noise = torch.empty(len(rows), 4), torch.empty(len(rows), 2, *shape)
+    for i, row in enumerate(rows):
+        generator.manual_seed(seed_of(seed, step, row))
+        uniforms[i].uniform_(generator=generator)
+        noise[i].normal_(generator=generator)
+    eps, eps_tau = noise.to(device).unbind(1)
+    return Draws(uniforms.to(device), eps, eps_tau)
+
+
+def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Times (t, τ) as sampling with K refreshes on a uniform grid has them, its offset being random.
+
+    Near t = 1 the two differ: a sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere. t is uniform on [0, 1], K one of `context_steps`, and τ = min(1, t + U(0, 1/K)).
+
+    Args:
+        uniforms: Numbers in [0, 1) [B, 3] for t, K and the lag.
+        context_steps: The set that K is drawn from.
+    """
+    t, which, lag = uniforms.unbind(1)
+    steps = torch.tensor(context_steps, device=t.device)[(which * len(context_steps)).long()]
+    return t, torch.clamp(t + lag / steps, max=1.0)
+
+
+def coupled_pair(
+    x: Tensor, eps: Tensor, eps_tau: Tensor, log_snr_t: Tensor, log_snr_tau: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noisy images z_t and z_τ on one trajectory: z_t = α_t x + σ_t ε, then z_τ ~ q(z_τ | z_t).
+
+    Args:
+        x: Clean images [B, C, H, W].
+        eps: Noise of z_t, of the same shape.
+        eps_tau: Noise of the transition, of the same shape.
+        log_snr_t: Log-SNR at t, broadcastable against x.
+        log_snr_tau: Log-SNR at τ ≥ t, so not above `log_snr_t`.
+    """
+    z_t = diffusion.add_noise(x, eps, log_snr_t)
+    ratio, std = diffusion.transition(log_snr_t, log_snr_tau)
+    return z_t, ratio * z_t + std * eps_tau
+
+
+def sigmoid_weight(log_snr: Tensor, log_snr_rate: Tensor, bias: float) -> Tensor:
+    """Weight of ‖v − v̂‖² in the bound at uniformly drawn t: ½ (−dλ/dt) e^b sigmoid(λ − b) σ².
+
+    Args:
+        log_snr: λ_t.
+        log_snr_rate: −dλ/dt, positive.
+        bias: b, in log-SNR: noise levels well above it count for less.
+    """
+    eps_weight = torch.sigmoid(bias - log_snr)
+    return log_snr_rate / 2 * torch.exp(log_snr) * eps_weight * torch.sigmoid(-log_snr)
+
+
+@dataclass(frozen=True)
+class DenoisingLoss:
+    """Result of [`denoising_loss`].
+
+    Args:
+        loss: Weighted loss to minimise, a scalar.
+        v_loss: Mean of (v − v̂)² of each image [B], detached.
+    """
+
+    loss: Tensor
+    v_loss: Tensor
+
+
+def denoising_loss(
+    denoise: Denoise,
+    encode: Encode | None,
+    x: Tensor,
+    class_labels: Tensor | None,
+    draws: Draws,
+    *,
+    log_snr: Schedule,
+    log_snr_rate: Schedule,
+    bias: float,
+    context_steps: Sequence[int] = (1,),
+    context_dropout: float = 0.0,
+    label_dropout: float = 0.0,
+    null_label: int | None = None,
+) -> DenoisingLoss:
+    """Weighted bound for a denoiser, jointly with its context encoder.
+
+    The batch is split: its first round(p B) rows see no context, and the encoder runs on the others only. Where p B is
+    whole, that equals in expectation dropping each row's context with probability p, and the dropped rows cost nothing
+    heavy.
+
+    Args:
+        denoise: (z_t, λ_t, labels, context, λ_τ) → v̂, context and λ_τ being `None` in the context-free part.
+        encode: (z_τ, λ_τ, labels) → context; `None` for a single-rate network, all rows then being context-free.
+        x: Clean images [B, C, H, W] in [-1, 1].
+        class_labels: [B] integers, or `None`.
+        draws: Randomness of the step.
+        log_snr: t [B] → λ_t.
+        log_snr_rate: t [B] → −dλ/dt.
+        bias: b of the sigmoid weight.
+        context_steps: The set of K that the window of τ is drawn from.
+        context_dropout: Share p of rows that see no context.
+        label_dropout: Probability that a label becomes `null_label`.
+        null_label: The label that stands for no class.
+    """
+    t, tau = window_times(draws.uniforms[:, :3], context_steps)
+    lambda_t, lambda_tau = log_snr(t), log_snr(tau)
+    column = (-1, *[1] * (x.ndim - 1))
+    z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, lambda_t.reshape(column), lambda_tau.reshape(column))
+    target = diffusion.v_from_x_eps(x, draws.eps, lambda_t.reshape(column))
+    if class_labels is not None and null_label is not None:
+        class_labels = torch.where(draws.uniforms[:, 3] < label_dropout, null_label, class_labels)
+
+    free = len(x) if encode is None else round(context_dropout * len(x))
+    if encode is not None and free == 0 < context_dropout:
+        raise ValueError(f"context_dropout={context_dropout} of {len(x)} images is none: use larger batches, or 0.")
+    parts = []
+    if free > 0:
+        labels = None if class_labels is None else class_labels[:free]
+        parts.append(denoise(z_t[:free], lambda_t[:free], labels, None, None))
+    if free < len(x):
+        labels = None if class_labels is None else class_labels[free:]
+        context = encode(z_tau[free:], lambda_tau[free:], labels)
+        parts.append(denoise(z_t[free:], lambda_t[free:], labels, context, lambda_tau[free:]))
+    v_loss = (torch.cat(parts).float() - target).square().flatten(1).mean(1)
+    weight = sigmoid_weight(lambda_t, log_snr_rate(t), bias)
+    return DenoisingLoss(loss=(weight * v_loss).mean(), v_loss=v_loss.detach())

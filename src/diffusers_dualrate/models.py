@@ -1,0 +1,300 @@
+"""The two networks of a pair, one residual U-ViT each: what differs, and how context enters.
+
+The context encoder is the single-rate network that hands out the last feature map of each level. The denoiser is the
+single-rate network that also takes such maps: it adds a linear projection of each, [h, e] → h + W e, where its own level
+of the same resolution begins. W e does not change between two refreshes, so `project_context` computes it once. W
+starts at zero, the encoder's side does not: were both zero, neither would ever learn.
+
+Both condition on log-SNR rather than on a step number, so the same weights serve any variance-preserving schedule.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models import CacheMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .uvit import NoiseLevelEmbedding, UViTTrunk
+
+
+@dataclass
+class UViTContextEncoderOutput(BaseOutput):
+    """Output of [`UViTContextEncoder`].
+
+    Args:
+        context: One map [B, context_channels, H, W] per level, from the highest resolution to the lowest.
+    """
+
+    context: tuple[Tensor, ...]
+
+
+@dataclass
+class UViTDenoiserOutput(BaseOutput):
+    """Output of [`UViTDenoiser`].
+
+    Args:
+        sample: Predicted velocity v = α ε − σ x, [B, C, H, W].
+    """
+
+    sample: Tensor
+
+
+class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """What encoder and denoiser share: trunk, noise-level and class conditioning, and the host's bookkeeping."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["UViTResBlock", "UViTTransformerBlock"]
+    _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["embed", "norm"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
+        """Load weights from safetensors files; pickled weights are refused. Takes what the host's method takes.
+
+        Raises:
+            ValueError: If the files lack weights that the network needs.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
+        return (model, info) if wants_info else model
+
+    def _make_trunk(self) -> None:
+        config = self.config
+        if config.num_classes is not None and config.num_classes < 1:
+            raise ValueError(
+                f"num_classes must be positive, or None for an unconditional model, got {config.num_classes}."
+            )
+        self.noise_embedding = NoiseLevelEmbedding(config.embedding_dim)
+        # One more row than classes: the null label, for dropped labels and for guidance.
+        self.class_embedding = (
+            nn.Embedding(config.num_classes + 1, config.embedding_dim) if config.num_classes else None
+        )
+        self.trunk = UViTTrunk(
+            config.in_channels,
+            config.patch_size,
+            tuple(config.level_channels),
+            tuple(config.level_types),
+            tuple(config.level_blocks),
+            config.attention_head_dim,
+            config.embedding_dim,
+            config.dropout,
+        )
+
+    def _embed(self, sample: Tensor, log_snr: Tensor | float, class_labels: Tensor | None) -> Tensor:
+        batch_size = sample.shape[0]
+        embedding = self.noise_embedding(_per_sample(log_snr, sample), sample.dtype)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch_size,), self.config.num_classes, device=sample.device)
+            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
+        elif class_labels is not None:
+            raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
+        return embedding
+
+
+def _per_sample(log_snr: Tensor | float, sample: Tensor) -> Tensor:
+    log_snr = torch.as_tensor(log_snr, dtype=torch.float32, device=sample.device)
+    return log_snr.reshape(-1).expand(sample.shape[0])
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(max(1, min(32, channels // 8)), channels)
+
+
+class UViTContextEncoder(_UViTModel):
+    """Heavy network of a pair: turns a noisy image into context, one feature map per resolution.
+
+    Args:
+        sample_size: Side of the square images it is trained on, or (height, width); others work where divisible by
+            patch size times downsampling.
+        in_channels: Image channels.
+        patch_size: Side of the patches that the highest level works on.
+        num_classes: Number of classes, or `None` for an unconditional model.
+        level_channels: Width of each level, from the highest resolution to the middle.
+        level_types: "res" or "transformer" for each level.
+        level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
+        attention_head_dim: Channels of one attention head.
+        embedding_dim: Width of the noise-level and class embedding.
+        dropout: Dropout rate in transformer blocks.
+        context_channels: Width of the map that each level hands out; `None` for the level's own width.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        patch_size: int = 1,
+        num_classes: int | None = None,
+        level_channels: tuple[int, ...] = (256, 512, 1024),
+        level_types: tuple[str, ...] = ("res", "transformer", "transformer"),
+        level_blocks: tuple[int, ...] = (3, 3, 16),
+        attention_head_dim: int = 64,
+        embedding_dim: int = 1024,
+        dropout: float = 0.0,
+        context_channels: tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        self._make_trunk()
+        widths = context_channels or level_channels
+        if len(widths) != len(level_channels):
+            raise ValueError(
+                f"context_channels needs one width per level, got {len(widths)} for {len(level_channels)} levels."
+            )
+        self.context_heads = nn.ModuleList(
+            nn.Sequential(_norm(width), nn.Conv2d(width, context_width, 1, bias=False))
+            for width, context_width in zip(level_channels, widths, strict=True)
+        )
+
+    @property
+    def context_channels(self) -> tuple[int, ...]:
+        """Width of the context at every level."""
+        return tuple(self.config.context_channels or self.config.level_channels)
+
+    @classmethod
+    def from_denoiser(
+        cls, denoiser: "UViTDenoiser", context_channels: tuple[int, ...] | None = None
+    ) -> "UViTContextEncoder":
+        """Turn a trained single-rate network into an encoder with a copy of its trunk and conditioning.
+
+        Args:
+            denoiser: The network to start from; it is left as it is.
+            context_channels: Width of the map that each level hands out; `None` for the level's own width.
+        """
+        config = {key: denoiser.config[key] for key in cls._get_init_keys(cls) if key in denoiser.config}
+        encoder = cls(**{**config, "context_channels": context_channels})
+        for name in ("trunk", "noise_embedding", "class_embedding"):
+            if getattr(encoder, name) is not None:
+                getattr(encoder, name).load_state_dict(getattr(denoiser, name).state_dict())
+        return encoder.to(device=denoiser.device, dtype=denoiser.dtype)
+
+    def forward(
+        self,
+        sample: Tensor,
+        log_snr: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UViTContextEncoderOutput | tuple[tuple[Tensor, ...]]:
+        """Compute the context of noisy images.
+
+        Args:
+            sample: Noisy images z_τ [B, C, H, W].
+            log_snr: Their log-SNR λ_τ, a scalar or [B].
+            class_labels: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            return_dict: Whether to return an output object or a plain tuple.
+        """
+        embedding = silu(self._embed(sample, log_snr, class_labels))
+        features = self.trunk(sample, embedding)
+        context = tuple(head(feature) for head, feature in zip(self.context_heads, features, strict=True))
+        return UViTContextEncoderOutput(context=context) if return_dict else (context,)
+
+
+class UViTDenoiser(_UViTModel):
+    """Light network of a pair, or with `context_channels=None` the single-rate network: predicts velocity.
+
+    Args:
+        sample_size: Side of the square images it is trained on, or (height, width); others work where divisible by
+            patch size times downsampling.
+        in_channels: Image channels.
+        patch_size: Side of the patches that the highest level works on.
+        num_classes: Number of classes, or `None` for an unconditional model.
+        level_channels: Width of each level, from the highest resolution to the middle.
+        level_types: "res" or "transformer" for each level.
+        level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
+        attention_head_dim: Channels of one attention head.
+        embedding_dim: Width of the noise-level and class embedding.
+        dropout: Dropout rate in transformer blocks.
+        context_channels: Width of the context at every level; `None` for a network that takes none.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        patch_size: int = 1,
+        num_classes: int | None = None,
+        level_channels: tuple[int, ...] = (128, 256, 512),
+        level_types: tuple[str, ...] = ("res", "transformer", "transformer"),
+        level_blocks: tuple[int, ...] = (3, 3, 8),
+        attention_head_dim: int = 64,
+        embedding_dim: int = 1024,
+        dropout: float = 0.0,
+        context_channels: tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        self._make_trunk()
+        self.norm_out = _norm(level_channels[0])
+        self.proj_out = nn.ConvTranspose2d(level_channels[0], in_channels, patch_size, stride=patch_size)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+        if context_channels is None:
+            return
+        if len(context_channels) != len(level_channels):
+            raise ValueError(
+                "context_channels needs one width per level, "
+                f"got {len(context_channels)} for {len(level_channels)} levels."
+            )
+        self.context_noise_embedding = NoiseLevelEmbedding(embedding_dim)
+        self.context_proj = nn.ModuleList(
+            nn.Conv2d(context_width, width, 1, bias=False)
+            for context_width, width in zip(context_channels, level_channels, strict=True)
+        )
+        for projection in self.context_proj:
+            nn.init.zeros_(projection.weight)
+
+    @apply_forward_hook
+    def project_context(self, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Turn an encoder's context into what `forward` adds to its levels, once per refresh.
+
+        Args:
+            context: One map [B, context_channels, H, W] per level, from the highest resolution to the lowest.
+        """
+        if self.config.context_channels is None:
+            raise ValueError("This denoiser takes no context (context_channels=None).")
+        return tuple(projection(part) for projection, part in zip(self.context_proj, context, strict=True))
+
+    def forward(
+        self,
+        sample: Tensor,
+        log_snr: Tensor | float,
+        class_labels: Tensor | None = None,
+        context: tuple[Tensor, ...] | None = None,
+        context_log_snr: Tensor | float | None = None,
+        return_dict: bool = True,
+    ) -> UViTDenoiserOutput | tuple[Tensor]:
+        """Predict the velocity of noisy images.
+
+        Args:
+            sample: Noisy images z_t [B, C, H, W].
+            log_snr: Their log-SNR λ_t, a scalar or [B].
+            class_labels: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            context: What `project_context` made of the context of z_τ; `None` for the context-free branch.
+            context_log_snr: Log-SNR λ_τ ≤ λ_t of the image that the context was computed from, a scalar or [B].
+            return_dict: Whether to return an output object or a plain tuple.
+
+        Raises:
+            ValueError: If only one of `context` and `context_log_snr` is given, or the network takes none.
+        """
+        if (context is None) != (context_log_snr is None):
+            raise ValueError("context and context_log_snr go together: give both or neither.")
+        embedding = self._embed(sample, log_snr, class_labels)
+        if context is not None:
+            if self.config.context_channels is None:
+                raise ValueError("This denoiser takes no context (context_channels=None).")
+            embedding = embedding + self.context_noise_embedding(_per_sample(context_log_snr, sample), sample.dtype)
+        features = self.trunk(sample, silu(embedding), context)
+        velocity = self.proj_out(silu(self.norm_out(features[0])))
+        return UViTDenoiserOutput(sample=velocity) if return_dict else (velocity,)

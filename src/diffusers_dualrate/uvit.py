@@ -1,0 +1,295 @@
+"""The residual U-ViT of SiD2 (arXiv 2410.19324): the trunk that all networks here share.
+
+Levels run from the highest resolution to the lowest; the last is the middle stack. Going down, each level ends in
+average pooling; going up, in nearest-neighbour upsampling. There is one residual skip per level and no concatenation:
+
+    h = up(h_mid − h_down) + h_before_down
+
+so a middle that is the identity makes the level the identity. Blocks are residual convolutions or parallel
+attention-and-MLP transformers (ViT-22B, arXiv 2302.05442), both modulated by the noise-level embedding (FiLM) and both
+starting as the identity.
+"""
+
+import math
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+# Log-SNR spans about [-15, 15]: the slowest feature turns once over that range, the fastest tells 0.1 apart.
+_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, _NUM_FREQUENCIES = 0.05, 3.0, 32
+# Positions are at most a few dozen apart, so the base is far below that of language models.
+_ROPE_BASE = 100.0
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """Fourier features of log-SNR followed by an MLP."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(2 * _NUM_FREQUENCIES, embedding_dim)
+        self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
+
+    def forward(self, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed log-SNR [B] as [B, embedding_dim] in `dtype`; the features are computed in float32."""
+        exponents = torch.linspace(
+            math.log(_LOWEST_FREQUENCY), math.log(_HIGHEST_FREQUENCY), _NUM_FREQUENCIES, device=log_snr.device
+        )
+        angles = log_snr.float()[:, None] * exponents.exp()
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+        return self.linear_2(silu(self.linear_1(features)))
+
+
+class FiLM(nn.Module):
+    """Scale and shift of normalised features, read from the embedding."""
+
+    def __init__(self, embedding_dim: int, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(embedding_dim, 2 * channels)
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the embedding [B, E] to (1 + scale, shift), each [B, C]."""
+        scale, shift = self.linear(embedding).chunk(2, dim=1)
+        return 1 + scale, shift
+
+
+class UViTResBlock(nn.Module):
+    """Two 3x3 convolutions with group normalisation; the second starts at zero."""
+
+    def __init__(self, channels: int, embedding_dim: int):
+        super().__init__()
+        groups = max(1, min(32, channels // 8))
+        self.norm_1 = nn.GroupNorm(groups, channels)
+        self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm_2 = nn.GroupNorm(groups, channels)
+        self.film = FiLM(embedding_dim, channels)
+        self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_2.weight)
+        nn.init.zeros_(self.conv_2.bias)
+
+    def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
+        """Map features [B, C, H, W] and embedding [B, E] to features of the same shape."""
+        scale, shift = self.film(embedding)
+        residual = self.conv_1(silu(self.norm_1(hidden_states)))
+        residual = torch.addcmul(shift[:, :, None, None], self.norm_2(residual), scale[:, :, None, None])
+        return hidden_states + self.conv_2(silu(residual))
+
+
+def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Angles [H·W, 1, head_dim/2] of two-dimensional rotary positions: a quarter of the channels pairs a row's, as
+    many a column's (RoFormer, arXiv 2104.09864, per axis)."""
+    exponents = torch.arange(0, 1, 4 / head_dim, device=device)[: head_dim // 4]
+    frequencies = _ROPE_BASE**-exponents
+    rows = torch.arange(height, device=device)[:, None, None] * frequencies
+    columns = torch.arange(width, device=device)[None, :, None] * frequencies
+    angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=2)
+    return angles.reshape(height * width, 1, head_dim // 2)
+
+
+def rotate(features: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate channel pairs (i, i + D/2) of [B, S, heads, D] by angles given as (cos, sin), each [S, 1, D/2]."""
+    cos, sin = rotation
+    first, second = features.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class UViTAttnProcessor:
+    """Attention and MLP in parallel, through the attention backends of diffusers."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "UViTParallelSelfAttention", hidden_states: Tensor, rotation: tuple[Tensor, Tensor]):
+        channels = hidden_states.shape[-1]
+        projected = attn.to_qkv_mlp_proj(hidden_states)
+        query, key, value, mlp = projected.split([channels, channels, channels, 4 * channels], dim=-1)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in (query, key, value))
+        query, key = rotate(attn.norm_q(query), rotation), rotate(attn.norm_k(key), rotation)
+        attended = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(attn.dropout(torch.cat([attended.flatten(2), gelu(mlp, approximate="tanh")], dim=-1)))
+
+
+class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention and a fourfold MLP with fused input and output projections; the output starts at zero."""
+
+    _default_processor_cls = UViTAttnProcessor
+    _available_processors = [UViTAttnProcessor]
+    _supports_qkv_fusion = False  # the projections are fused in the checkpoint already
+
+    def __init__(self, channels: int, attention_head_dim: int, dropout: float):
+        super().__init__()
+        self.heads = channels // attention_head_dim
+        self.to_qkv_mlp_proj = nn.Linear(channels, 7 * channels)
+        self.norm_q = nn.RMSNorm(attention_head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(attention_head_dim, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.to_out = nn.Linear(5 * channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Map tokens [B, S, C] to what the block adds to them; `rotation` is (cos, sin), each [S, 1, head_dim/2]."""
+        return self.processor(self, hidden_states, rotation)
+
+
+class UViTTransformerBlock(nn.Module):
+    """Parallel transformer block with FiLM after its one normalisation."""
+
+    def __init__(self, channels: int, embedding_dim: int, attention_head_dim: int, dropout: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(channels, eps=1e-6)
+        self.film = FiLM(embedding_dim, channels)
+        self.attn = UViTParallelSelfAttention(channels, attention_head_dim, dropout)
+
+    def forward(self, hidden_states: Tensor, embedding: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Map tokens [B, S, C] and embedding [B, E] to tokens of the same shape."""
+        scale, shift = self.film(embedding)
+        modulated = torch.addcmul(shift[:, None], self.norm(hidden_states), scale[:, None])
+        return hidden_states + self.attn(modulated, rotation)
+
+
+class UViTStage(nn.Module):
+    """Equal blocks at one resolution, over feature maps [B, C, H, W]."""
+
+    def __init__(
+        self,
+        channels: int,
+        block_type: str,
+        num_blocks: int,
+        embedding_dim: int,
+        attention_head_dim: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.attends = block_type == "transformer"
+        self.attention_head_dim = attention_head_dim
+        self.gradient_checkpointing = False
+        self.blocks = nn.ModuleList(
+            UViTTransformerBlock(channels, embedding_dim, attention_head_dim, dropout)
+            if self.attends
+            else UViTResBlock(channels, embedding_dim)
+            for _ in range(num_blocks)
+        )
+
+    def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
+        """Run the blocks; transformer blocks see the map as a sequence in row-major order."""
+        height, width = hidden_states.shape[-2:]
+        rotation = ()
+        if self.attends:
+            angles = rotary_angles(height, width, self.attention_head_dim, hidden_states.device)
+            rotation = ((angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)),)
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, embedding, *rotation)
+            else:
+                hidden_states = block(hidden_states, embedding, *rotation)
+        if self.attends:
+            hidden_states = hidden_states.transpose(1, 2).unflatten(2, (height, width))
+        return hidden_states
+
+
+class UViTTrunk(nn.Module):
+    """Patch embedding, levels going down, middle, levels going up.
+
+    Args:
+        in_channels: Image channels.
+        patch_size: Side of the patches that the highest level works on.
+        level_channels: Width of each level, from the highest resolution to the middle.
+        level_types: "res" or "transformer" for each level.
+        level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
+        attention_head_dim: Channels of one attention head, a multiple of 4.
+        embedding_dim: Width of the conditioning embedding.
+        dropout: Dropout rate before the output of transformer blocks.
+
+    Raises:
+        ValueError: If the levels' lists differ in length or a width does not fit its heads.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        level_channels: tuple[int, ...],
+        level_types: tuple[str, ...],
+        level_blocks: tuple[int, ...],
+        attention_head_dim: int,
+        embedding_dim: int,
+        dropout: float,
+    ):
+        super().__init__()
+        if not len(level_channels) == len(level_types) == len(level_blocks) > 0:
+            raise ValueError(
+                "level_channels, level_types and level_blocks must name the same levels, got "
+                f"{len(level_channels)}, {len(level_types)} and {len(level_blocks)} entries."
+            )
+        for width, block_type in zip(level_channels, level_types, strict=True):
+            if block_type not in ("res", "transformer"):
+                raise ValueError(f"level_types must hold 'res' or 'transformer', got {block_type!r}.")
+            if block_type == "transformer" and (width % attention_head_dim or attention_head_dim % 4):
+                raise ValueError(
+                    "Transformer levels need a width divisible by attention_head_dim and that divisible by 4, "
+                    f"got width {width} and attention_head_dim {attention_head_dim}."
+                )
+        self.stride = patch_size * 2 ** (len(level_channels) - 1)
+
+        def stage(level: int) -> UViTStage:
+            width, block_type, num_blocks = level_channels[level], level_types[level], level_blocks[level]
+            return UViTStage(width, block_type, num_blocks, embedding_dim, attention_head_dim, dropout)
+
+        outer = range(len(level_channels) - 1)
+        self.patch_embed = nn.Conv2d(in_channels, level_channels[0], patch_size, stride=patch_size)
+        self.down = nn.ModuleList(stage(level) for level in outer)
+        self.downsample = nn.ModuleList(
+            nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(level_channels[level], level_channels[level + 1], 1))
+            for level in outer
+        )
+        self.middle = stage(-1)
+        # Without bias, so that a level whose middle changes nothing changes nothing itself.
+        self.upsample = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(level_channels[level + 1], level_channels[level], 1, bias=False),
+                nn.Upsample(scale_factor=2, mode="nearest"),
+            )
+            for level in outer
+        )
+        self.up = nn.ModuleList(stage(level) for level in outer)
+
+    def forward(
+        self, sample: Tensor, embedding: Tensor, context: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Compute the last feature map of every level, from the highest resolution to the middle.
+
+        Args:
+            sample: Images [B, C, H, W], H and W divisible by `stride`.
+            embedding: Conditioning [B, embedding_dim].
+            context: What is added to each level's features on entry, one map per level in the same order.
+        """
+        height, width = sample.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(
+                f"Image sizes must be divisible by {self.stride} (patch size times downsampling), "
+                f"got height {height} and width {width}."
+            )
+        hidden_states = self.patch_embed(sample)
+        skips = []
+        for level, (stage, downsample) in enumerate(zip(self.down, self.downsample, strict=True)):
+            if context is not None:
+                hidden_states = hidden_states + context[level]
+            before = stage(hidden_states, embedding)
+            hidden_states = downsample(before)
+            skips.append((before, hidden_states))
+        if context is not None:
+            hidden_states = hidden_states + context[-1]
+        hidden_states = self.middle(hidden_states, embedding)
+        features = [hidden_states]
+        for stage, upsample in zip(reversed(self.up), reversed(self.upsample), strict=True):
+            before, after = skips.pop()
+            hidden_states = stage(upsample(hidden_states - after) + before, embedding)
+            features.append(hidden_states)
+        return tuple(reversed(features))

@@ -1,0 +1,96 @@
+"""What every test relies on: no network, a cache of its own, one thread, a fixed seed, tiny networks full of noise."""
+
+import inspect
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+HF_HOME = tempfile.TemporaryDirectory(prefix="dualrate-hf-home-")
+# Read once, when these libraries are first imported.
+os.environ.update(
+    HF_HOME=HF_HOME.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    MPLBACKEND="Agg",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+PRESET = json.loads((Path(__file__).parents[1] / "examples/presets/tiny.json").read_text())
+
+
+def fill_with_noise(network, seed):
+    """Give every weight a random value: a network that ends in zeros would make every test of its output vacuous."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in network.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(0.1 * noise) if weight.ndim == 1 else weight.copy_(noise * weight[0].numel() ** -0.5)
+    return network.eval()
+
+
+@pytest.fixture
+def make_networks():
+    """Builder of (encoder, denoiser) for images of side 8, with changes to either one's configuration."""
+    from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
+
+    def make(encoder=None, denoiser=None, **both):
+        both = {"sample_size": 8} | both
+        return (
+            fill_with_noise(UViTContextEncoder(**PRESET["context_encoder"] | both | (encoder or {})), seed=1),
+            fill_with_noise(UViTDenoiser(**PRESET["denoiser"] | both | (denoiser or {})), seed=2),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_pipe(make_networks):
+    """Builder of pipelines with such networks: a pair, or with `single_rate=True` the denoiser alone."""
+    from diffusers_dualrate import DualRatePipeline, DualRateScheduler
+
+    def make(single_rate=False, num_classes=4, scheduler=None, **options):
+        encoder, denoiser = make_networks(num_classes=num_classes)
+        if single_rate:
+            encoder, denoiser = None, make_networks(denoiser={"context_channels": None}, num_classes=num_classes)[1]
+        scheduler = scheduler or DualRateScheduler(**PRESET["scheduler"])
+        pipe = DualRatePipeline(denoiser=denoiser, scheduler=scheduler, context_encoder=encoder, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def watch():
+    """Hooks that note every call of a pipeline's networks: a list of the arguments of each, by their names."""
+
+    def attach(pipe):
+        calls = SimpleNamespace(encoder=[], denoiser=[])
+        for network, noted in ((pipe.context_encoder, calls.encoder), (pipe.denoiser, calls.denoiser)):
+            if network is None:
+                continue
+            signature = inspect.signature(network.forward)
+
+            def note(module, args, kwargs, noted=noted, signature=signature):
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                noted.append(SimpleNamespace(**bound.arguments, rows=len(bound.arguments["sample"])))
+
+            network.register_forward_pre_hook(note, with_kwargs=True)
+        return calls
+
+    return attach

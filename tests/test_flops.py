@@ -1,0 +1,179 @@
+"""Compute, against the published table, a count by hand and the counter's own view of running kernels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.flops import block_multiply_adds, context_flops, image_flops, network_flops
+
+PRESETS = Path(__file__).resolve().parents[1] / "examples" / "presets"
+
+
+def load(preset, device="meta"):
+    """A preset's encoder and denoiser, by default without allocating their weights."""
+    configs = json.loads((PRESETS / f"{preset}.json").read_text(encoding="utf-8"))
+    with torch.device(device):
+        pair = UViTContextEncoder(**configs["context_encoder"]), UViTDenoiser(**configs["denoiser"])
+    return tuple(network.eval() for network in pair)
+
+
+@pytest.mark.parametrize(
+    ("preset", "heavy", "light"),
+    [("imagenet64", 108.45, 22.28), ("imagenet64-distilled", 108.45, 44.02), ("imagenet128", 137.44, 73.01)],
+)
+def test_presets_have_the_published_multiply_adds_per_evaluation(preset, heavy, light):
+    """In G, of main blocks (SiD2, arXiv 2410.19324, and the Dual-Rate paper's light networks). Kills: 18, 12 or 2 changed; a level's side or width; stages going up
+    not counted; the middle counted twice."""
+    context_encoder, denoiser = load(preset)
+    assert block_multiply_adds(context_encoder) / 1e9 == pytest.approx(heavy, rel=1e-3)
+    assert block_multiply_adds(denoiser) / 1e9 == pytest.approx(light, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "denoiser_steps", "context_steps", "tera"),
+    [
+        ("imagenet64", 0, 512, 55.5),
+        ("imagenet64", 512, 16, 13.14),
+        ("imagenet64", 256, 16, 7.44),
+        ("imagenet64-distilled", 8, 4, 0.79),
+        ("imagenet64-distilled", 0, 8, 0.87),
+        ("imagenet128", 0, 512, 70.37),
+    ],
+)
+def test_presets_reproduce_the_published_cost_of_an_image(preset, denoiser_steps, context_steps, tera):
+    """K H + N L, in T, to the digits published; a single-rate model is the heavy network alone."""
+    context_encoder, denoiser = load(preset)
+    total = context_steps * block_multiply_adds(context_encoder) + denoiser_steps * block_multiply_adds(denoiser)
+    digits = len(str(tera).split(".")[1])
+    assert round(total / 1e12, digits) == tera
+
+
+def test_the_heavy_network_of_the_demonstration_costs_about_five_light_ones():
+    context_encoder, denoiser = load("emoji32")
+    assert 4.5 < network_flops(context_encoder) / network_flops(denoiser) < 6
+
+
+def flops_by_hand(config, out_channels=None, context_channels=None, size=None, noise_levels=1):
+    """2 × multiply-adds of every matrix product and convolution, with the sizes of one image."""
+    height, width = size or (config.sample_size, config.sample_size)
+    patch, embedding = config.patch_size, config.embedding_dim
+    channels, kinds, blocks = config.level_channels, config.level_types, config.level_blocks
+    pixels = [(height // patch // 2**i) * (width // patch // 2**i) for i in range(len(channels))]
+    total = noise_levels * (64 * embedding + embedding * embedding)
+    total += pixels[0] * config.in_channels * patch**2 * channels[0]  # patches
+    for level, (c, kind, count) in enumerate(zip(channels, kinds, blocks, strict=True)):
+        s = pixels[level]
+        film = embedding * 2 * c
+        if kind == "res":
+            block = film + 2 * s * 9 * c * c
+        else:
+            block = film + s * c * 7 * c + s * 5 * c * c + 2 * s * s * c
+        last = level == len(channels) - 1
+        total += count * block * (1 if last else 2)
+        if not last:
+            total += 2 * pixels[level + 1] * c * channels[level + 1]  # 1x1 after pooling, and before upsampling
+        if context_channels is not None:
+            total += s * c * context_channels[level]
+    if out_channels is not None:
+        total += pixels[0] * channels[0] * out_channels * patch**2
+    return 2 * total
+
+
+@pytest.mark.parametrize("preset", ["tiny", "emoji32"])
+@pytest.mark.parametrize("size", [None, (32, 16)])
+def test_the_count_of_a_network_equals_a_count_by_hand(preset, size):
+    """Kills: attention counted as 0; a batch of two; the size ignored or turned over; training graphs counted."""
+    context_encoder, denoiser = load(preset)
+    heavy = flops_by_hand(context_encoder.config, context_channels=context_encoder.context_channels, size=size)
+    assert network_flops(context_encoder, size) == heavy
+    light = flops_by_hand(denoiser.config, out_channels=3, size=size, noise_levels=2)  # of z_t and of z_τ
+    assert network_flops(denoiser, size) == light
+    single = UViTDenoiser(**{**denoiser.config, "context_channels": None})
+    assert network_flops(single, size) == flops_by_hand(denoiser.config, out_channels=3, size=size)
+
+
+def denoiser_context(denoiser):
+    """A projected context of zeros for one image of the tiny preset."""
+    return tuple(torch.zeros(1, c, 8 // 2**i, 8 // 2**i) for i, c in enumerate(denoiser.config.level_channels))
+
+
+def test_the_counter_misses_attention_on_a_cpu_and_ours_does_not():
+    """Exactly the 4 S² C of each transformer block: should a newer torch count them, this test says so."""
+    _, denoiser = load("tiny", "cpu")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoiser(torch.randn(1, 3, 16, 16), 0.0, None, denoiser_context(denoiser), 0.0)
+    tokens, channels, blocks = 16, 16, 1
+    assert network_flops(denoiser) - counter.get_total_flops() == 4 * tokens**2 * channels * blocks
+
+
+@pytest.mark.parametrize("size", [None, (32, 16)])
+def test_the_cost_of_projecting_a_context_is_what_projecting_one_runs(size):
+    """Kills: the side not doubling; the factor 2; a level left out; width for height."""
+    context_encoder, denoiser = load("emoji32")
+    height, width = size or (32, 32)
+    with torch.device("meta"), torch.no_grad():
+        context = context_encoder(torch.empty(1, 3, height, width), 0.0).context
+        with FlopCounterMode(display=False) as counter:
+            denoiser.project_context(context)
+    assert context_flops(denoiser, size) == counter.get_total_flops() > 0
+
+
+def test_an_image_costs_its_light_steps_and_refreshes_twice_under_guidance():
+    """N L + K (H + projection). Kills: N and K swapped; the projection at every step or never; guidance not doubling K."""
+    context_encoder, denoiser = load("tiny")
+    heavy, light = network_flops(context_encoder), network_flops(denoiser)
+    projection = context_flops(denoiser)
+    cost = image_flops(denoiser, context_encoder, num_inference_steps=10, num_context_steps=3)
+    assert cost == 10 * light + 3 * heavy + 3 * projection
+    for options in ({}, {"size": (32, 32)}):
+        plain, guided = (
+            image_flops(
+                denoiser, context_encoder, num_inference_steps=10, num_context_steps=3, guided=guided, **options
+            )
+            for guided in (False, True)
+        )
+        assert guided == 2 * plain
+    larger = image_flops(denoiser, context_encoder, num_inference_steps=10, num_context_steps=3, size=(32, 32))
+    assert larger > 4 * cost
+    assert image_flops(denoiser, num_inference_steps=10, num_context_steps=3) == 10 * light
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers the largest tensor that any operation puts on a real device."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.device.type != "meta":
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_counting_changes_nothing_and_allocates_nothing_of_size():
+    """Kills: counting on the network itself, which would set its mode, or on a copy with real weights."""
+    _, denoiser = load("tiny", "cpu")
+    denoiser.train()
+    state = {name: value.clone() for name, value in denoiser.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with Allocations() as allocations:
+        network_flops(denoiser)
+        block_multiply_adds(denoiser)
+        context_flops(denoiser)
+    assert allocations.largest < 1000
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert denoiser.training and all(parameter.grad is None for parameter in denoiser.parameters())
+    assert all(torch.equal(state[name], value) for name, value in denoiser.state_dict().items())
+    assert {parameter.device.type for parameter in denoiser.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("steps", [0, 65, -1])
+def test_a_number_of_refreshes_that_no_run_has_is_refused(steps):
+    context_encoder, denoiser = load("tiny")
+    with pytest.raises(ValueError, match=f"num_inference_steps=64, got {steps}"):
+        image_flops(denoiser, context_encoder, num_inference_steps=64, num_context_steps=steps)

@@ -1,0 +1,410 @@
+"""Loading from and publishing to a Hub, with a real client in its own process against `LoopbackHub`.
+
+A process costs seconds to import diffusers, so each fixture that starts one answers for several tests. Weights are noise:
+a network that ends in zeros would give the same image whatever was loaded.
+"""
+
+import json
+import pickle
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffusers_dualrate
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from loopback_hub import LoopbackHub
+
+ROOT = Path(__file__).parents[1]
+PRESET = json.loads((ROOT / "examples/presets/tiny.json").read_text())
+STEPS = {"num_inference_steps": 8, "num_context_steps": 2}
+LABELS = {0: "cat", 1: "dog", 2: "owl"}
+WEIGHTS = "diffusion_pytorch_model"
+
+ARRIVE = """
+import contextlib, json, sys, numpy, torch
+from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser
+
+images, answers = {}, {}
+torch.set_num_threads(int(sys.argv[1]))
+
+def sample(pipe, class_labels=[1]):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(class_labels=class_labels, generator=generator, output_type="np").images
+
+@contextlib.contextmanager
+def attempt(name):
+    try:
+        yield
+    except Exception as error:
+        answers[name] = f"{type(error).__name__}: {error}"
+
+def load(name, source, **options):
+    with attempt(name):
+        images[name] = sample(DualRatePipeline.from_pretrained(source, **options))
+"""
+
+LEAVE = """
+numpy.savez(sys.argv[2], **images)
+print(json.dumps(answers))
+"""
+
+FIRST_VISIT = """
+load("cold", "org/pair")
+load("single-rate", "org/single-rate")
+load("fp16", "org/variant", variant="fp16")
+load("with code", "org/with-code")
+load("with code, from a folder", sys.argv[3])
+load("with shim", "org/with-shim")
+load("pickled", "org/pickled")
+load("pickle bomb", "org/pickle-bomb")
+load("missing repository", "org/absent")
+load("missing variant", "org/pair", variant="ema")
+
+with attempt("two repositories"):
+    encoder = UViTContextEncoder.from_pretrained("org/other", subfolder="context_encoder")
+    load("two repositories", "org/pair", context_encoder=encoder)
+with attempt("pickle bomb as component"):
+    UViTDenoiser.from_pretrained("org/pickle-bomb", subfolder="denoiser")
+with attempt("named label"):
+    images["named label"] = sample(DualRatePipeline.from_pretrained("org/pair"), ["dog"])
+with attempt("pushed"):
+    DualRatePipeline.from_pretrained("org/pair").push_to_hub("org/pushed")
+    load("pushed", "org/pushed")
+with attempt("dtype"):
+    half = DualRatePipeline.from_pretrained("org/variant", variant="fp16", dtype=torch.float16)
+    answers["dtype"] = [str(half.denoiser.dtype), str(half.context_encoder.dtype)]
+"""
+
+SECOND_VISIT = """
+load("cached", "org/single-rate", local_files_only=True)
+load("not cached", "org/uncached", local_files_only=True)
+load("variant not cached", "org/pair", variant="fp16", local_files_only=True)
+load("warm", "org/pair")
+"""
+
+VISIT_WITHOUT_HUB = """
+load("cached", "org/pair")
+load("cached variant", "org/variant", variant="fp16")
+load("not cached", "org/uncached")
+load("plain weights not cached", "org/variant")
+load("variant not cached", "org/pair", variant="fp16")
+"""
+
+
+@dataclass
+class Visit:
+    """What a user's process brought home: images and errors by the attempt's name, and the requests it made."""
+
+    images: dict[str, np.ndarray]
+    answers: dict[str, str | list[str]]
+    requests: list[tuple[str, str]]
+
+    def image(self, attempt: str) -> np.ndarray:
+        assert attempt in self.images, self.answers.get(attempt)
+        return self.images[attempt]
+
+    def error(self, attempt: str) -> str:
+        assert attempt in self.answers, f"{attempt}: no error"
+        return self.answers[attempt]
+
+    def requests_for(self, repo_id: str) -> list[tuple[str, str]]:
+        return [request for request in self.requests if f"/{repo_id}" in request[1]]
+
+
+def visit(hub: LoopbackHub, environment: dict[str, str], folder: Path, script: str, *arguments: Path) -> Visit:
+    """Runs a user's script in its own process."""
+    start, images = len(hub.requests), folder / "images.npz"
+    environment = environment | {"PYTHONPATH": str(Path(diffusers_dualrate.__file__).parents[1])}
+    code = ARRIVE + script + LEAVE
+    command = [sys.executable, "-c", code, str(torch.get_num_threads()), images, *arguments]
+    process = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    with np.load(images) as arrays:
+        answers = json.loads(process.stdout.splitlines()[-1])
+        return Visit(dict(arrays), answers, hub.requests[start:])
+
+
+def add_noise_to_weights(module: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def round_to_half(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.copy_(tensor.half())
+
+
+def make_pipeline(seed: int, single_rate: bool = False) -> DualRatePipeline:
+    torch.manual_seed(seed)
+    classes = {"num_classes": len(LABELS)}
+    if single_rate:
+        encoder, denoiser = None, UViTDenoiser(**{**PRESET["denoiser"], **classes, "context_channels": None})
+    else:
+        encoder = UViTContextEncoder(**{**PRESET["context_encoder"], **classes})
+        denoiser = UViTDenoiser(**{**PRESET["denoiser"], **classes})
+        add_noise_to_weights(encoder, seed)
+    add_noise_to_weights(denoiser, seed)
+    return DualRatePipeline(
+        denoiser=denoiser,
+        scheduler=DualRateScheduler(**PRESET["scheduler"]),
+        context_encoder=encoder,
+        id2label=LABELS,
+        **STEPS,
+    )
+
+
+def sample(pipe: DualRatePipeline) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(class_labels=[1], generator=torch.Generator().manual_seed(0), output_type="np").images
+
+
+def pickle_weights(folder: Path) -> None:
+    """Replaces every safetensors file of a saved pipeline by an ordinary pickled state dict."""
+    for name, network in (("denoiser", UViTDenoiser), ("context_encoder", UViTContextEncoder)):
+        component = network.from_pretrained(folder / name)
+        (folder / name / f"{WEIGHTS}.safetensors").unlink()
+        torch.save(component.state_dict(), folder / name / f"{WEIGHTS}.bin")
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+@pytest.fixture(scope="module")
+def pair() -> DualRatePipeline:
+    return make_pipeline(seed=0)
+
+
+@pytest.fixture(scope="module")
+def other() -> DualRatePipeline:
+    return make_pipeline(seed=1)
+
+
+@pytest.fixture(scope="module")
+def single_rate() -> DualRatePipeline:
+    return make_pipeline(seed=2, single_rate=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, pair, other, single_rate) -> dict[str, Path]:
+    """The content of every repository, by name. Code and bombs in it would leave files in `detonated`."""
+    root = tmp_path_factory.mktemp("repositories")
+    names = "pair other single-rate variant with-code with-shim pickled pickle-bomb detonated".split()
+    folders = {name: root / name for name in names}
+    folders["detonated"].mkdir()
+    pair.save_pretrained(folders["pair"])
+    other.save_pretrained(folders["other"])
+    single_rate.save_pretrained(folders["single-rate"])
+    for name in ("variant", "with-code", "with-shim", "pickled", "pickle-bomb"):
+        shutil.copytree(folders["pair"], folders[name])
+
+    half = make_pipeline(seed=0)
+    half.denoiser.to(torch.float16)
+    half.context_encoder.to(torch.float16)
+    half.save_pretrained(folders["variant"], variant="fp16")
+
+    code = f"open({str(folders['detonated'] / 'code')!r}, 'w')\n"
+    for path in ("pipeline.py", "diffusers_dualrate.py", "denoiser/anything.py", "scheduler/anything.py"):
+        (folders["with-code"] / path).write_text(code)
+    (folders["with-shim"] / "denoiser/diffusers_dualrate.py").write_text(code)  # where diffusers looks for code
+
+    pickle_weights(folders["pickled"])
+    pickle_weights(folders["pickle-bomb"])
+    for name in ("pickle-bomb", "with-code"):
+        torch.save({"weight": Bomb(folders["detonated"] / "pickle")}, folders[name] / f"denoiser/{WEIGHTS}.bin")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def hub(folders):
+    with LoopbackHub() as hub:
+        for name in folders.keys() - {"detonated"}:
+            hub.add_repo(f"org/{name}", folders[name])
+        hub.add_repo("org/uncached", folders["pair"])
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory) -> dict[str, str]:
+    return hub.environment(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture(scope="module")
+def first_visit(hub, environment, folders, tmp_path_factory) -> Visit:
+    return visit(hub, environment, tmp_path_factory.mktemp("first"), FIRST_VISIT, folders["with-code"])
+
+
+@pytest.fixture(scope="module")
+def second_visit(hub, environment, first_visit, tmp_path_factory) -> Visit:
+    return visit(hub, environment, tmp_path_factory.mktemp("second"), SECOND_VISIT)
+
+
+@pytest.fixture(scope="module", params=["HF_HUB_OFFLINE=1", "vanished server"])
+def visit_without_hub(request, hub, environment, first_visit, tmp_path_factory) -> Visit:
+    if request.param == "HF_HUB_OFFLINE=1":
+        environment = environment | {"HF_HUB_OFFLINE": "1"}
+    else:
+        with LoopbackHub() as vanished:
+            pass
+        environment = environment | {"HF_ENDPOINT": vanished.endpoint}
+    return visit(hub, environment, tmp_path_factory.mktemp("without_hub"), VISIT_WITHOUT_HUB)
+
+
+def test_different_weights_give_different_images(pair, other):
+    assert np.abs(sample(pair) - sample(other)).max() > 0.01
+
+
+def test_a_saved_pipeline_reloads_bit_equal(folders, pair):
+    reloaded = DualRatePipeline.from_pretrained(folders["pair"])
+    for network, original in ((reloaded.denoiser, pair.denoiser), (reloaded.context_encoder, pair.context_encoder)):
+        weights = network.state_dict()
+        assert weights.keys() == original.state_dict().keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in original.state_dict().items())
+    np.testing.assert_array_equal(sample(reloaded), sample(pair))
+
+
+def test_a_pipeline_saved_twice_is_the_same_repository(folders, tmp_path):
+    DualRatePipeline.from_pretrained(folders["pair"]).save_pretrained(tmp_path)
+    for path in ("model_index.json", "denoiser/config.json", "context_encoder/config.json"):
+        first, second = (json.loads((folder / path).read_text()) for folder in (folders["pair"], tmp_path))
+        assert {**first, "_name_or_path": None} == {**second, "_name_or_path": None}
+
+
+def test_model_index_names_our_package_and_a_plain_class(folders):
+    index = json.loads((folders["pair"] / "model_index.json").read_text())
+    assert index["_class_name"] == "DualRatePipeline"
+    assert index["denoiser"] == ["diffusers_dualrate", "UViTDenoiser"]
+    assert index["context_encoder"] == ["diffusers_dualrate", "UViTContextEncoder"]
+    assert index["scheduler"] == ["diffusers_dualrate", "DualRateScheduler"]
+
+
+def test_a_single_rate_model_reloads_bit_equal(folders, single_rate):
+    reloaded = DualRatePipeline.from_pretrained(folders["single-rate"])
+    assert reloaded.context_encoder is None
+    np.testing.assert_array_equal(sample(reloaded), sample(single_rate))
+
+
+def test_a_cold_load_samples_the_images_of_the_local_pipeline(first_visit, pair):
+    np.testing.assert_array_equal(first_visit.image("cold"), sample(pair))
+    assert any(method == "GET" and "safetensors" in path for method, path in first_visit.requests_for("org/pair"))
+
+
+def test_a_single_rate_model_loads_from_the_hub(first_visit, single_rate):
+    np.testing.assert_array_equal(first_visit.image("single-rate"), sample(single_rate))
+
+
+def test_label_names_survive_the_hub(first_visit):
+    np.testing.assert_array_equal(first_visit.image("named label"), first_visit.image("cold"))
+
+
+def test_a_pushed_pipeline_loads_again(hub, first_visit):
+    np.testing.assert_array_equal(first_visit.image("pushed"), first_visit.image("cold"))
+    _, files = hub.repositories["org/pushed"].find("main")
+    assert f"denoiser/{WEIGHTS}.safetensors" in files
+
+
+def test_an_encoder_and_a_denoiser_from_two_repositories_sample_together(first_visit, pair, other):
+    mixed = DualRatePipeline(**{**pair.components, "context_encoder": other.context_encoder}, **STEPS)
+    np.testing.assert_array_equal(first_visit.image("two repositories"), sample(mixed))
+    assert not np.array_equal(sample(mixed), sample(pair))
+
+
+def test_a_variant_loads_its_own_weights_and_downloads_no_others(first_visit):
+    rounded = make_pipeline(seed=0)
+    round_to_half(rounded.denoiser)
+    round_to_half(rounded.context_encoder)
+    np.testing.assert_array_equal(first_visit.image("fp16"), sample(rounded))
+    weights = [path for _, path in first_visit.requests_for("org/variant") if path.endswith(".safetensors")]
+    assert weights and all(path.endswith(".fp16.safetensors") for path in weights)
+
+
+def test_dtype_is_the_one_asked_for(first_visit):
+    assert first_visit.answers["dtype"] == ["torch.float16", "torch.float16"]
+
+
+def test_a_missing_repository_is_named(first_visit):
+    assert "org/absent" in first_visit.error("missing repository")
+
+
+def test_a_missing_variant_is_named(first_visit):
+    assert "ema" in first_visit.error("missing variant")
+
+
+def test_the_traps_of_this_file_work(folders, tmp_path):
+    detonated = folders["detonated"]
+    assert not list(detonated.iterdir())
+    shutil.copytree(folders["with-code"], tmp_path / "copy")
+    code = (tmp_path / "copy/pipeline.py").read_text().replace(str(detonated), str(tmp_path))
+    (tmp_path / "copy/pipeline.py").write_text(code)
+    runpy.run_path(str(tmp_path / "copy/pipeline.py"))
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "pickle")))
+    assert (tmp_path / "code").exists() and (tmp_path / "pickle").exists()
+
+
+def test_no_code_from_a_repository_runs(first_visit, folders):
+    np.testing.assert_array_equal(first_visit.image("with code"), first_visit.image("cold"))
+    np.testing.assert_array_equal(first_visit.image("with code, from a folder"), first_visit.image("cold"))
+    assert {"with shim"} <= first_visit.answers.keys() | first_visit.images.keys()  # refused or ignored, never run
+    assert not (folders["detonated"] / "code").exists()
+
+
+def test_pickled_weights_are_refused_and_never_unpickled(first_visit, folders):
+    for name in ("pickled", "pickle bomb"):
+        assert "safetensors" in first_visit.error(name)
+    assert first_visit.error("pickle bomb as component")
+    assert not (folders["detonated"] / "pickle").exists()
+
+
+def test_pickled_weights_beside_safetensors_are_not_downloaded(first_visit):
+    assert not [path for _, path in first_visit.requests_for("org/with-code") if path.endswith(".bin")]
+
+
+def test_pickled_weights_in_a_folder_are_refused(folders):
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        DualRatePipeline.from_pretrained(folders["pickled"])
+
+
+def test_a_warm_load_downloads_no_file_again(second_visit, first_visit):
+    np.testing.assert_array_equal(second_visit.image("warm"), first_visit.image("cold"))
+    assert second_visit.requests_for("org/pair")
+    assert not [path for _, path in second_visit.requests if "/resolve/" in path]
+
+
+def test_local_files_only_loads_what_is_cached_without_a_request(second_visit, first_visit):
+    np.testing.assert_array_equal(second_visit.image("cached"), first_visit.image("single-rate"))
+    assert not second_visit.requests_for("org/single-rate")
+
+
+def test_local_files_only_names_what_is_not_cached(second_visit):
+    assert "org/uncached" in second_visit.error("not cached")
+    assert "fp16" in second_visit.error("variant not cached")
+    assert not second_visit.requests_for("org/uncached")
+
+
+def test_without_the_hub_what_is_cached_loads(visit_without_hub, first_visit):
+    np.testing.assert_array_equal(visit_without_hub.image("cached"), first_visit.image("cold"))
+    np.testing.assert_array_equal(visit_without_hub.image("cached variant"), first_visit.image("fp16"))
+    assert not visit_without_hub.requests
+
+
+def test_without_the_hub_what_is_not_cached_is_named(visit_without_hub):
+    assert "org/uncached" in visit_without_hub.error("not cached")
+    assert "fp16" in visit_without_hub.error("variant not cached")
+    assert "diffusion_pytorch_model" in visit_without_hub.error("plain weights not cached")

@@ -1,0 +1,125 @@
+"""What is published: one version, two requirements, the extras by name, and nothing in the archives but the package."""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+
+import diffusers_dualrate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """The arguments that setup.py hands to setuptools."""
+    captured = {}
+    monkeypatch.setattr(setuptools, "setup", captured.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return captured
+
+
+def names(requirements):
+    return {Requirement(line).name for line in requirements}
+
+
+def test_the_version_is_written_in_one_place(metadata):
+    assert metadata["version"] == diffusers_dualrate.__version__
+    written = re.compile(r"(?<![\d.])" + re.escape(diffusers_dualrate.__version__) + r"(?![\d.])")
+    package = ROOT / "src" / "diffusers_dualrate"
+    files = [ROOT / "setup.py", ROOT / "pyproject.toml", *package.glob("*.py")]
+    assert [path.name for path in files if written.search(path.read_text(encoding="utf-8"))] == ["__init__.py"]
+
+
+def test_the_core_needs_torch_and_diffusers_only(metadata):
+    assert sorted(metadata["install_requires"]) == ["diffusers>=0.40", "torch>=2.6"]
+    assert metadata["python_requires"] == ">=3.11"
+
+
+def test_the_extras_are_train_eval_and_dev_which_holds_both(metadata):
+    extras = {name: names(lines) for name, lines in metadata["extras_require"].items()}
+    assert set(extras) == {"train", "eval", "dev"}
+    assert {"accelerate", "datasets", "pillow"} <= extras["train"]
+    assert {"torchmetrics", "transformers", "matplotlib", "scikit-learn"} <= extras["eval"]
+    assert extras["train"] | extras["eval"] | {"pytest", "pytest-xdist", "ruff", "peft"} <= extras["dev"]
+
+
+def test_every_requirement_is_pinned_and_torchvision_is_not_among_them(metadata):
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {pin.name: pin.specifier for pin in (Requirement(line) for line in lines if line and line[0] != "#")}
+    required = [*metadata["install_requires"], *metadata["extras_require"]["dev"]]
+    assert "torchvision" not in names(required) | set(pins)
+    for requirement in map(Requirement, required):
+        (pin,) = pins[requirement.name]
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
+
+
+def test_the_package_is_typed():
+    assert (Path(diffusers_dualrate.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.slow
+def test_the_archives_hold_the_package_and_neither_tests_nor_weights(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("README.md", "tests/test_x.py", "examples/x.py", "model_cards/x/denoiser/model.safetensors"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("a stand-in", encoding="utf-8")
+    out.mkdir()
+    for archive in ("sdist", "wheel"):
+        build = f"from setuptools import build_meta; build_meta.build_{archive}({str(out)!r})"
+        subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True)
+
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    stem = f"diffusers_dualrate-{diffusers_dualrate.__version__}"
+    modules = {f"diffusers_dualrate/{path.name}" for path in (ROOT / "src" / "diffusers_dualrate").glob("*.py")}
+    in_wheel = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in in_wheel if ".dist-info/" not in name} == modules | {"diffusers_dualrate/py.typed"}
+    assert f"{stem}.dist-info/licenses/LICENSE" in in_wheel
+
+    in_sdist = {name.removeprefix(f"{stem}/") for name in tarfile.open(sdist).getnames()}
+    assert {f"src/{name}" for name in modules | {"diffusers_dualrate/py.typed"}} | {"LICENSE", "setup.py"} <= in_sdist
+    assert not [name for name in in_sdist if name.startswith(("tests", "examples", "model_cards"))]
+
+
+ONLY_TORCH_AND_DIFFUSERS = """
+import importlib.util, sys
+
+hidden = {"accelerate", "datasets", "transformers", "peft", "torchmetrics", "matplotlib", "sklearn", "tensorboard"}
+find_spec = importlib.util.find_spec
+
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Hide())
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.partition(".")[0] in hidden else find_spec(name, package)
+)
+
+from diffusers_dualrate import DualRatePipeline
+
+pipe = DualRatePipeline.from_pretrained(sys.argv[1])
+images = pipe(batch_size=1, num_inference_steps=2, num_context_steps=1).images
+assert images[0].size == (8, 8) and not hidden & sys.modules.keys()
+"""
+
+
+def test_a_model_loads_and_samples_with_only_torch_and_diffusers_installed(make_pipe, tmp_path):
+    make_pipe(num_classes=None).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", ONLY_TORCH_AND_DIFFUSERS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

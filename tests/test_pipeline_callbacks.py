@@ -1,0 +1,132 @@
+"""Callbacks at the end of each step: what they get, what they may change, and what they must not break."""
+
+import pytest
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+EVERYTHING = ["latents", "class_labels", "context"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe, callback=None, inputs=("latents",), labels=(0, 3), n=6, k=2, **options):
+    return pipe(
+        list(labels), n, k, generator=generator(), output_type="latent", callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=inputs, **options,
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_callback_gets_the_pipeline_the_step_the_timestep_and_the_tensors_it_asked_for(make_pipe, watch, scale):
+    pipe, seen = make_pipe(), []
+    calls = watch(pipe)
+
+    def callback(*arguments):
+        seen.append(arguments)
+
+    images = run(pipe, callback, EVERYTHING, guidance_scale=scale)
+    assert all(each is pipe for each, *_ in seen)
+    assert [i for _, i, _, _ in seen] == list(range(6))
+    assert [float(t) for _, _, t, _ in seen] == pytest.approx([1000 * (6 - i) / 6 for i in range(6)])
+    for i, (_, _, _, tensors) in enumerate(seen):
+        assert list(tensors) == EVERYTHING
+        assert tensors["class_labels"].tolist() == [0, 3]
+        assert all(mine is theirs for mine, theirs in zip(tensors["context"], calls.denoiser[i].context, strict=True))
+        after = calls.denoiser[i + 1].sample[:2] if i < 5 else images
+        assert torch.equal(tensors["latents"], after)
+    asked = []
+    run(pipe, lambda _, i, t, tensors: asked.append(list(tensors)), ["context"])
+    assert asked == [["context"]] * 6
+
+
+def test_a_single_rate_model_has_no_context_to_hand_out(make_pipe):
+    seen = []
+    run(make_pipe(single_rate=True), lambda _, i, t, tensors: seen.append(tensors["context"]), EVERYTHING)
+    assert seen == [None] * 6
+
+
+def test_tensors_that_a_callback_returns_replace_the_loops(make_pipe, watch):
+    """Mutants: any of the three values not read back, or read back under another name."""
+    pipe = make_pipe()
+    calls = watch(pipe)
+    latents, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    context = tuple(torch.randn(2, width, side, side) for width, side in ((8, 4), (16, 2)))
+    plain = run(pipe)
+
+    for name, value in (("latents", latents), ("class_labels", labels), ("context", context)):
+        calls.denoiser.clear(), calls.encoder.clear()
+        images = run(pipe, lambda _, i, t, tensors, name=name, value=value: {name: value} if i == 0 else None)
+        assert not torch.allclose(images, plain, atol=1e-3)
+        before, after = calls.denoiser[:2]
+        assert torch.equal(after.sample, latents) == (name == "latents")
+        assert after.class_labels.tolist() == ([1, 2] if name == "class_labels" else [0, 3])
+        assert (after.context[0] is context[0] and after.context[1] is context[1]) == (name == "context")
+        assert calls.encoder[1].class_labels.tolist() == after.class_labels.tolist()  # still so at the next refresh
+        assert before.class_labels.tolist() == [0, 3]
+    last = run(pipe, lambda _, i, t, tensors: {"latents": torch.zeros_like(tensors["latents"])} if i == 5 else {})
+    assert torch.equal(last, torch.zeros(2, 3, 8, 8))
+
+
+class Damp(PipelineCallback):
+    """Halves the latents at one step."""
+
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            callback_kwargs["latents"] = callback_kwargs["latents"] / 2
+        return callback_kwargs
+
+
+class Relabel(PipelineCallback):
+    """Changes the classes at one step; asks for a tensor that is not asked for by default."""
+
+    tensor_inputs = ["class_labels"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        if step_index == self.config.cutoff_step_index:
+            callback_kwargs["class_labels"] = callback_kwargs["class_labels"] * 0 + 1
+        return callback_kwargs
+
+
+def test_callback_objects_bring_their_own_tensor_inputs_one_or_several(make_pipe, watch):
+    pipe = make_pipe()
+    damp, relabel = (cls(cutoff_step_ratio=None, cutoff_step_index=2) for cls in (Damp, Relabel))
+    by_hand = run(pipe, lambda _, i, t, tensors: {"latents": tensors["latents"] / 2} if i == 2 else {})
+    assert torch.equal(run(pipe, damp, ()), by_hand)
+    calls = watch(pipe)
+    run(pipe, MultiPipelineCallbacks([damp, relabel]), ())
+    assert [call.class_labels.tolist() for call in calls.denoiser] == [[0, 3]] * 3 + [[1, 1]] * 3
+
+
+def test_an_interrupted_call_skips_its_remaining_steps_and_the_next_call_runs_whole(make_pipe, watch):
+    pipe, latents = make_pipe(), []
+    plain = run(pipe)
+    calls = watch(pipe)
+
+    def stop(pipe, i, t, tensors):
+        latents.append(tensors["latents"])
+        pipe._interrupt = i == 2
+
+    images = run(pipe, stop, guidance_scale=2.0)
+    assert len(calls.denoiser) == len(latents) == 3 and len(calls.encoder) == 1 and pipe.interrupt
+    assert torch.equal(images, latents[-1])
+    assert torch.equal(run(pipe), plain)
+    assert not pipe.interrupt
+
+
+def test_an_error_in_a_callback_comes_through_and_the_next_call_runs_as_before(make_pipe):
+    pipe = make_pipe()
+    plain = run(pipe)
+
+    def fail(pipe, i, t, tensors):
+        pipe._guidance_scale = 5.0
+        if i == 3:
+            raise RuntimeError("a callback's own fault")
+
+    with pytest.raises(RuntimeError, match="a callback's own fault"):
+        run(pipe, fail, guidance_scale=2.0)
+    assert torch.equal(run(pipe), plain)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()

@@ -1,0 +1,165 @@
+"""Every code block of the README runs, and every figure in it and in the model cards is the one its JSON holds."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import train_dual_rate
+import train_single_rate
+
+ROOT = Path(__file__).parents[1]
+CARDS = sorted((ROOT / "model_cards").iterdir())
+SCRIPTS = {"examples/train_dual_rate.py": train_dual_rate, "examples/train_single_rate.py": train_single_rate}
+
+
+def blocks(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_python(code, folder):
+    """Run a block in a fresh process and folder, where the repository's model_cards are at hand."""
+    (folder / "model_cards").symlink_to(ROOT / "model_cards")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_has_only_blocks_that_these_tests_run():
+    languages = re.findall(r"^```(\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert set(languages) == {"bash", "python", "text", "bibtex"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", blocks(ROOT / "README.md", "python"))
+def test_a_python_block_of_the_readme_runs(code, tmp_path):
+    run_python(code, tmp_path)
+    if "fruit.png" in code:
+        assert Image.open(tmp_path / "fruit.png").size == (256, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_the_snippet_of_a_card_runs(card, tmp_path):
+    (code,) = blocks(card / "README.md", "python")
+    run_python(code, tmp_path)
+
+
+def shell_commands():
+    lines = "".join(blocks(ROOT / "README.md", "bash")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", shell_commands(), ids=lambda command: " ".join(command[:3]))
+def test_a_shell_command_of_the_readme_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if command == ["make", "test"]:  # this very test is part of it
+        subprocess.run(["make", "-n", "test"], check=True, capture_output=True)
+    elif command == ["make", "demo"]:  # its last line, in the environment at hand
+        recipe = subprocess.run(["make", "--no-print-directory", "-n", "demo"], check=True, capture_output=True, text=True).stdout
+        _, *arguments = shlex.split(recipe.strip().splitlines()[-1])
+        arguments[-1] = str(tmp_path / arguments[-1])
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "single-rate, DPM-Solver++" in result.stdout and Image.open(tmp_path / "demo.png").width > 1000
+    elif command[:2] == ["pip", "install"]:
+        offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(tmp_path / "site")]
+        source = shutil.copytree(ROOT / "src", tmp_path / "source" / "src")  # builds leave files beside their source
+        for name in ("setup.py", "pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, source.parent)
+        assert command[2:] == ["."]
+        subprocess.run([sys.executable, "-m", "pip", "install", *offline, str(source.parent)], check=True)
+        assert (tmp_path / "site" / "diffusers_dualrate" / "py.typed").is_file()
+    else:
+        assert command[:2] == ["accelerate", "launch"]
+        script, arguments = SCRIPTS[command[2]], command[3:]
+        images = tmp_path / "images"
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            (images / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(images / f"class {i % 2}" / f"{i}.png")
+        here = {"path/to/images": str(images), "runs/": f"{tmp_path}/runs/"}
+        arguments = [here.get(word, word.replace("runs/", here["runs/"])) for word in arguments]
+        tiny = ["--max_train_steps", "1", "--train_batch_size", "8", "--validation_steps", "0"]
+        script.main(script.parse_args([*arguments, *tiny, "--cache_dir", str(tmp_path / "cache")]))
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        output = Path(arguments[arguments.index("--output_dir") + 1])
+        assert (output / "model_index.json").is_file()
+
+
+def figures(report):
+    """The figures of an evaluation as the cards write them."""
+    v_loss, nearest = report["v_loss"], report["class_of_nearest"]
+    written = [f"{value:.4f}" for name, value in v_loss.items() if name not in ("images", "share_of_gap_recovered")]
+    if "share_of_gap_recovered" in v_loss:
+        written.append(f"{v_loss['share_of_gap_recovered']:.0%}".replace("%", " %"))
+    written += [f"{nearest[name]:.1%}".replace("%", " %") for name in ("model", "fresh_augmented_images")]
+    written += [f"{report['flops'] / 1e9:.2f}", f"{report['training']['images_seen']:,}"]
+    written += [f"{count:,}" for count in report["parameters"].values()]
+    return written
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_card_says_what_its_evaluation_says(card):
+    text, report = (card / "README.md").read_text(), json.loads((card / "evaluation.json").read_text())
+    missing = [figure for figure in figures(report) if figure not in text]
+    assert not missing
+    assert report["model"] == card.name
+
+
+def test_the_readme_repeats_the_figures_of_the_cards():
+    text = (ROOT / "README.md").read_text()
+    reports = {card.name: json.loads((card / "evaluation.json").read_text()) for card in CARDS}
+    for name, report in reports.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| [{name}]")]
+        nearest = f"{report['class_of_nearest']['model']:.1%}".replace("%", " %")
+        figures = [f"{report['flops'] / 1e9:.2f}", nearest, f"{report['v_loss']['model']:.4f}"]
+        assert [cell.strip() for cell in row.split("|")[3:6]] == figures
+        assert f"N = {report['num_inference_steps']}" in row
+    pair = reports["dualrate-emoji32"]
+    assert f"K = {pair['num_context_steps']}" in text
+    fresh = f"{pair['class_of_nearest']['fresh_augmented_images']:.1%}".replace("%", " %")
+    assert f"training\nimages it is {fresh}" in text
+    share = f"{pair['v_loss']['share_of_gap_recovered']:.0%}".replace("%", " %")
+    assert f"alone has {pair['v_loss']['single_rate_light']:.4f}, so the pair recovers {share} of the gap" in text
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_no_file_of_a_model_names_a_path_of_the_machine_it_was_made_on(card):
+    for path in [*card.rglob("*.json"), *card.rglob("*.md")]:
+        assert not re.search(r'["\s]/[a-z]+/', path.read_text()), path
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_card_has_what_the_hub_asks_for(card):
+    data = ModelCard.load(card / "README.md").data.to_dict()
+    assert data["license"] == "apache-2.0" and data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] == "unconditional-image-generation"
+    assert "dual-rate-diffusion" in data["tags"]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_model_folder_is_the_content_of_a_hub_repository(card):
+    files = {str(path.relative_to(card)) for path in card.rglob("*") if path.is_file()}
+    names = json.loads((card / "model_index.json").read_text())
+    networks = [name for name in ("context_encoder", "denoiser") if names.get(name, [None])[0]]
+    expected = {"README.md", "model_index.json", "evaluation.json", "training.json", "samples.png"}
+    expected |= {"scheduler/scheduler_config.json"}
+    expected |= {
+        f"{name}/{file}" for name in networks for file in ("config.json", "diffusion_pytorch_model.safetensors")
+    }
+    assert files - {"comparison.png"} == expected
+    assert sum(path.stat().st_size for path in card.rglob("*") if path.is_file()) < 10e6

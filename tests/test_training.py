@@ -1,0 +1,227 @@
+"""The training plumbing, and the training examples as a user runs them."""
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_dual_rate
+import train_single_rate
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, training
+from diffusers_dualrate.losses import denoising_loss, draw
+
+SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A script owns Accelerate's process-wide state; the next test must not inherit it."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of images with two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def arguments(folder, output_dir, *more):
+    return [
+        *("--preset", "examples/presets/tiny.json", "--train_data_dir", str(folder), "--label_column", "label"),
+        *("--output_dir", str(output_dir), "--cache_dir", str(folder.parent / "cache"), "--validation_steps", "0"),
+        *map(str, more),
+    ]
+
+
+def train(script, folder, output_dir, *more):
+    module = SCRIPTS[script]
+    module.main(module.parse_args(arguments(folder, output_dir, *more)))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def weights(path):
+    return {
+        f"{file.parent.name}.{key}": value
+        for file in sorted(path.glob("*/diffusion_pytorch_model.safetensors"))
+        for key, value in load_file(file).items()
+    }
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys() and a
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tmp_path):
+    train(script, folder, tmp_path, "--validation_steps", 2)
+    pipe = DualRatePipeline.from_pretrained(tmp_path)
+    assert pipe.id2label == {0: "cat", 1: "dog"}
+    assert (pipe.context_encoder is None) == (script == "single")
+    assert pipe.config.num_inference_steps == 4
+    image = pipe("dog", output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"0000002.png", "0000004.png"}
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["images_seen"] == 4 * 8 and record["recipe"]["learning_rate"] == 0.003
+    assert record["network"] == {"dual": "pair", "single": "heavy"}[script]
+    assert ("context_dropout" in record["recipe"]) == (script == "dual")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(script, folder, tmp_path):
+    train(script, folder, tmp_path / "whole")
+    train(script, folder, tmp_path / "parts", "--max_train_steps", 2)
+    train(script, folder, tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_training_changes_both_networks(folder, tmp_path):
+    train("dual", folder, tmp_path / "none", "--max_train_steps", 1, "--ema_decay", 0.0)
+    train("dual", folder, tmp_path / "some", "--max_train_steps", 4, "--ema_decay", 0.0)
+    before, after = weights(tmp_path / "none"), weights(tmp_path / "some")
+    for network in ("context_encoder", "denoiser"):
+        changed = [key for key in before if key.startswith(network) and not torch.equal(before[key], after[key])]
+        assert len(changed) > 10
+
+
+def test_accumulating_gradients_equals_a_larger_batch(folder, tmp_path):
+    plain = ["--max_train_steps", 2, "--context_dropout", 0.0]
+    train("dual", folder, tmp_path / "large", *plain, "--train_batch_size", 8)
+    train("dual", folder, tmp_path / "parts", *plain, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
+    large, parts = weights(tmp_path / "large"), weights(tmp_path / "parts")
+    for key in large:
+        torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-4)
+
+
+def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
+    train("single", folder, tmp_path, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
+    assert [path.name for path in training.list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(folder, tmp_path):
+    train("single", folder, tmp_path, "--checkpointing_steps", 2)
+    shutil.move(tmp_path / "checkpoint-4", tmp_path / ".checkpoint-4")
+    assert [path.name for path in training.list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(folder, tmp_path):
+    train("single", folder, tmp_path, "--max_train_steps", 1)
+    kept = weights(tmp_path)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train("single", folder, tmp_path)
+    with pytest.raises(ValueError, match="another configuration"):
+        train("single", folder, tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", 0.1)
+    assert_equal_weights(kept, weights(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options", [["--gradient_accumulation_steps", 2], ["--network", "light"], ["--seed", 1], ["--resolution", 8]]
+)
+def test_a_run_is_not_resumed_as_another(folder, tmp_path, options):
+    train("single", folder, tmp_path, "--max_train_steps", 1)
+    with pytest.raises(ValueError, match="another configuration: .* differ"):
+        train("single", folder, tmp_path, "--resume_from_checkpoint", "latest", *options)
+    with pytest.raises(ValueError, match="another configuration: .* differ"):
+        train("single", folder, tmp_path / "new", "--resume_from_checkpoint", tmp_path / "checkpoint-1", *options)
+
+
+def test_a_start_that_failed_does_not_block_its_folder(folder, tmp_path):
+    with pytest.raises(ValueError, match="divisible by 4"):
+        train("single", folder, tmp_path, "--resolution", 18)
+    train("single", folder, tmp_path, "--max_train_steps", 1)
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "model.safetensors", "optimizer.bin", "scheduler.bin"])
+def test_a_damaged_checkpoint_is_named(folder, tmp_path, file):
+    train("dual", folder, tmp_path, "--max_train_steps", 1)
+    damaged = tmp_path / "checkpoint-1" / file
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-1 cannot be read"):
+        train("dual", folder, tmp_path, "--resume_from_checkpoint", "latest")
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a checkpoint of a training run"):
+        train("single", folder, tmp_path, "--resume_from_checkpoint", tmp_path / "nowhere")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    def diverge(denoise, encode, x, class_labels, draws, **kwargs):
+        result = denoising_loss(denoise, encode, x, class_labels, draws, **kwargs)
+        steps.append(0)
+        result.loss.mul_(float("nan") if len(steps) == 3 else 1.0)
+        return result
+
+    steps = []
+    monkeypatch.setattr(train_dual_rate, "denoising_loss", diverge)
+    with pytest.raises(ValueError, match=r"diverged at step 2; the last good state is .*checkpoint-2"):
+        train("dual", folder, tmp_path, "--checkpointing_steps", 1)
+
+
+def test_a_preset_without_a_part_is_refused(folder, tmp_path):
+    (tmp_path / "preset.json").write_text('{"denoiser": {}, "scheduler": {}}')
+    args = argparse.Namespace(preset=tmp_path / "preset.json", resolution=None)
+    with pytest.raises(ValueError, match="lacks context_encoder, training"):
+        training.read_preset(args)
+
+
+def test_a_flag_overrides_the_preset_also_with_zero():
+    args = train_dual_rate.parse_args(
+        ["--preset", "examples/presets/tiny.json", "--output_dir", "x", "--context_dropout", "0", "--resolution", "8"]
+    )
+    preset = training.read_preset(args)
+    assert preset["training"]["context_dropout"] == 0.0 and preset["training"]["learning_rate"] == 0.003
+    assert preset["context_encoder"]["sample_size"] == preset["denoiser"]["sample_size"] == 8
+
+
+def test_sampling_with_ema_weights_leaves_the_training_weights_as_they_were(make_networks, tmp_path):
+    encoder, denoiser = make_networks(sample_size=16)
+    scheduler = DualRateScheduler()
+    pair = training.TrainablePair(denoiser, encoder).train()
+    ema = training.EMAModel(pair.parameters(), decay=0.5)
+    with torch.no_grad():
+        for parameter in pair.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    before = {key: value.clone() for key, value in pair.state_dict().items()}
+    with training.ema_weights(ema, pair):
+        assert not any(module.training for module in pair.modules())
+        assert not all(torch.equal(value, before[key]) for key, value in pair.state_dict().items())
+        pipe = DualRatePipeline(denoiser, scheduler, encoder, num_inference_steps=2)
+        training.sample_grid(pipe, tmp_path / "grid.png", columns=2, rows=2)
+    assert all(torch.equal(value, before[key]) for key, value in pair.state_dict().items())
+    assert all(module.training for module in pair.modules())
+    assert Image.open(tmp_path / "grid.png").size == (32, 32)
+
+
+def test_both_networks_learn_through_one_forward(make_networks):
+    encoder, denoiser = make_networks(sample_size=16)
+    scheduler = DualRateScheduler()
+    pair = training.TrainablePair(denoiser, encoder)
+    x = torch.rand(4, 3, 16, 16)
+    result = pair(
+        denoising_loss,
+        x,
+        torch.zeros(4, dtype=torch.long),
+        draw(0, 0, range(4), x.shape[1:]),
+        log_snr=lambda t: scheduler.log_snr(t * 1000),
+        log_snr_rate=lambda t: scheduler.log_snr_rate(t * 1000),
+        bias=0.0,
+    )
+    result.loss.backward()
+    assert all(parameter.grad is not None for parameter in pair.parameters())
