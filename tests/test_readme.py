@@ -67,7 +67,9 @@ def test_a_shell_command_of_the_readme_runs(command, tmp_path, monkeypatch):
     if command == ["make", "test"]:  # this very test is part of it
         subprocess.run(["make", "-n", "test"], check=True, capture_output=True)
     elif command == ["make", "demo"]:  # its last line, in the environment at hand
-        recipe = subprocess.run(["make", "--no-print-directory", "-n", "demo"], check=True, capture_output=True, text=True).stdout
+        recipe = subprocess.run(
+            ["make", "--no-print-directory", "-n", "demo"], check=True, capture_output=True, text=True
+        ).stdout
         _, *arguments = shlex.split(recipe.strip().splitlines()[-1])
         arguments[-1] = str(tmp_path / arguments[-1])
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

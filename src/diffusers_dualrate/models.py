@@ -8,11 +8,12 @@ starts at zero, the encoder's side does not: were both zero, neither would ever 
 Both condition on log-SNR rather than on a step number, so the same weights serve any variance-preserving schedule.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import CacheMixin
@@ -69,6 +70,36 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
         return (model, info) if wants_info else model
+
+    def enable_cache(self, config) -> None:
+        """Reuse attention outputs between steps. Takes caches that act inside blocks; call `disable_cache` to end it.
+
+        Args:
+            config: `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, the latter by default for every
+                attention module. Intervals count calls of this network: K per image for a context encoder. What is
+                reused is the parallel attention and MLP of a block.
+
+        Raises:
+            ValueError: If the cache skips whole stacks of blocks, or would act on nothing.
+        """
+        name = type(config).__name__
+        if not isinstance(config, (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig)):
+            raise ValueError(
+                f"{name} does not fit a U-ViT, whose blocks form one stack per level with skips between them: use "
+                "PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig, which act inside blocks."
+            )
+        if isinstance(config, TaylorSeerCacheConfig):
+            if config.use_lite_mode or config.skip_predict_identifiers:
+                raise ValueError(
+                    f"{name} with use_lite_mode or skip_predict_identifiers puts zeros where a U-ViT's skips read "
+                    "features: leave both out."
+                )
+            config = dataclasses.replace(config, cache_identifiers=config.cache_identifiers or [r".*\.attn"])
+        before = [vars(module).get("forward") for module in self.modules()]
+        super().enable_cache(config)
+        if before == [vars(module).get("forward") for module in self.modules()]:  # a hook replaces `forward`
+            self.disable_cache()
+            raise ValueError(f"{name} acts on no module of this network as it is configured.")
 
     def _make_trunk(self) -> None:
         config = self.config

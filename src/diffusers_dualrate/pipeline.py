@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import HookRegistry
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -74,6 +75,7 @@ class DualRatePipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._step, self._cached_rows = None, {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "DualRatePipeline":
@@ -102,6 +104,11 @@ class DualRatePipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Number of steps of the newest call."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Timestep of the running step, for caches that ask for it; `None` between calls."""
+        return None if self._step is None else self.scheduler.timesteps[self._step]
 
     @property
     def interrupt(self) -> bool:
@@ -151,7 +158,7 @@ class DualRatePipeline(DiffusionPipeline):
     ) -> tuple[Tensor, ...]:
         """Run the heavy network on z and project its context for the denoiser; with `both`, for both branches."""
         z, class_labels = self._with_null_branch(z, class_labels) if both else (z, class_labels)
-        with _cache_context(self.context_encoder, both):
+        with self._cache_context(self.context_encoder, both):
             encoded = self.context_encoder(z.to(self.context_encoder.dtype), log_snr, class_labels)
         dtype = self.denoiser.dtype
         return self.denoiser.project_context(tuple(part.to(dtype) for part in encoded.context))
@@ -169,7 +176,7 @@ class DualRatePipeline(DiffusionPipeline):
         if context is not None and not guides and len(context[0]) > len(z):
             context = tuple(part[len(z) :] for part in context)  # this step needs only the branch with the class
         z, class_labels = self._with_null_branch(z, class_labels) if guides else (z, class_labels)
-        with _cache_context(self.denoiser, guides):
+        with self._cache_context(self.denoiser, guides):
             v = self.denoiser(z, log_snr, class_labels, context, context_log_snr).sample
         if not guides:
             return v
@@ -238,6 +245,7 @@ class DualRatePipeline(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._guidance_interval = (-math.inf, math.inf) if guidance_interval is None else guidance_interval
         self._interrupt = False
+        self._step, self._cached_rows = None, {}  # a cache that a failed call left filled starts anew
         if class_labels is not None:
             class_labels = self.get_label_ids(class_labels)
             if batch_size not in (None, len(class_labels)):
@@ -268,6 +276,7 @@ class DualRatePipeline(DiffusionPipeline):
             for i, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     continue
+                self._step = i
                 z, log_snr = self.scheduler.scale_model_input(latents, t), log_snrs[i]
                 guides = class_labels is not None and self._guides(levels[i])
 
@@ -292,9 +301,22 @@ class DualRatePipeline(DiffusionPipeline):
                     context = returned.pop("context", context)
                 progress_bar.update()
 
+        self._step, self._cached_rows = None, {}
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _cache_context(
+        self, network: UViTContextEncoder | UViTDenoiser, both: bool
+    ) -> contextlib.AbstractContextManager:
+        """Tell the host's caches, where one is enabled, which rows this is; telling costs a walk over all modules."""
+        if not network.is_cache_enabled:
+            return contextlib.nullcontext()
+        rows = "both" if both else "cond"
+        if self._cached_rows.get(network) != rows:  # not every cache keeps apart what belongs to other rows
+            HookRegistry.check_if_exists_or_initialize(network).reset_stateful_hooks()
+            self._cached_rows[network] = rows
+        return network.cache_context(rows)
 
     def _guides(self, log_snr: float) -> bool:
         low, high = self._guidance_interval
@@ -372,13 +394,6 @@ def _check_pair(context_encoder: UViTContextEncoder, denoiser: UViTDenoiser) -> 
             f"The pair does not fit: the encoder hands out context of widths {context_encoder.context_channels}, "
             f"the denoiser takes {expected if expected is None else tuple(expected)}."
         )
-
-
-def _cache_context(network: UViTContextEncoder | UViTDenoiser, both: bool) -> contextlib.AbstractContextManager:
-    """Tell the host's caches, where one is enabled, which rows this is; telling costs a walk over all modules."""
-    if not network.is_cache_enabled:
-        return contextlib.nullcontext()
-    return network.cache_context("both" if both else "cond")
 
 
 def _next_refresh(refreshes: list[bool], step: int) -> int:
