@@ -151,6 +151,8 @@ def test_a_card_has_what_the_hub_asks_for(card):
     assert data["license"] == "apache-2.0" and data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "unconditional-image-generation"
     assert "dual-rate-diffusion" in data["tags"]
+    for name in ("tags", "datasets", "metrics"):  # what the Hub shows as links: lists of identifiers
+        assert data[name] and all(re.fullmatch(r"[a-z0-9][\w.:-]*", entry) for entry in data[name])
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
@@ -159,9 +161,11 @@ def test_a_model_folder_is_the_content_of_a_hub_repository(card):
     names = json.loads((card / "model_index.json").read_text())
     networks = [name for name in ("context_encoder", "denoiser") if names.get(name, [None])[0]]
     expected = {"README.md", "model_index.json", "evaluation.json", "training.json", "samples.png"}
-    expected |= {"scheduler/scheduler_config.json"}
+    expected |= {"pipeline.py", "scheduler/scheduler_config.json", "scheduler/diffusers_dualrate.py"}
     expected |= {
-        f"{name}/{file}" for name in networks for file in ("config.json", "diffusion_pytorch_model.safetensors")
+        f"{name}/{file}"
+        for name in networks
+        for file in ("config.json", "diffusion_pytorch_model.safetensors", "diffusers_dualrate.py")
     }
     assert files - {"comparison.png"} == expected
     assert sum(path.stat().st_size for path in card.rglob("*") if path.is_file()) < 10e6

@@ -10,6 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
@@ -89,6 +90,22 @@ class DualRatePipeline(DiffusionPipeline):
         except FileNotFoundError as error:
             # Where only the cache may be used, the host's message does not say what is missing from it.
             raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save the model as a repository. Takes what the host's method takes.
+
+        Beside each component lies a line of code that names its class, as the host asks of classes it does not know. So
+        people who never import this package, but have it installed, load the model by
+        `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`. Nobody else runs it.
+        """
+        package = __name__.partition(".")[0]
+        files = {"pipeline.py": self} | {f"{name}/{package}.py": part for name, part in self.components.items()}
+        for name, thing in files.items():
+            path, cls = Path(save_directory, name), type(thing)
+            if cls.__module__.startswith(package) and not path.exists() and not Path(save_directory).is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"from {package} import {cls.__name__}  # noqa: F401\n", encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def id2label(self) -> dict[int, str]:
