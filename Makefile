@@ -1,14 +1,16 @@
 # `make demo` and `make test` work on a fresh machine that has make and Python >= 3.11: they build .venv themselves.
 PYTHON ?= python3
+CONSTRAINTS := constraints.txt
 VENV := .venv
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 CODE := setup.py src examples tests
+MODULES := $(patsubst src/diffusers_dualrate/%.py,diffusers_dualrate.%,$(filter-out %/__init__.py %/registration.py,$(wildcard src/diffusers_dualrate/*.py)))
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest lint format docs dist clean
 
 demo: $(VENV)/.train
 	$(PY) examples/generate.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32 --output demo.png
@@ -16,14 +18,25 @@ demo: $(VENV)/.train
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
+# The same suite on the oldest versions that setup.py allows, in an environment of its own.
+test-oldest:
+	$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 lint: $(VENV)/.dev
 	$(PY) -m ruff check $(CODE) && $(PY) -m ruff format --check $(CODE)
 
 format: $(VENV)/.dev
 	$(PY) -m ruff check --fix $(CODE) && $(PY) -m ruff format $(CODE)
 
+docs: $(VENV)/.dev
+	$(PY) -m pdoc --docformat google --no-show-source --output-directory build/docs $(MODULES)
+	@echo "build/docs/index.html"
+
+dist: $(VENV)/.dev
+	rm -rf dist && $(PY) -m build --no-isolation --outdir dist && $(PY) -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache demo.png && find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) .venv-oldest build dist src/*.egg-info .pytest_cache .ruff_cache demo.png && find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 # Each stamp is written last, so an interrupted step runs again. torch goes first and alone, at its pinned version.
 $(VENV)/.created:
@@ -31,7 +44,7 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.created constraints.txt
+$(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS)
 	$(INSTALL) torch
 	@touch $@
 

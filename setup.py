@@ -11,7 +11,18 @@ README = ROOT / "README.md"
 
 TRAIN = ["accelerate", "datasets", "pillow", "tensorboard"]
 EVAL = ["matplotlib", "scikit-learn", "torchmetrics", "transformers"]
-DEV = ["packaging", "peft", "pytest", "pytest-randomly", "pytest-xdist", "ruff"]
+DEV = [
+    "build",
+    "packaging",
+    "pdoc",
+    "peft",
+    "pytest",
+    "pytest-randomly",
+    "pytest-xdist",
+    "ruff",
+    "setuptools",
+    "twine",
+]
 
 setup(
     name="diffusers-dualrate",

@@ -1,16 +1,21 @@
 """What is published: one version, two requirements, the extras by name, and nothing in the archives but the package."""
 
+import html
+import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from packaging.requirements import Requirement
 
 import diffusers_dualrate
@@ -52,8 +57,9 @@ def test_the_extras_are_train_eval_and_dev_which_holds_both(metadata):
     assert extras["train"] | extras["eval"] | {"pytest", "pytest-xdist", "ruff", "peft"} <= extras["dev"]
 
 
-def test_every_requirement_is_pinned_and_torchvision_is_not_among_them(metadata):
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-oldest.txt"])
+def test_every_requirement_is_pinned_and_torchvision_is_not_among_them(metadata, constraints):
+    lines = (ROOT / constraints).read_text(encoding="utf-8").splitlines()
     pins = {pin.name: pin.specifier for pin in (Requirement(line) for line in lines if line and line[0] != "#")}
     required = [*metadata["install_requires"], *metadata["extras_require"]["dev"]]
     assert "torchvision" not in names(required) | set(pins)
@@ -62,25 +68,36 @@ def test_every_requirement_is_pinned_and_torchvision_is_not_among_them(metadata)
         assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
 
 
+def test_the_oldest_pins_are_the_oldest_versions_that_setup_allows(metadata):
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    for requirement in metadata["install_requires"]:
+        name, _, floor = requirement.partition(">=")
+        assert f"{name}=={floor}.0" in lines
+
+
 def test_the_package_is_typed():
     assert (Path(diffusers_dualrate.__file__).parent / "py.typed").is_file()
 
 
-@pytest.mark.slow
-def test_the_archives_hold_the_package_and_neither_tests_nor_weights(tmp_path):
-    tree, out = tmp_path / "tree", tmp_path / "out"
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """(sdist, wheel), built as `make dist` does, from a copy with files that do not belong into them."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
-    for name in ("README.md", "tests/test_x.py", "examples/x.py", "model_cards/x/denoiser/model.safetensors"):
+    for name in ("tests/test_x.py", "examples/x.py", "model_cards/x/denoiser/model.safetensors"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("a stand-in", encoding="utf-8")
-    out.mkdir()
-    for archive in ("sdist", "wheel"):
-        build = f"from setuptools import build_meta; build_meta.build_{archive}({str(out)!r})"
-        subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
+    subprocess.run(build, check=True, capture_output=True)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
 
-    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+
+@pytest.mark.slow
+def test_the_archives_hold_the_package_and_neither_tests_nor_weights(archives):
+    sdist, wheel = archives
     stem = f"diffusers_dualrate-{diffusers_dualrate.__version__}"
     modules = {f"diffusers_dualrate/{path.name}" for path in (ROOT / "src" / "diffusers_dualrate").glob("*.py")}
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
@@ -90,6 +107,48 @@ def test_the_archives_hold_the_package_and_neither_tests_nor_weights(tmp_path):
     in_sdist = {name.removeprefix(f"{stem}/") for name in tarfile.open(sdist).getnames()}
     assert {f"src/{name}" for name in modules | {"diffusers_dualrate/py.typed"}} | {"LICENSE", "setup.py"} <= in_sdist
     assert not [name for name in in_sdist if name.startswith(("tests", "examples", "model_cards"))]
+
+
+@pytest.mark.slow
+def test_the_archives_are_what_a_package_index_accepts(archives):
+    check = [sys.executable, "-m", "twine", "check", "--strict", *archives]
+    result = subprocess.run(check, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("PASSED") == 2, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_into_an_empty_environment_and_imports(archives, tmp_path):
+    """The requirements are borrowed from the environment that runs the tests; our package there stays out of sight."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", archives[1]]
+    subprocess.run(install, check=True, capture_output=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
+    code = "import diffusers_dualrate; print(diffusers_dualrate.__version__, diffusers_dualrate.__file__)"
+    result = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    version, file = result.stdout.split()
+    assert version == diffusers_dualrate.__version__ and Path(file).is_relative_to(site)
+
+
+@pytest.mark.slow
+def test_the_reference_is_rendered_with_a_page_for_every_module_and_every_public_name(tmp_path):
+    """As `make docs` does it. Kills: a docstring that does not render; a public name without one."""
+    recipe = ["make", "--no-print-directory", "-n", "-o", ".venv/.dev", "docs"]
+    line = subprocess.run(recipe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    _, *arguments = shlex.split(line)
+    arguments[arguments.index("--output-directory") + 1] = str(tmp_path)
+    command = [sys.executable, "-W", "error::UserWarning:pdoc", *arguments]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    pages = {path.stem: path.read_text() for path in (tmp_path / "diffusers_dualrate").glob("*.html")}
+    modules = {path.stem for path in (ROOT / "src/diffusers_dualrate").glob("*.py")} - {"__init__", "registration"}
+    assert pages.keys() == modules
+    for name in diffusers_dualrate.__all__:
+        thing = getattr(diffusers_dualrate, name)
+        if thing.__module__.startswith("diffusers_dualrate"):
+            page = pages[thing.__module__.rpartition(".")[2]]
+            assert f'id="{name}"' in page and html.escape(thing.__doc__.split(",")[0].split("\n")[0][:20]) in page
 
 
 ONLY_TORCH_AND_DIFFUSERS = """
