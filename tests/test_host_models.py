@@ -15,6 +15,10 @@ from peft import LoraConfig
 
 from diffusers_dualrate.uvit import UViTAttnProcessor, UViTParallelSelfAttention
 
+needs_host_onload = pytest.mark.skipif(
+    torch.__version__ < "2.7" and not torch.accelerator.is_available(), reason="asks this torch for an accelerator"
+)
+
 
 @pytest.fixture(params=["context_encoder", "denoiser"])
 def network(request, make_networks):
@@ -145,6 +149,7 @@ def test_layerwise_casting_rounds_what_is_stored_and_spares_norms_and_embeddings
     torch.testing.assert_close(run(network), run(rounded))
 
 
+@needs_host_onload
 @pytest.mark.parametrize(
     "options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
 )
@@ -198,20 +203,20 @@ def test_lora_is_added_trained_saved_loaded_and_deleted(network, tmp_path):
     network.requires_grad_(False)
     network.set_adapters("style")
     network.disable_lora()
-    assert torch.equal(run(network), plain)
+    torch.testing.assert_close(run(network), plain)
     network.enable_lora()
-    assert torch.equal(run(network), adapted)
+    torch.testing.assert_close(run(network), adapted)
 
     network.save_lora_adapter(tmp_path, adapter_name="style")
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     file = {"weight_name": "pytorch_lora_weights.safetensors"}  # without a network, the host does not guess
     bare.load_lora_adapter(tmp_path, prefix=None, adapter_name="style", **file)
-    assert torch.equal(run(bare), adapted)
+    torch.testing.assert_close(run(bare), adapted)
     bare.set_adapters("style", 0.0)
     torch.testing.assert_close(run(bare), plain)
     for changed in (network, bare):
         changed.delete_adapters("style")
-        assert torch.equal(run(changed), plain)
+        torch.testing.assert_close(run(changed), plain)
     network.unload_lora()
     assert list(network.state_dict()) == names
 
