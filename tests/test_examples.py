@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,8 +10,10 @@ from PIL import Image
 import benchmark
 import evaluate
 import generate
+import train_classifier
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.data import load_images
+from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import image_flops
 
 NUM_CLASSES = 8
@@ -123,3 +126,22 @@ def test_benchmark_counts_evaluations_and_reports_ratios(capsys):
     )
     assert report["dual-rate"]["flops"] < report["single-rate"]["flops"]
     assert "fewer FLOPs" in capsys.readouterr().out
+
+
+def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_path):
+    for i in range(60):
+        pixels = np.random.default_rng(i).integers(0, 100, (8, 8, 3), dtype=np.uint8)
+        pixels[..., i % 3] += 120  # the class is the colour that prevails
+        (tmp_path / "images" / f"colour {i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"colour {i % 3}" / f"{i}.png")
+    arguments = ["--preset", "examples/presets/tiny.json", "--resolution", "8", "--label_column", "label"]
+    arguments += ["--train_data_dir", tmp_path / "images", "--cache_dir", tmp_path / "cache"]
+    arguments += ["--output", tmp_path / "colours.safetensors", "--max_train_steps", 30, "--train_batch_size", 16]
+    facts = train_classifier.main(train_classifier.parse_args([str(argument) for argument in arguments]))
+    assert facts["held_out_images"] == 6 and facts["held_out_accuracy"] == 1
+    classifier = ImageClassifier.load(tmp_path / "colours.safetensors")
+    assert classifier.facts["max_train_steps"] == 30 and classifier.facts["held_out_accuracy"] == 1
+    plain = torch.full((3, 3, 8, 8), -0.5)
+    for colour in range(3):
+        plain[colour, colour] = 0.5
+    assert classifier(plain).argmax(1).tolist() == [0, 1, 2]
