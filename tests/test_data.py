@@ -427,3 +427,27 @@ def test_emoji32_is_transparent_with_a_margin_of_two_pixels(emoji):
         assert image.mode == "RGBA" and image.size == (32, 32)
         left, top, right, bottom = image.getchannel("A").getbbox()
         assert left >= 2 and top >= 2 and right <= 30 and bottom <= 30
+
+
+def test_the_digits_are_those_of_scikit_learn_and_their_halves_share_no_image_and_every_class():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = LabelledImages(load_images("digits", label_column="label"), 8, label_column="label", channels=1)
+    assert len(images) == len(digits.images) and images.id2label[3] == "3"
+    for row in (0, 900, 1796):
+        pixels = (images[row]["pixel_values"][0].numpy() + 1) * 8
+        np.testing.assert_allclose(pixels, digits.images[row], atol=8 / 255 + 1e-6)
+        assert images[row]["class_labels"] == digits.target[row]
+    halves = [load_images("digits", label_column="label", split=name) for name in ("reference", "floor")]
+    assert [len(half) for half in halves] == [899, 898]
+    first, second = ([np.asarray(image).tobytes() for image in half["image"]] for half in halves)
+    everything = [np.asarray(image).tobytes() for image in load_images("digits")["image"]]
+    assert sorted(first + second) == sorted(everything) and not set(first) & set(second)
+    counts = [np.bincount(half["label"], minlength=10) for half in halves]
+    assert abs(counts[0] - counts[1]).max() <= 1
+
+
+def test_a_split_that_the_digits_do_not_have_is_refused():
+    with pytest.raises(ValueError, match="'test'"):
+        load_images("digits", split="test")

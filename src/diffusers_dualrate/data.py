@@ -84,11 +84,11 @@ def load_images(
     """Opens a data set of images from exactly one of two sources.
 
     Args:
-        dataset_name: A data set of the Hub, or the path of a local one.
+        dataset_name: A data set of the Hub, or the path of a local one, or "digits" for those of scikit-learn.
         train_data_dir: A folder of images; sub-folders, where there are any, become the column `label`.
         image_column: The column that must hold the images.
         label_column: The column that must hold the classes, if any.
-        split: The split to open.
+        split: The split to open. The digits' halves are called "reference" and "floor", "train" being both.
         cache_dir: Where `datasets` keeps its copies.
 
     Returns:
@@ -101,7 +101,9 @@ def load_images(
 
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(f"One of `dataset_name` {dataset_name!r} and `train_data_dir` {train_data_dir!r} is needed.")
-    if dataset_name is not None:
+    if dataset_name == "digits":
+        dataset = _load_digits(split)
+    elif dataset_name is not None:
         dataset = load_dataset(dataset_name, split=split, cache_dir=cache_dir)
     elif not Path(train_data_dir).is_dir():
         raise ValueError(f"The folder {str(train_data_dir)!r} does not exist.")
@@ -112,6 +114,25 @@ def load_images(
             raise ValueError(f"The folder {str(train_data_dir)!r} holds no images.") from error
     _check(dataset, image_column, label_column)
     return dataset
+
+
+def _load_digits(split):
+    """The 1,797 digits of scikit-learn, 8x8 and grey, or every other one of each class."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    by_class = np.argsort(digits.target, kind="stable")
+    halves = {"train": np.sort(by_class), "reference": np.sort(by_class[::2]), "floor": np.sort(by_class[1::2])}
+    if split not in halves:
+        raise ValueError(f"The digits have no split {split!r}; they have {', '.join(halves)}.")
+    rows = halves[split]
+    levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
+    return Dataset.from_dict(
+        {"image": [Image.fromarray(levels[row]) for row in rows], "label": digits.target[rows].tolist()},
+        features=Features({"image": ImageFeature(), "label": ClassLabel(names=[*"0123456789"])}),
+    )
 
 
 class LabelledImages(torch.utils.data.Dataset):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .data import Augmentation, LabelledImages, ShuffledIndices, load_images
+from .letters import Letters
 from .pipeline import DualRatePipeline
 
 _CHECKPOINT = "checkpoint-"
@@ -59,7 +60,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--preset", required=True, help="JSON file with networks, scheduler and training recipe.")
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Data set on the Hub or in a local folder, read with `datasets`.")
+    data.add_argument(
+        "--dataset_name", help="Data set on the Hub or in a local folder, read with `datasets`; or letters, or digits."
+    )
     data.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     data.add_argument("--image_column", default="image")
     data.add_argument("--label_column", help="Column of classes; none trains an unconditional model.")
@@ -106,8 +109,10 @@ def read_preset(args: argparse.Namespace) -> dict:
     return preset
 
 
-def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages:
-    """Open the data set that the arguments name, augmented as the preset says."""
+def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | Letters:
+    """Open the data set that the arguments name, augmented as the preset says; letters are rendered, not read."""
+    if args.dataset_name == "letters":
+        return Letters(preset["denoiser"]["sample_size"], label_column=args.label_column, seed=args.seed)
     return LabelledImages(
         load_images(
             args.dataset_name,
