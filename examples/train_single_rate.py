@@ -6,18 +6,17 @@
 With the heavy network this is the baseline, and later the teacher, of a Dual-Rate pair of the same preset. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
-import math
-from pathlib import Path
+import copy
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, training
 from diffusers_dualrate.losses import denoising_loss, draw, seed_of
+from diffusers_dualrate.runs import Run
 
 
 def parse_args(argv=None):
@@ -52,7 +51,8 @@ def main(args):
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     network = training.TrainablePair(denoiser).train()
-    checkpoint = training.open_run(args, preset, network, images, accelerator)
+    averaged = copy.deepcopy(network).eval()  # will hold the EMA weights, to sample from and to save
+    run = Run(accelerator, args, preset, network, images)
 
     optimizer = torch.optim.AdamW(
         network.parameters(),
@@ -66,13 +66,10 @@ def main(args):
         num_warmup_steps=recipe["lr_warmup_steps"],
         num_training_steps=recipe["max_train_steps"],
     )
-    first_step = 0 if checkpoint is None else training.step_of(checkpoint)
-    loader = training.make_loader(images, accelerator, args, recipe, first_step)
-    network, optimizer, lr_scheduler, loader = accelerator.prepare(network, optimizer, lr_scheduler, loader)
+    network, optimizer, lr_scheduler, loader = accelerator.prepare(network, optimizer, lr_scheduler, run.make_loader())
     ema = EMAModel(network.parameters(), decay=recipe["ema_decay"])
     ema.to(accelerator.device)
-    if checkpoint is not None:
-        training.load_checkpoint(accelerator, ema, checkpoint)
+    run.load(ema)
 
     def log_snr(t):
         return scheduler.log_snr(t * scheduler.config.num_train_timesteps)
@@ -80,75 +77,44 @@ def main(args):
     def log_snr_rate(t):
         return scheduler.log_snr_rate(t * scheduler.config.num_train_timesteps)
 
-    def make_pipeline():
-        return DualRatePipeline(
-            accelerator.unwrap_model(network).denoiser,
-            scheduler,
-            id2label=images.id2label,
-            num_inference_steps=recipe["num_inference_steps"],
-            guidance_scale=recipe["guidance_scale"] if images.num_classes else 1.0,
-        )
-
-    training.announce(accelerator, args, preset, network, images, first_step)
-    progress = tqdm(
-        initial=first_step, total=recipe["max_train_steps"], disable=not accelerator.is_local_main_process, unit="step"
+    pipeline = DualRatePipeline(
+        averaged.denoiser,
+        scheduler,
+        id2label=images.id2label,
+        num_inference_steps=recipe["num_inference_steps"],
+        guidance_scale=recipe["guidance_scale"] if images.num_classes else 1.0,
     )
-    losses = []
-    for micro_step, batch in enumerate(loader, start=first_step * args.gradient_accumulation_steps):
-        step, part = divmod(micro_step, args.gradient_accumulation_steps)
-        x, class_labels = batch["pixel_values"], batch.get("class_labels")
-        rows = training.rows_of_process(accelerator, part, len(x))
-        draws = draw(args.seed, step, rows, x.shape[1:], accelerator.device)
-        torch.manual_seed(seed_of(args.seed, micro_step, accelerator.process_index))  # for dropout in the networks
 
-        with accelerator.accumulate(network):
-            result = network(
-                denoising_loss,
-                x,
-                class_labels,
-                draws,
-                log_snr=log_snr,
-                log_snr_rate=log_snr_rate,
-                bias=recipe["bias"],
-                label_dropout=recipe["label_dropout"],
-                null_label=images.num_classes,
-            )
-            accelerator.backward(result.loss)
+    with run.watch(ema, averaged, pipeline):
+        for step, part, batch in run.batches(loader):
+            x, class_labels = batch["pixel_values"], batch.get("class_labels")
+            draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device)
+            torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
+
+            with accelerator.accumulate(network):
+                result = network(
+                    denoising_loss,
+                    x,
+                    class_labels,
+                    draws,
+                    log_snr=log_snr,
+                    log_snr_rate=log_snr_rate,
+                    bias=recipe["bias"],
+                    label_dropout=recipe["label_dropout"],
+                    null_label=images.num_classes,
+                )
+                accelerator.backward(result.loss)
+                run.note(loss=result.loss, v_loss=result.v_loss.mean())
+                if accelerator.sync_gradients:
+                    run.agree(accelerator.clip_grad_norm_(network.parameters(), recipe["max_grad_norm"]))
+                optimizer.step()
+                optimizer.zero_grad()
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(network.parameters(), recipe["max_grad_norm"])
-                # Under fp16 the scaler skips steps whose gradient overflows, but a loss must be finite there too.
-                if not math.isfinite(norm if accelerator.scaler is None else result.loss):
-                    last = training.list_checkpoints(Path(args.output_dir))
-                    raise ValueError(
-                        f"The training diverged at step {step}; the last good state is {last[-1] if last else 'none'}."
-                    )
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(result.v_loss.mean())
-        if not accelerator.sync_gradients:
-            continue
-
-        lr_scheduler.step()
-        ema.step(network.parameters())
-        step += 1
-        progress.update()
-        if step % 50 == 0 or step == recipe["max_train_steps"]:
-            v_loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            accelerator.log({"v_loss": v_loss, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
-            progress.set_postfix(v_loss=f"{v_loss:.4f}")
-            losses.clear()
-        if step % args.checkpointing_steps == 0 or step == recipe["max_train_steps"]:
-            training.save_checkpoint(accelerator, ema, args, step)
-        if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
-            with training.ema_weights(ema, network):
-                training.sample_grid(make_pipeline(), Path(args.output_dir) / "samples" / f"{step:07}.png")
-
-    if accelerator.is_main_process:
-        with training.ema_weights(ema, network):
-            training.save_pipeline(make_pipeline(), args.network, accelerator, args, preset)
-    progress.close()
-    accelerator.end_training()
+                lr_scheduler.step()
+                ema.step(network.parameters())
+                run.finish_step(lr=lr_scheduler.get_last_lr()[0])
+        return run.finish(args.network)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    raise SystemExit(main(parse_args()))

@@ -12,8 +12,10 @@ A warp continues the edge of the picture, transparent or not, beyond its border.
 """
 
 import io
+import itertools
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -292,6 +294,31 @@ class ShuffledIndices(torch.utils.data.Sampler):
             first = epoch * self.size
             for position in range(max(self.start, first), min(self.stop, first + self.size)):
                 yield epoch, order[position - first]
+
+
+class DealtBatches(torch.utils.data.Sampler):
+    """Deals each global batch of a sequence out into `parts` batches, like cards: batch p holds rows p, p + parts, ...
+
+    So the first rows of all parts are the first rows of the global batch, however many parts there are. What is left
+    over at the end is dropped.
+
+    Args:
+        order: The sequence of indices.
+        batch_size: Size of one part.
+        parts: Number of processes times parts of a step.
+    """
+
+    def __init__(self, order: Iterable, batch_size: int, parts: int):
+        self.order, self.batch_size, self.parts, self.drop_last = order, batch_size, parts, True
+
+    def __len__(self) -> int:
+        return len(self.order) // (self.batch_size * self.parts) * self.parts
+
+    def __iter__(self):
+        order = iter(self.order)
+        while len(rows := list(itertools.islice(order, self.batch_size * self.parts))) == self.batch_size * self.parts:
+            for part in range(self.parts):
+                yield rows[part :: self.parts]
 
 
 def _warp(pixels: np.ndarray, down: int, right: int, zoom: float) -> np.ndarray:

@@ -1,0 +1,348 @@
+"""A training run: the folder it owns, its steps and batches, stopping and going on, what it logs and leaves behind.
+
+No loop and no mathematics: those are in the examples. A loop uses a run like this:
+
+    run = Run(accelerator, args, preset, networks, images)      # claims the folder; refuses what cannot work
+    averaged = copy.deepcopy(networks).eval()                   # will hold the EMA weights, for samples and release
+    networks, optimizer, lr_scheduler, loader = accelerator.prepare(..., run.make_loader())
+    ema = EMAModel(networks.parameters(), decay=...)
+    run.load(ema)                                               # goes on where a checkpoint stopped
+    with run.watch(ema, averaged, pipeline):                    # SIGINT and SIGTERM now end the loop in order
+        for step, part, batch in run.batches(loader):
+            with accelerator.accumulate(networks):
+                ...
+                run.note(loss=loss)                             # logged, and must be finite
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(...)
+                    run.agree(norm)                             # raises everywhere before weights are touched
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                lr_scheduler.step()
+                ema.step(networks.parameters())
+                run.finish_step(lr=...)                         # logs, saves, draws, each when it is due
+        return run.finish("pair")                               # saves the model; the exit status of the script
+"""
+
+import argparse
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from huggingface_hub import create_repo, upload_folder
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .checkpoints import (
+    find_damage,
+    find_newest,
+    gather,
+    is_checkpoint,
+    keep_newest,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
+from .data import DealtBatches, LabelledImages, ShuffledIndices
+from .flops import context_flops, network_flops
+from .pipeline import DualRatePipeline
+from .training import sample_images
+
+LOGGING_STEPS = 50
+
+
+class Run:
+    """One training run in one folder, the same on every process.
+
+    Args:
+        accelerator: Accelerate's, made by the script.
+        args: Flags of `training.argument_parser`.
+        preset: What `training.read_preset` read. `train_batch_size` of its recipe is the global batch; it is set here
+            where the flag of that name gives the images per process and forward pass.
+        networks: Module whose children are the networks to train, before `prepare`.
+        images: What to train on.
+
+    Attributes:
+        step: Steps done.
+        is_stopping: Whether all processes agreed to stop after the running step.
+
+    Raises:
+        ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
+            not exist, is damaged or belongs to another run; if the batch cannot be divided.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+        preset: dict,
+        networks: nn.Module,
+        images: LabelledImages,
+    ):
+        self.accelerator, self.args, self.preset, self.images = accelerator, args, preset, images
+        self.recipe, self.output_dir = preset["training"], Path(args.output_dir)
+        self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        if args.train_batch_size is not None:
+            self.recipe["train_batch_size"] = args.train_batch_size * self.parts
+        if self.recipe["train_batch_size"] % self.parts:
+            raise ValueError(
+                f"The preset's train_batch_size {self.recipe['train_batch_size']} is not divisible by "
+                f"{accelerator.num_processes} processes times {accelerator.gradient_accumulation_steps} parts of a step."
+            )
+        self.checkpoint = self._claim_folder(networks)
+        self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
+        self.is_stopping, self._signal, self._noted = False, None, {}
+        if args.push_to_hub and accelerator.is_main_process:
+            # Before training, so that a missing right is known at once.
+            self._repo_id = create_repo(args.hub_model_id or self.output_dir.resolve().name, exist_ok=True).repo_id
+
+    def _claim_folder(self, networks):
+        """Checks that the output folder is free or holds this run; returns the checkpoint to resume from, if any."""
+        args, output_dir = self.args, self.output_dir
+        configuration = {
+            "networks": {name: dict(network.config) for name, network in networks.named_children()},
+            "scheduler": self.preset["scheduler"],
+            # How long a run is may change while it goes on.
+            "training": {key: value for key, value in self.recipe.items() if key != "max_train_steps"},
+            "gradient_accumulation_steps": self.accelerator.gradient_accumulation_steps,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "data": args.dataset_name or args.train_data_dir,
+            "images": len(self.images),
+            "seed": args.seed,
+        }
+        configuration = json.loads(json.dumps(configuration))
+        chosen = None
+        if args.resume_from_checkpoint not in (None, "latest"):
+            chosen = Path(args.resume_from_checkpoint)
+            if not is_checkpoint(chosen) or (damage := find_damage(chosen)):
+                raise ValueError(
+                    f"{chosen} is not a checkpoint of a training run."
+                    if not is_checkpoint(chosen)
+                    else f"The checkpoint {chosen} cannot be read: {damage}."
+                )
+        holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "model_index.json").exists()
+        if holds_run and not args.resume_from_checkpoint:
+            raise ValueError(
+                f"{output_dir} already holds a run: give --resume_from_checkpoint latest, or another --output_dir."
+            )
+        for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
+            record = folder / "run.json"
+            known = json.loads(record.read_text()) if record.is_file() else {}
+            differing = [key for key in configuration if known.get(key) != configuration[key]]
+            if differing:
+                raise ValueError(
+                    f"{folder} belongs to a run with another configuration: {', '.join(differing)} differ, see {record}."
+                )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "run.json").write_text(json.dumps(configuration, indent=2) + "\n")
+            if args.resume_from_checkpoint == "latest":
+                chosen = find_newest(output_dir)
+            keep_newest(output_dir, None)
+        return broadcast_object_list([chosen])[0]
+
+    def make_loader(self) -> DataLoader:
+        """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
+        size, steps = self.recipe["train_batch_size"], self.recipe["max_train_steps"]
+        order = ShuffledIndices(len(self.images), self.args.seed, self.step * size, steps * size)
+        batches = DealtBatches(order, size // self.parts, self.parts)
+        return DataLoader(self.images, batch_sampler=batches, num_workers=self.args.dataloader_num_workers)
+
+    def load(self, ema: EMAModel) -> None:
+        """Restore what `prepare` returned and the EMA weights from the checkpoint, if there is one to resume from."""
+        if self.checkpoint is not None:
+            load_checkpoint(self.accelerator, ema, self.checkpoint)
+            self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            keep_newest(self.output_dir, self.args.checkpoints_total_limit)
+
+    def rows(self, part: int) -> range:
+        """Numbers in the global batch of the rows that this process holds in a part of a step."""
+        first = part * self.accelerator.num_processes + self.accelerator.process_index
+        return range(first, self.recipe["train_batch_size"], self.parts)
+
+    @contextlib.contextmanager
+    def watch(self, ema: EMAModel, averaged: nn.Module, pipeline: DualRatePipeline) -> Iterator[None]:
+        """Announce the run, start trackers and progress bar, and let signals end the loop at a step's boundary.
+
+        Args:
+            ema: Its weights go into checkpoints and, at each sampling, into `averaged`.
+            averaged: Copy, made before `prepare`, of the module that is averaged. So whatever samples leave the
+                trained weights alone, and wrappers that spread them need not know.
+            pipeline: Pipeline of the networks in `averaged`, to sample and to save.
+        """
+        self.ema, self.averaged, self.pipeline = ema, averaged, pipeline
+        self.pipeline.set_progress_bar_config(disable=True)
+        self._announce()
+        self._seconds, self._started, self._logged_step = 0.0, time.perf_counter(), self.step
+        self._progress = tqdm(
+            initial=self.step,
+            total=self.recipe["max_train_steps"],
+            disable=not self.accelerator.is_local_main_process,
+            unit="step",
+        )
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self._progress.close()
+        self.accelerator.end_training()
+
+    def _ask_to_stop(self, number, frame):
+        self._signal = number
+
+    def _announce(self):
+        accelerator, images, size = self.accelerator, self.images, self.recipe["train_batch_size"]
+        if self.args.report_to:
+            flags = {k: v for k, v in vars(self.args).items() if isinstance(v, (bool, int, float, str))}
+            accelerator.init_trackers("diffusers-dualrate", config=flags)
+        accelerator.print(json.dumps(self.recipe, indent=2))
+        for name, network in self.averaged.named_children():
+            flops = network_flops(network)
+            if name == "denoiser" and network.config.context_channels is not None:
+                flops += context_flops(network)
+            count = sum(parameter.numel() for parameter in network.parameters())
+            accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
+        accelerator.print(
+            f"{len(images):,} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
+            f"{self.recipe['max_train_steps']:,} of {size:,} images on {accelerator.num_processes} processes"
+        )
+
+    def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Yield (step, part of the step, batch) until training ends or has been stopped."""
+        parts = self.accelerator.gradient_accumulation_steps
+        for micro_step, batch in enumerate(loader, start=self.step * parts):
+            yield *divmod(micro_step, parts), batch
+            if self.is_stopping:
+                return
+
+    def note(self, **scalars: Tensor) -> None:
+        """Remember numbers of this part of the step: their mean is logged, and they must be finite."""
+        for name, value in scalars.items():
+            self._noted.setdefault(name, []).append(value.detach().float())
+
+    def agree(self, norm: Tensor) -> None:
+        """Settle with all processes, before weights change, whether the step is sound and whether to stop after it.
+
+        Args:
+            norm: Norm of the gradients. Under fp16 it may overflow: the scaler then leaves the step out.
+
+        Raises:
+            ValueError: On every process, if the norm or something noted is not finite on any.
+        """
+        numbers = [value for values in self._noted.values() for value in values]
+        if self.accelerator.scaler is None:
+            numbers.append(torch.as_tensor(norm, device=self.accelerator.device).float())
+        is_bad = ~torch.stack(numbers).isfinite().all()
+        flags = torch.stack([is_bad.float(), torch.full_like(is_bad, self._signal is not None, dtype=torch.float32)])
+        is_bad, self.is_stopping = (self.accelerator.reduce(flags, "sum") > 0).tolist()
+        if is_bad:
+            last = list_checkpoints(self.output_dir)
+            raise ValueError(
+                f"The training diverged at step {self.step}; the last good state is {last[-1] if last else 'none'}."
+            )
+
+    def finish_step(self, **scalars: float) -> None:
+        """Count the step, then log, save a checkpoint and draw samples, each if it is due.
+
+        Args:
+            scalars: Numbers to log as they are, such as the learning rate.
+        """
+        self._seconds += time.perf_counter() - self._started
+        self.step += 1
+        self._progress.update()
+        is_last = self.is_stopping or self.step == self.recipe["max_train_steps"]
+        if is_last or self.step % LOGGING_STEPS == 0:
+            self._log(scalars)
+        if is_last or self.step % self.args.checkpointing_steps == 0:
+            save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {})
+            if self.accelerator.is_main_process:
+                keep_newest(self.output_dir, self.args.checkpoints_total_limit)
+        if self.args.validation_steps and self.step % self.args.validation_steps == 0:
+            self._draw()
+        self._started = time.perf_counter()  # what is saved or drawn is no training time
+
+    def _log(self, scalars):
+        means = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
+        means = dict(zip(self._noted, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        seen = self.recipe["train_batch_size"]
+        speed = (self.step - self._logged_step) * seen / self._seconds
+        self.accelerator.log(
+            means | scalars | {"images_per_second": speed, "images_seen": self.step * seen}, step=self.step
+        )
+        self._progress.set_postfix(
+            {name: f"{value:.4f}" for name, value in means.items()} | {"images/s": f"{speed:.0f}"}
+        )
+        self._noted, self._seconds, self._logged_step = {}, 0.0, self.step
+
+    def _update_averaged(self):
+        """Puts the EMA weights into the pipeline; called by all processes, as FSDP spreads weights over them."""
+        for parameter, shadow in zip(self.averaged.parameters(), self.ema.shadow_params, strict=True):
+            parameter.data.copy_(gather(shadow))
+
+    def _draw(self):
+        self._update_averaged()
+        if not self.accelerator.is_main_process:
+            return
+        images = sample_images(self.pipeline.to(self.accelerator.device))
+        self.pipeline.to("cpu")
+        path = self.output_dir / "samples" / f"{self.step:07}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_image_grid(images, rows=4, cols=8).save(path)
+        array = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):  # not every tracker of Accelerate's takes images
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": array}, step=self.step, **options)
+
+    def finish(self, network: str) -> int:
+        """Save the model with the EMA weights where `from_pretrained` finds it, and a record of its training beside it.
+
+        A run that was asked to stop saves its checkpoint only.
+
+        Args:
+            network: What was trained, for the record.
+
+        Returns:
+            The exit status of the script: 0, or for a stopped run 128 and the signal's number, as a shell has it.
+        """
+        if self.step < self.recipe["max_train_steps"]:
+            self.accelerator.print(
+                f"Stopped at step {self.step} by a signal: --resume_from_checkpoint latest goes on from there."
+            )
+            return 128 + (self._signal or signal.SIGTERM)
+        self._update_averaged()
+        if self.accelerator.is_main_process:
+            self.pipeline.save_pretrained(self.output_dir)
+            record = {
+                "preset": Path(self.args.preset).stem,
+                "network": network,
+                "data": Path(self.args.dataset_name or self.args.train_data_dir).name,
+                "images_seen": self.step * self.recipe["train_batch_size"],
+                "seed": self.args.seed,
+                "recipe": self.recipe,
+            }
+            (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+            if self.args.push_to_hub:
+                self.pipeline.push_to_hub(self._repo_id)
+                more = ["training.json", "samples/*"]
+                upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
+        self.accelerator.wait_for_everyone()
+        return 0
