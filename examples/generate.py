@@ -7,7 +7,6 @@ steps, the fast solver that every diffusers user has. What each costs is printed
 """
 
 import argparse
-import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.flops import image_flops
+from diffusers_dualrate.flops import count_evaluations, image_flops
 
 
 def parse_args(argv=None):
@@ -50,32 +49,13 @@ class Row:
     seconds: float
 
 
-@contextlib.contextmanager
-def counted(*networks):
-    """Count the evaluations of networks while the block runs; absent networks stay at 0."""
-    counts = [0] * len(networks)
-
-    def count(position):
-        def hook(*_):
-            counts[position] += 1
-
-        return hook
-
-    handles = [network.register_forward_hook(count(i)) for i, network in enumerate(networks) if network is not None]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     """Sample the classes from the seeds of this picture, with proof of what was evaluated."""
     count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
     pipe.set_progress_bar_config(desc=name)
     start = time.perf_counter()
-    with counted(pipe.context_encoder, pipe.denoiser) as evaluations:
+    with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         images = pipe(
             class_labels,
             batch_size=None if class_labels else count,

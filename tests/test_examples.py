@@ -1,19 +1,28 @@
 """The examples that generate, measure and time, run as a user runs them, on tiny models."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
 import benchmark
 import evaluate
 import generate
 import train_classifier
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
-from diffusers_dualrate.data import load_images
-from diffusers_dualrate.evaluation import ImageClassifier
+from diffusers_dualrate.data import Augmentation, load_images
+from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.flops import image_flops
 
 NUM_CLASSES = 8
@@ -81,39 +90,161 @@ def test_generate_takes_named_classes_and_steps(models):
 
 
 @pytest.fixture
-def report(models, data):
-    arguments = ["--model", models / "pair", "--heavy", models / "heavy", "--light", models / "light"]
-    arguments += ["--preset", "examples/presets/tiny.json", *data, "--num_samples", 20, "--num_noises", 1]
-    arguments += ["--output", models / "evaluation.json", "--grid", models / "grid.png"]
-    evaluate.main(evaluate.parse_args([str(argument) for argument in arguments]))
-    return json.loads((models / "evaluation.json").read_text())
+def measure(models, data):
+    """Runs evaluate.py on the pair, with a classifier that nobody trained; returns what it writes."""
+    torch.manual_seed(1)
+    ImageClassifier(3, NUM_CLASSES, level_channels=(8, 16), num_features=6).save(models / "some.safetensors", steps=0)
+
+    def run(*more):
+        arguments = ["--model", models / "pair", "--preset", "examples/presets/tiny.json", *data, "--num_samples", 20]
+        arguments += ["--num_noises", 40, "--batch_size", 8, "--classifier", models / "some.safetensors"]
+        arguments += ["--output", models / "evaluation.json", "--cache_dir", models / "cache", *more]
+        args = evaluate.parse_args([str(argument) for argument in arguments])
+        evaluate.main(args)
+        return json.loads(Path(args.output).read_text())
+
+    return run
 
 
-def test_evaluate_writes_both_facts_with_what_they_were_measured_with(report):
+def test_evaluate_writes_every_figure_with_what_it_was_measured_with(measure, models):
+    measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--solver_steps", 3)
+    rivals = ["--heavy", models / "heavy", "--light", models / "light"]
+    report = measure(*rivals, "--grid", models / "grid.png")
+
     v_loss = report["v_loss"]
-    assert v_loss["images"] == report["data"]["images"] > 30
+    assert v_loss["images"] == 40 and report["data"]["images"] > 30
     gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
     assert v_loss["share_of_gap_recovered"] == pytest.approx((v_loss["single_rate_light"] - v_loss["model"]) / gap)
     assert v_loss["context_dropped"] != v_loss["model"]
-    nearest = report["class_of_nearest"]
-    assert nearest["samples"] == 20
-    assert nearest["model"] < 0.5 < nearest["fresh_augmented_images"]  # the model is untrained
-    assert report["num_inference_steps"] == 4 and report["num_context_steps"] == 2
-    assert report["flops_with_guidance"] == 2 * report["flops"]
-    assert {"command", "commit", "versions", "hardware", "seed"} <= report.keys()
+    (samples,), floor = report["samples"], report["floor"]
+    measures = {"fd_local", "precision_local", "recall_local", "class_accuracy", "class_of_nearest"}
+    assert floor.keys() == {f"{name}_20" for name in measures} and floor.keys() < samples.keys()
+    for values in floor.values():
+        first, second = values["values"]
+        assert values["mean"] == pytest.approx((first + second) / 2)
+        assert values["std"] == pytest.approx(abs(first - second) / 2**0.5)
+    # The model is untrained.
+    assert samples["class_of_nearest_20"]["mean"] < 0.5 < floor["class_of_nearest_20"]["mean"]
+    assert samples["fd_local_20"]["mean"] > floor["fd_local_20"]["mean"] > 0
+    assert samples["evaluations"] == {"context_encoder": 2, "denoiser": 4}
+    assert samples["num_inference_steps"] == 4 and samples["num_context_steps"] == 2
+    assert samples["flops_with_guidance"] == 2 * samples["flops"]
+    assert {"command", "commit", "versions", "hardware", "seeds", "processes"} <= report.keys()
+    assert report["classifier"]["sha256"] == file_hash(models / "some.safetensors")
+    assert Image.open(models / "grid.png").width == 16 * 64
+
+    ways = [
+        (way["solver"], way["evaluations"]["denoiser"]) for way in report["rivals"]["single_rate_heavy"]["samples"]
+    ]
+    assert ways == [("ancestral", 4), ("dpmsolver++", 3)] and report["rivals"]["single_rate_light"]["samples"] == []
+
+
+def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
+    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--batch_size", "3"])
+    images = evaluate.open_images(args, 16, Augmentation(translation=2))
+    pipe = DualRatePipeline.from_pretrained(models / "pair")
+    labels = images.class_labels[evaluate.choose(images, 10, seed=0)]
+    steps = {"num_inference_steps": 2, "num_context_steps": 1, "guidance_scale": 1.0}
+
+    def collect(num_processes, batches, *arguments):
+        found = {}
+        for rank in range(num_processes):
+            accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes, is_main_process=False)
+            for positions, x, classes in batches(*arguments, args, accelerator):
+                found |= {i: (image, label) for i, image, label in zip(positions, x, classes, strict=True)}
+        assert sorted(found) == list(range(10))
+        return torch.stack([found[i][0] for i in range(10)]), torch.stack([found[i][1] for i in range(10)])
+
+    sampled = [collect(count, evaluate.sampled_batches, pipe, labels, 10, 0, steps) for count in (1, 2, 7)]
+    real = [collect(count, evaluate.real_batches, images, 5, list(range(10))) for count in (1, 3)]
+    for x, classes in sampled[1:]:
+        assert torch.equal(x, sampled[0][0]) and torch.equal(classes, labels)
+    assert torch.equal(real[0][0], real[1][0]) and torch.equal(real[1][1], images.class_labels[:10])
+    others = collect(1, evaluate.sampled_batches, pipe, labels, 10, 1, steps)[0]
+    assert len(torch.cat([sampled[0][0], others]).flatten(1).unique(dim=0)) == 20  # no seed repeats another's image
+
+
+def test_classes_are_chosen_in_proportion_to_the_data():
+    images = SimpleNamespace(class_labels=torch.tensor([0] * 50 + [1] * 30 + [2] * 20).roll(7))
+    images = type("Images", (), {"class_labels": images.class_labels, "__len__": lambda self: 100})()
+    for count, expected in ((10, [5, 3, 2]), (100, [50, 30, 20]), (250, [125, 75, 50])):
+        chosen = evaluate.choose(images, count, seed=3)
+        assert images.class_labels[chosen].bincount().tolist() == expected
+        assert len(set(chosen)) == min(count, 100)
+    assert evaluate.choose(images, 10, seed=3) != evaluate.choose(images, 10, seed=4)
+
+
+def test_a_reference_is_measured_once_and_again_where_the_images_or_the_classifier_are_others(measure, models):
+    first = measure("--num_noises", 1)
+    (cached,) = (models / "cache").iterdir()
+    changed = cached.stat().st_mtime_ns
+    assert measure("--num_noises", 1)["floor"] == first["floor"] and cached.stat().st_mtime_ns == changed
+    measure("--num_noises", 1, "--num_reference", 30)
+    assert len(list((models / "cache").iterdir())) == 2
+    ImageClassifier(3, NUM_CLASSES, level_channels=(8, 16), num_features=6).save(models / "some.safetensors", steps=0)
+    measure("--num_noises", 1)
+    assert len(list((models / "cache").iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(measure, models, data):
+    alone = measure("--seeds", 0)
+    arguments = ["--model", models / "pair", "--preset", "examples/presets/tiny.json", *data, "--num_samples", 20]
+    arguments += ["--num_noises", 40, "--batch_size", 8, "--classifier", models / "some.safetensors", "--seeds", 0]
+    arguments += ["--output", models / "two.json", "--cache_dir", models / "another cache"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command = [str(word) for word in [*launch, "examples/evaluate.py", *arguments]]
+    paths = os.pathsep.join(["src", os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    together = json.loads((models / "two.json").read_text())
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    assert together["v_loss"] == pytest.approx(alone["v_loss"], rel=1e-12)
+    for part, other in ((alone["floor"], together["floor"]), (alone["samples"][0], together["samples"][0])):
+        for name, values in part.items():
+            if name.endswith("_20"):
+                assert other[name]["mean"] == pytest.approx(values["mean"], rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--dinov2", "nobody/nothing"], "DINOv2 'nobody/nothing' are not at hand: `hf download"),
+        (["--classifier", "nowhere.safetensors"], "no classifier 'nowhere.safetensors': examples/train_classifier.py"),
+        pytest.param(
+            ["--inception"],
+            "FID needs Inception, which `pip install torch-fidelity` brings",
+            marks=pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is at hand"),
+        ),
+    ],
+)
+def test_an_extractor_that_is_not_at_hand_says_how_to_get_it(measure, arguments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        measure(*arguments)
+
+
+def test_dinov2_of_a_folder_measures_a_distance(measure, models):
+    config = Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, intermediate_size=8
+    )
+    Dinov2Model(config).save_pretrained(models / "dinov2")
+    report = measure("--dinov2", models / "dinov2", "--num_noises", 1)
+    assert report["samples"][0]["fd_dinov2_20"]["mean"] > 0 and "precision_dinov2_20" in report["floor"]
 
 
 def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_where_nothing_is_predicted(models, data):
-    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--num_noises", "16"])
-    images = evaluate.open_images(args, 16, evaluate.Augmentation())
+    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--num_noises", "640"])
+    images = evaluate.open_images(args, 16, Augmentation())
     pipe = DualRatePipeline.from_pretrained(models / "pair")
-    first, second = (evaluate.measure_v_loss(pipe, images, args, 2) for _ in range(2))
+    first, second = (evaluate.measure_v_loss(pipe, images, args, 2, Accelerator()) for _ in range(2))
     assert first == second
     for parameter in pipe.denoiser.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     # A network that predicts 0 has the mean square of v = α ε − σ x, which is E[α² + σ² x²].
     x = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
-    zero = evaluate.measure_v_loss(pipe, images, args, 2)
+    zero = evaluate.measure_v_loss(pipe, images, args, 2, Accelerator())
     assert zero == pytest.approx((1 + x.square().mean().item()) / 2, rel=0.02)
 
 

@@ -235,6 +235,11 @@ class LabelledImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._files if self._pixels is None else self._pixels)
 
+    @property
+    def class_labels(self) -> torch.Tensor | None:
+        """Class of each image, int64 [N], without decoding any; `None` without a label column."""
+        return None if self._labels is None else torch.from_numpy(self._labels)
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], if there are labels.
 

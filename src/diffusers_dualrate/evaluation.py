@@ -12,6 +12,7 @@ shrinks, so it is read beside its floor: real images against other real ones, sa
 
 import hashlib
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,10 +20,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import interpolate, pad, silu
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What DINOv2 was trained with."""
+# What DINOv2 was trained with.
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureStatistics:
@@ -68,12 +69,12 @@ class FeatureStatistics:
             raise ValueError(f"A covariance needs at least 2 features, and there are {self.count}.")
         return (self.moments[1:, 1:] - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
-    def save(self, path: str | Path) -> None:
-        """Write into a safetensors file, under its name only when complete."""
+    def save(self, path: str | Path, **tensors: Tensor) -> None:
+        """Write into a safetensors file, with what else belongs there, under its name only when complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({"moments": self.moments.cpu()}, partial)
+        save_file({"moments": self.moments.cpu(), **tensors}, partial)
         partial.rename(path)
 
     @classmethod
@@ -201,6 +202,60 @@ class ImageClassifier(nn.Module):
         classifier.load_state_dict(load_file(path))
         classifier.facts = json.loads(metadata["facts"])
         return classifier.eval()
+
+
+def load_dinov2(name: str | Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """Feature function of DINOv2: images [B, C, H, W] in [-1, 1] to the class token [B, D].
+
+    Args:
+        name: Repository on the Hub, such as facebook/dinov2-large, or a local folder.
+        device: Where it runs.
+
+    Raises:
+        ValueError: If the weights are not at hand.
+    """
+    from transformers import AutoModel
+
+    try:
+        network = AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+    except OSError as error:
+        raise ValueError(
+            f"The weights of DINOv2 {str(name)!r} are not at hand: `hf download facebook/dinov2-large` fetches them where "
+            "there is a network, and a local folder of them does as well."
+        ) from error
+    patch = network.config.patch_size
+    side = min(224, network.config.image_size) // patch * patch
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD))
+
+    def features(x: Tensor) -> Tensor:
+        colours = (x.expand(-1, 3, -1, -1) + 1) / 2
+        colours = interpolate(colours, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return network((colours - mean) / std).last_hidden_state[:, 0]
+
+    return features
+
+
+def load_inception(device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """Feature function of the Inception network of FID: images [B, C, H, W] in [-1, 1] to features [B, 2048].
+
+    Raises:
+        ValueError: If torch-fidelity, which brings it, is not installed, or the weights are not at hand.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        network = FrechetInceptionDistance(feature=2048).inception.to(device)
+    except ModuleNotFoundError as error:
+        raise ValueError("FID needs Inception, which `pip install torch-fidelity` brings.") from error
+    except OSError as error:
+        raise ValueError(
+            f"The weights of Inception are not at hand, torch-fidelity fetches them once: {error}."
+        ) from error
+
+    def features(x: Tensor) -> Tensor:
+        return network(((x.expand(-1, 3, -1, -1) + 1) * 127.5).round().byte())
+
+    return features
 
 
 def file_hash(path: str | Path) -> str:

@@ -6,6 +6,9 @@ comparison with published tables only, is multiply-adds of the main blocks alone
 channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +42,25 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, i
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             copy(**inputs)
     return counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
+    """Count the forward passes of networks while the block runs, in the list it yields; absent networks stay at 0."""
+    counts = [0] * len(networks)
+
+    def counter(position: int):
+        def count(*_):
+            counts[position] += 1
+
+        return count
+
+    handles = [net.register_forward_hook(counter(i)) for i, net in enumerate(networks) if net is not None]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def context_flops(denoiser: UViTDenoiser, size: tuple[int, int] | None = None) -> int:

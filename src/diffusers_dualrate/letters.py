@@ -66,6 +66,11 @@ class Letters(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return IMAGES_PER_EPOCH
 
+    @property
+    def class_labels(self) -> torch.Tensor | None:
+        """Class of each image, int64 [N]; `None` without labels."""
+        return None if self.id2label is None else torch.arange(len(self)) % len(LETTERS)
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, float32 [1, H, W] in [-1, 1], and `class_labels`, int64 [], if there are labels.
 
