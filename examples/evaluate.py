@@ -95,7 +95,7 @@ def parse_args(argv=None):
 # Images and classes.
 
 
-def open_images(args, size, augmentation, split=None):
+def open_images(args, size, augmentation, split=None, *, channels=3):
     """A split of the data set at a size, augmented as no training saw it; letters are rendered, and have no splits."""
     if args.dataset_name == "letters":
         return Letters(size, label_column=args.label_column, seed=_FRESH_SEED)
@@ -112,6 +112,7 @@ def open_images(args, size, augmentation, split=None):
         image_column=args.image_column,
         label_column=args.label_column,
         augmentation=augmentation,
+        channels=channels,
         seed=_FRESH_SEED,
     )
 
@@ -287,11 +288,13 @@ def measure_v_loss(pipe, images, args, context_steps, accelerator, drop_context=
 
 def make_nearest_judge(images, args, augmentation):
     """Judge of whether the training image nearest to an image, over shifts and backgrounds, carries its class."""
-    size = (images.height, images.width)
     black, white = (
-        torch.stack([view[i]["pixel_values"] for i in range(len(view))])
-        for view in (open_images(args, size, Augmentation(background=(level, level))) for level in (0, 255))
+        open_images(
+            args, (images.height, images.width), Augmentation(background=(level, level)), channels=images.channels
+        )
+        for level in (0, 255)
     )
+    black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (black, white))
     return lambda x, labels: (
         images.class_labels[nearest_training_image(x, black, white, augmentation.translation)] == labels
     )
@@ -368,9 +371,10 @@ def main(args):
     if args.inception:
         extractors["inception"] = load_inception(accelerator.device)
 
-    size = pipe.denoiser.config.sample_size
-    images = open_images(args, size, augmentation)
-    floor_images = open_images(args, size, augmentation, args.floor_split) if args.floor_split else images
+    size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
+    images = floor_images = open_images(args, size, augmentation, channels=channels)
+    if args.floor_split:
+        floor_images = open_images(args, size, augmentation, args.floor_split, channels=channels)
     if classifier is not None and images.num_classes:
         judges["class_accuracy"] = lambda x, labels: (
             classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)

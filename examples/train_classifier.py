@@ -8,6 +8,8 @@ minutes on one CPU core.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -56,7 +58,8 @@ def measure_accuracy(classifier, images, indices, batch_size, device):
 def main(args):
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
-    preset = training.read_preset(args)
+    preset = json.loads(Path(args.preset).read_text())
+    preset["denoiser"]["sample_size"] = args.resolution or preset["denoiser"]["sample_size"]
     images = training.open_images(args, preset)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
     num_held_out = round(args.held_out * len(order))
