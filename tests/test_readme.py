@@ -15,12 +15,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import distill
 import train_dual_rate
 import train_single_rate
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").iterdir())
-SCRIPTS = {"examples/train_dual_rate.py": train_dual_rate, "examples/train_single_rate.py": train_single_rate}
+SCRIPTS = {f"examples/{module.__name__}.py": module for module in (train_dual_rate, train_single_rate, distill)}
 
 
 def blocks(path, language):

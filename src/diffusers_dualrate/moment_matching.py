@@ -112,7 +112,8 @@ def _draw_posterior(z: Tensor, x: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, 
     return factor_z * z + factor_x * x + std * noise
 
 
-def _refresh_interval(num_inference_steps: int, num_context_steps: int) -> int:
+def refresh_interval(num_inference_steps: int, num_context_steps: int) -> int:
+    """Steps N/K that share a context; a student's segments are all alike, so K must divide N."""
     if not 1 <= num_context_steps <= num_inference_steps or num_inference_steps % num_context_steps:
         raise ValueError(
             f"num_context_steps must divide num_inference_steps={num_inference_steps}, got {num_context_steps}."
@@ -184,7 +185,7 @@ def sample_student(
         num_context_steps: K, a divisor of N; N itself for a single-rate student.
     """
     noise = draws.noise
-    interval = _refresh_interval(num_inference_steps, num_context_steps)
+    interval = refresh_interval(num_inference_steps, num_context_steps)
     log_snrs = grid_log_snr(log_snr, num_inference_steps, noise)
     n = (draws.uniforms[:, 0] * num_inference_steps).long()
     refresh = n - n % interval
@@ -288,7 +289,7 @@ def grid_denoising_loss(
 
     Takes the arguments of [`moment_matching_losses`]; x cannot be `None`, and the pair (z_t, z_τ) is coupled.
     """
-    interval = _refresh_interval(num_inference_steps, num_context_steps)
+    interval = refresh_interval(num_inference_steps, num_context_steps)
     log_snrs = grid_log_snr(log_snr, num_inference_steps, x)
     n = (draws.uniforms[:, 0] * num_inference_steps).long()
     log_snr_t, log_snr_tau = log_snrs[n], log_snrs[n - n % interval]

@@ -334,7 +334,7 @@ class Run:
             record = {
                 "preset": Path(self.args.preset).stem,
                 "network": network,
-                "data": Path(self.args.dataset_name or self.args.train_data_dir).name,
+                "data": Path(self.args.dataset_name or self.args.train_data_dir or "none").name,
                 "images_seen": self.step * self.recipe["train_batch_size"],
                 "seed": self.args.seed,
                 "recipe": self.recipe,

@@ -97,14 +97,18 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_preset(args: argparse.Namespace) -> dict:
+def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict:
     """Read the preset, with the flags that override its values put in.
+
+    Args:
+        args: Flags of `argument_parser`.
+        recipe_name: Which of the preset's recipes is followed; it becomes the result's `training`.
 
     Raises:
         ValueError: If it lacks a part, or an override names nothing in it or is no JSON.
     """
     preset = json.loads(Path(args.preset).read_text())
-    missing = {"context_encoder", "denoiser", "scheduler", "training"} - preset.keys()
+    missing = {"context_encoder", "denoiser", "scheduler", recipe_name} - preset.keys()
     if missing:
         raise ValueError(f"The preset {args.preset} lacks {', '.join(sorted(missing))}.")
     for override in args.override:
@@ -116,7 +120,7 @@ def read_preset(args: argparse.Namespace) -> dict:
             preset[part][name] = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"The value of the override {override!r} is no JSON: {error}.") from error
-    recipe = preset["training"]
+    recipe = preset["training"] = preset[recipe_name]
     # The batch is the global one in the preset and a part of it in the flag: the run multiplies.
     recipe |= {
         key: value

@@ -1,0 +1,218 @@
+"""The distillation example as a user runs it, on tiny models."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+import distill
+from conftest import PRESET
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.checkpoints import list_checkpoints
+from diffusers_dualrate.moment_matching import MomentLosses, moment_matching_losses
+
+CLASSES = {0: "cat", 1: "dog"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A script owns Accelerate's process-wide state; the next test must not inherit it."""
+    yield
+    reset()
+
+
+def reset():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def save(folder, encoder=None, scheduler=None, **changes):
+    """Save a model that predicts little, but not nothing: single-rate of the encoder's shape, or a pair."""
+    torch.manual_seed(3)
+    shared = {"num_classes": 2} | changes
+    shape = {**PRESET["context_encoder"], "context_channels": None} if encoder is None else PRESET["denoiser"]
+    denoiser = UViTDenoiser(**shape | shared)
+    with torch.no_grad():
+        for weight in denoiser.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    encoder = encoder and UViTContextEncoder(**PRESET["context_encoder"] | shared)
+    pipe = DualRatePipeline(
+        denoiser,
+        DualRateScheduler(**PRESET["scheduler"] | (scheduler or {})),
+        encoder,
+        id2label=CLASSES if shared["num_classes"] == 2 else None,
+        num_inference_steps=4,
+        num_context_steps=2 if encoder else None,
+        guidance_scale=2.0,
+    )
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """An uninterrupted run of both phases, with a checkpoint at every step."""
+    run(root, root / "whole", *data(root), "--checkpointing_steps", 1)
+    return root / "whole"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Images of two classes, a teacher and a pair that was trained, as far as the script can tell."""
+    root = tmp_path_factory.mktemp("distill")
+    rng = np.random.default_rng(0)
+    for name in CLASSES.values():
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+                root / "images" / name / f"{i}.png"
+            )
+    save(root / "teacher")
+    save(root / "pair", encoder=True)
+    return root
+
+
+def data(root):
+    return ["--train_data_dir", root / "images", "--label_column", "label", "--cache_dir", root / "cache"]
+
+
+def run(root, output_dir, *more, teacher="teacher"):
+    arguments = ["--preset", "examples/presets/tiny.json", "--output_dir", output_dir, "--validation_steps", 0]
+    arguments += ["--teacher", root / teacher, *more]
+    status = distill.main(distill.parse_args([str(argument) for argument in arguments]))
+    reset()
+    return status
+
+
+def weights(path):
+    return {
+        f"{file.parent.name}.{key}": value
+        for file in sorted(path.glob("*/diffusion_pytorch_model.safetensors"))
+        for key, value in load_file(file).items()
+    }
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys() and a
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("student", [None, "pair", "teacher"])
+def test_a_student_takes_its_few_steps_without_being_told(root, whole, tmp_path, student):
+    if student is None:
+        tmp_path = whole
+    else:
+        assert run(root, tmp_path, *data(root), "--student", root / student) == 0
+    pipe = DualRatePipeline.from_pretrained(tmp_path)
+    assert (pipe.context_encoder is None) == (student == "teacher")
+    assert pipe.config.num_inference_steps == 4 and pipe.config.guidance_scale == 1.0
+    assert pipe.config.num_context_steps == (None if student == "teacher" else 2)
+    assert pipe.id2label == CLASSES and not pipe.scheduler.config.clip_sample
+    calls = {"denoiser": 0, "context_encoder": 0}
+    for name in calls:
+        if pipe.components[name] is not None:
+            pipe.components[name].register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    image = pipe(class_labels="dog", output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
+    assert calls == {"denoiser": 4, "context_encoder": 0 if student == "teacher" else 2}
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["images_seen"] == 8 * (6 if student is None else 4)
+    assert record["network"] == ("distilled single-rate" if student == "teacher" else "distilled pair")
+    assert record["recipe"]["teacher"] == str(root / "teacher")
+
+
+def test_a_student_learns_from_noise_alone(root, tmp_path):
+    run(root, tmp_path, "--student", root / "pair", "--full_rollout", "--ema_decay", 0)
+    before, after = weights(root / "pair"), weights(tmp_path)
+    for network in ("context_encoder", "denoiser"):
+        names = [name for name in before if name.startswith(network)]
+        assert sum(not torch.equal(before[name], after[name]) for name in names) > len(names) / 2
+
+
+def test_the_encoder_starts_as_the_teacher_and_waits_until_the_denoiser_has_learned(root, tmp_path):
+    run(root, tmp_path, *data(root), "--max_train_steps", 0, "--ema_decay", 0)
+    teacher, student = weights(root / "teacher"), weights(tmp_path)
+    for name, value in teacher.items():
+        if ".trunk." in name:
+            assert torch.equal(value, student[name.replace("denoiser.", "context_encoder.", 1)])
+    assert student["denoiser.proj_out.weight"].abs().max() > 0  # it starts at zero
+
+
+@pytest.mark.parametrize("stop", [1, 3])  # in either phase
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(root, whole, tmp_path, stop):
+    shutil.copy(whole / "run.json", tmp_path)
+    shutil.copytree(whole / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
+    run(root, tmp_path, *data(root), "--resume_from_checkpoint", "latest")
+    assert_equal_weights(weights(whole), weights(tmp_path))
+
+
+def test_the_guidance_of_the_teacher_reaches_the_student(root, tmp_path):
+    plain = ["--student", root / "teacher", "--ema_decay", 0, "--max_train_steps", 1]
+    run(root, tmp_path / "plain", *data(root), *plain)
+    run(root, tmp_path / "guided", *data(root), *plain, "--guidance_scale", 3)
+    plain, guided = weights(tmp_path / "plain"), weights(tmp_path / "guided")
+    assert not all(torch.equal(plain[name], guided[name]) for name in plain)
+    assert DualRatePipeline.from_pretrained(tmp_path / "guided").config.guidance_scale == 1.0
+
+
+@pytest.mark.parametrize("steps", [(8, 3), (2, 4), (4, 0)])
+def test_refreshes_that_do_not_divide_the_steps_are_refused(root, tmp_path, steps):
+    options = ["--num_inference_steps", steps[0], "--num_context_steps", steps[1]]
+    with pytest.raises(ValueError, match=f"must divide num_inference_steps={steps[0]}, got {steps[1]}"):
+        run(root, tmp_path, *data(root), *options)
+
+
+@pytest.mark.parametrize("options", [[], ["--student"], ["--full_rollout"]])
+def test_missing_data_is_refused_unless_a_trained_student_rolls_out_from_noise(root, tmp_path, options):
+    options = [part for option in options for part in ([option, root / "pair"] if "student" in option else [option])]
+    with pytest.raises(ValueError, match="Without data, both --student and --full_rollout are needed"):
+        run(root, tmp_path, *options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 1}, "in_channels is 1 in the teacher and 3 in the "),
+        ({"sample_size": 8}, "sample_size is 8 in the teacher and 16 in the "),
+        ({"num_classes": 5}, "num_classes is 5 in the teacher and 2 in the "),
+        ({"scheduler": {"log_snr_min": -12.0}}, r"log_snr_min is -12.0 in the teacher and -10.0 in the "),
+    ],
+)
+@pytest.mark.parametrize("with_student", [True, False])
+def test_a_teacher_that_does_not_fit_is_refused_with_both_values(root, tmp_path, changes, message, with_student):
+    save(tmp_path / "teacher", **changes)
+    student = ["--student", root / "pair"] if with_student else []
+    with pytest.raises(ValueError, match=message + ("student" if with_student else "(preset|data)")):
+        run(root, tmp_path / "run", *data(root), *student, teacher=tmp_path / "teacher")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pair_is_no_teacher_and_unlabelled_images_do_not_fit_one_with_classes(root, tmp_path):
+    with pytest.raises(ValueError, match="must be a single-rate model"):
+        run(root, tmp_path, *data(root), teacher="pair")
+    with pytest.raises(ValueError, match="num_classes is 2 in the teacher and None in the "):
+        run(root, tmp_path, "--train_data_dir", root / "images", "--cache_dir", root / "cache")
+
+
+def test_a_student_whose_samples_become_alike_is_stopped_with_the_last_good_state_kept(root, tmp_path):
+    options = ["--override", "distillation.min_variance_share=1000", "--checkpointing_steps", 1]
+    with pytest.raises(ValueError, match=r"collapsed at step 2: .* less than 1000; the last good state is .*-2\."):
+        run(root, tmp_path, *data(root), *options)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert not (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("part", ["auxiliary", "student"])
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, monkeypatch, part):
+    def diverge(*args, **kwargs):
+        losses = vars(moment_matching_losses(*args, **kwargs))
+        return MomentLosses(**losses | {part: losses[part] * float("nan")})
+
+    monkeypatch.setattr(distill, "moment_matching_losses", diverge)
+    with pytest.raises(ValueError, match=r"diverged at step 2; the last good state is .*checkpoint-2"):
+        run(root, tmp_path, *data(root), "--checkpointing_steps", 1)
