@@ -392,6 +392,11 @@ def main(args):
         "block_multiply_adds": {name: block_multiply_adds(network) for name, network in networks.items()},
         "data": {
             "name": Path(args.dataset_name or args.train_data_dir).name,
+            "arguments": " ".join(
+                f"--{name} {getattr(args, name)}"
+                for name in ("dataset_name", "train_data_dir", "label_column")
+                if getattr(args, name)
+            ),
             "images": len(images),
             "classes": images.num_classes,
             "reference": f"{args.num_reference or len(images)} images of split {args.reference_split}",

@@ -1,0 +1,107 @@
+"""Model cards: each is what its JSON makes of it, and says every figure of it."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import make_card
+
+CARDS = sorted((Path(__file__).parents[1] / "model_cards").iterdir())
+
+
+def read(card):
+    return [json.loads((card / f"{name}.json").read_text()) for name in ("evaluation", "model_index", "notes")]
+
+
+@pytest.fixture
+def parts():
+    """Evaluation, index and notes of the pair, to be changed at will."""
+    return copy.deepcopy(read(CARDS[0]))
+
+
+def row_of(text, start):
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in row.strip("| ").split("|")]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_card_is_what_its_json_makes_of_it(card):
+    assert (card / "README.md").read_text() == make_card.make_card(*read(card)) + "\n", (
+        f"run: python examples/make_card.py model_cards/{card.name}"
+    )
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_the_evaluation_of_a_card_is_that_of_the_model_beside_it(card):
+    evaluation, index, _ = read(card)
+    assert evaluation["model"] == card.name
+    assert evaluation["training"] == json.loads((card / "training.json").read_text())
+    samples = evaluation["samples"][0]
+    for name in ("num_inference_steps", "num_context_steps", "guidance_scale"):
+        assert samples[name] == index[name]
+    assert evaluation["data"]["classes"] == len(index["id2label"])
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_card_says_every_figure_of_its_evaluation(card):
+    text, (evaluation, _, _) = (card / "README.md").read_text(), read(card)
+    written = [f"{count:,}" for count in evaluation["parameters"].values()]
+    written += [f"{evaluation['training']['images_seen']:,}", f"{evaluation['v_loss']['images']:,}"]
+    v_loss = {name: value for name, value in evaluation["v_loss"].items() if name != "images"}
+    written += [f"{value:.0%}"[:-1] + " %" if "share" in name else f"{value:.4f}" for name, value in v_loss.items()]
+    rivals = [way for rival in evaluation["rivals"].values() for way in rival["samples"]]
+    for way in [*evaluation["samples"], *rivals, evaluation["floor"]]:
+        if "flops" in way:
+            written.append(f"| {way['flops'] / 1e9:.2f} |")
+        for name in evaluation["floor"].keys() & way.keys():
+            mean = way[name]["mean"]
+            written.append(f"{mean:.3f}" if name.startswith("f") else f"{100 * mean:.1f} %")
+    assert len(written) > 6 and not [figure for figure in written if figure not in text]
+
+
+def test_figures_over_seeds_come_with_their_spread_and_rivals_and_floor_stand_beside_them(parts):
+    evaluation = parts[0]
+    for way, mean in (
+        (evaluation["samples"][0], 1.25),
+        (evaluation["floor"], 0.5),
+        (evaluation["rivals"]["single_rate_heavy"]["samples"][0], 1.0),
+    ):
+        way["fd_local_5k"] = {"values": [mean, mean], "mean": mean, "std": 0.0625}
+        way["class_accuracy_5k"] = {"values": [mean / 2, mean / 2], "mean": mean / 2, "std": 0.0125}
+    text = make_card.make_card(*parts)
+    header = row_of(text, "how")
+    for start, distance, accuracy in (
+        ("this pair, anc", 1.25, 62.5),
+        ("heavy network alone, anc", 1, 50),
+        ("floor", 0.5, 25),
+    ):
+        cells = dict(zip(header, row_of(text, start), strict=True))
+        assert cells["fd_local_5k"] == f"{distance:.3f} ± 0.062"
+        assert cells["class_accuracy_5k"] == f"{accuracy:.1f} % ± 1.2 %"
+    assert row_of(text, "heavy network alone, anc")[1] == "64 + 0" and "*fd_local*: Fréchet" in text
+
+
+def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
+    evaluation, index, notes = parts
+    evaluation["data"] |= {"classes": None, "arguments": "--train_data_dir photos"}
+    evaluation["rivals"] = {}
+    for name in ("single_rate_heavy", "single_rate_light", "share_of_gap_recovered"):
+        del evaluation["v_loss"][name]
+    evaluation["floor"] = {"fid_50k": {"values": [2.5], "mean": 2.5, "std": None}}
+    evaluation["samples"][0]["fid_50k"] = {"values": [3.5], "mean": 3.5, "std": None}
+    del notes["example_label"]
+    text = make_card.make_card(*parts)
+    assert "image = pipe().images[0]" in text and "class_labels" not in text and "recovers" not in text
+    assert row_of(text, "this pair, anc")[-1] == "3.500" and "- fid\n" in text and "class-conditional" not in text
+    assert "--preset examples/presets/emoji32.json --train_data_dir photos --output_dir" in text
+    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), "snippet", "exec")
+
+
+@pytest.mark.parametrize("name", ["limits", "intended_use", "license"])
+def test_a_card_without_what_a_person_has_to_say_is_refused(parts, name):
+    parts[2][name] = []
+    with pytest.raises(ValueError, match=f"notes.json lacks {name}"):
+        make_card.make_card(*parts)
