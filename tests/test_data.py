@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from diffusers_dualrate import data
-from diffusers_dualrate.data import Augmentation, LabelledImages, ShuffledIndices, load_images
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.batches import DealtBatches, ShuffledIndices
+from diffusers_dualrate.data import LabelledImages, load_images
 
 EMOJI32 = Path(__file__).parents[1] / "examples" / "data" / "emoji32"
 EVERYTHING = Augmentation(translation=3, scale=(0.8, 1.2), background=(0, 255), flip=True)
@@ -62,12 +64,13 @@ def emoji(tmp_path_factory):
     return load_images(str(EMOJI32), label_column="label", cache_dir=tmp_path_factory.mktemp("cache"))
 
 
-def test_importing_the_module_does_not_import_datasets():
-    code = "import importlib.util as u, sys; s = u.spec_from_file_location('data', sys.argv[1]); "
-    code += (
-        "m = sys.modules['data'] = u.module_from_spec(s); s.loader.exec_module(m); sys.exit('datasets' in sys.modules)"
+def test_importing_the_modules_does_not_import_datasets():
+    code = (
+        "import importlib, sys, types; package = types.ModuleType('package'); package.__path__ = [sys.argv[1]]; "
+        "sys.modules['package'] = package; importlib.import_module('package.streams'); "
+        "sys.exit('datasets' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, data.__file__], check=True)
+    subprocess.run([sys.executable, "-c", code, str(Path(data.__file__).parent)], check=True)
 
 
 def test_without_augmentation_the_pixels_are_those_of_the_file_in_minus_one_to_one():
@@ -123,6 +126,18 @@ def test_a_shuffle_that_starts_late_continues_the_uninterrupted_one(start):
     whole = list(ShuffledIndices(7, 5, 0, 23))
     late = ShuffledIndices(7, 5, start, 23)
     assert list(late) == whole[start:] and len(late) == 23 - start
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_first_rows_of_all_parts_are_the_first_rows_of_the_global_batch(parts):
+    batches = DealtBatches(range(19), 8 // parts, parts)
+    dealt = list(batches)
+    assert len(dealt) == len(batches) == 2 * parts
+    for step in range(2):
+        group = dealt[step * parts : (step + 1) * parts]
+        assert sorted(row for batch in group for row in batch) == list(range(8 * step, 8 * step + 8))
+        half = [row for batch in group for row in batch[: len(batch) // 2]]
+        assert sorted(half) == list(range(8 * step, 8 * step + 4))
 
 
 def test_workers_load_what_the_main_process_would():
@@ -277,6 +292,31 @@ def test_plain_labels_are_numbered_in_sorted_order(values, id2label, labels):
     images = LabelledImages(make_dataset([make_pixels()] * 3, kind=values), 8, label_column="kind")
     assert images.id2label == id2label
     assert [item["class_labels"].item() for item in images] == labels
+
+
+def test_given_a_number_of_classes_integers_are_taken_as_they_are():
+    images = LabelledImages(make_dataset([make_pixels()] * 2, kind=[3, 0]), 8, label_column="kind", num_classes=5)
+    assert images.num_classes == 5 and images.id2label[3] == "3"
+    assert [item["class_labels"].item() for item in images] == [3, 0]
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c", "d"]])
+def test_a_label_outside_of_the_classes_is_named_with_its_row(names):
+    dataset = make_dataset([make_pixels()] * 2, kind=[0, 3])
+    if names:
+        dataset = dataset.cast_column("kind", datasets.ClassLabel(names=names))
+    with pytest.raises(ValueError, match="row 1 has the label 3 in the column 'kind', outside of the 3 classes"):
+        LabelledImages(dataset, 8, label_column="kind", num_classes=3)
+
+
+def test_a_data_set_saved_to_disk_is_opened_alone_or_by_its_split(tmp_path):
+    dataset = make_dataset([make_pixels()] * 3)
+    dataset.save_to_disk(tmp_path / "alone")
+    datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(tmp_path / "splits")
+    assert len(load_images(str(tmp_path / "alone"))) == len(load_images(str(tmp_path / "splits"))) == 3
+    assert len(load_images(str(tmp_path / "splits"), split="test")) == 1
+    with pytest.raises(ValueError, match="no split 'valid'; it has train, test"):
+        load_images(str(tmp_path / "splits"), split="valid")
 
 
 def test_lists_from_json_describe_the_same_augmentation():

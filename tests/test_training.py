@@ -2,7 +2,8 @@
 
 import argparse
 import json
-import shutil
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import train_dual_rate
 import train_single_rate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, training
-from diffusers_dualrate.checkpoints import list_checkpoints
+from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.losses import denoising_loss, draw
 
 SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
@@ -50,9 +51,36 @@ def arguments(folder, output_dir, *more):
 
 def train(script, folder, output_dir, *more):
     module = SCRIPTS[script]
-    module.main(module.parse_args(arguments(folder, output_dir, *more)))
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    try:
+        return module.main(module.parse_args(arguments(folder, output_dir, *more)))
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+@pytest.fixture
+def at_loss(monkeypatch):
+    """Let something happen as the loss is computed for the n-th time, and to its result."""
+
+    def attach(script, n, happen):
+        def loss_function(*args, **kwargs):
+            result = denoising_loss(*args, **kwargs)
+            calls.append(0)
+            if len(calls) == n:
+                happen(result)
+            return result
+
+        calls = []
+        monkeypatch.setattr(SCRIPTS[script], "denoising_loss", loss_function)
+
+    return attach
+
+
+def everything_in(checkpoint):
+    """Digest of each file of a checkpoint: weights, EMA, optimiser, learning rate, random states, position."""
+    hashes = json.loads((checkpoint / "hashes.json").read_text())
+    assert len(hashes) == 6
+    return hashes
 
 
 def weights(path):
@@ -84,12 +112,55 @@ def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tm
     assert ("context_dropout" in record["recipe"]) == (script == "dual")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(script, folder, tmp_path):
-    train(script, folder, tmp_path / "whole")
-    train(script, folder, tmp_path / "parts", "--max_train_steps", 2)
-    train(script, folder, tmp_path / "parts", "--resume_from_checkpoint", "latest")
+@pytest.mark.parametrize(
+    ("script", "number", "options"),
+    [
+        ("dual", signal.SIGTERM, []),
+        ("single", signal.SIGINT, ["--gradient_accumulation_steps", 2, "--mixed_precision", "bf16"]),
+        ("single", signal.SIGTERM, ["--streaming", "--shuffle_buffer", 5, "--gradient_checkpointing"]),
+    ],
+)
+def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
+    script, number, options, folder, tmp_path, at_loss
+):
+    options = ["--override", "denoiser.dropout=0.1", "context_encoder.dropout=0.1", *options]
+    train(script, folder, tmp_path / "whole", *options)
+    at_loss(script, 3, lambda result: os.kill(os.getpid(), number))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert train(script, folder, tmp_path / "parts", *options) == 128 + number
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    # The third loss is of the third step, or of the second where two are accumulated.
+    stopped = 2 if "--gradient_accumulation_steps" in options else 3
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == [f"checkpoint-{stopped}"]
+    assert not (tmp_path / "parts" / "model_index.json").exists()
+    assert train(script, folder, tmp_path / "parts", *options, "--resume_from_checkpoint", "latest") == 0
+    whole, parts = (everything_in(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    assert whole == parts
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(folder, tmp_path):
+    train("dual", folder, tmp_path / "whole")
+    train("dual", folder, tmp_path / "parts", "--max_train_steps", 2)
+    train("dual", folder, tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_path, capsys, tracker):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("dual", folder, tmp_path / "without")
+    train("dual", folder, tmp_path / "with", "--validation_steps", 2, "--report_to", tracker)
+    assert everything_in(tmp_path / "with/checkpoint-4") == everything_in(tmp_path / "without/checkpoint-4")
+    log = EventAccumulator(str(tmp_path / "with/diffusers-dualrate")).Reload()
+    assert [event.step for event in log.Images("samples")] == [2, 2, 2, 4, 4, 4]  # the writer's own limit is three
+    assert log.Scalars("images_seen")[-1].value == 4 * 8 and log.Scalars("images_per_second")[-1].value > 0
+    assert {"loss", "v_loss", "lr"} < set(log.Tags()["scalars"])
+    printed = capsys.readouterr().out
+    assert "denoiser: 10,075 parameters, 0.5 MFLOP per image and evaluation" in printed
+    first, second = (Image.open(tmp_path / "with/samples" / f"000000{step}.png") for step in (2, 4))
+    assert first.size == (8 * 16, 4 * 16) and first.tobytes() != second.tobytes()
 
 
 def test_training_changes_both_networks(folder, tmp_path):
@@ -102,23 +173,25 @@ def test_training_changes_both_networks(folder, tmp_path):
 
 
 def test_accumulating_gradients_equals_a_larger_batch(folder, tmp_path):
-    plain = ["--max_train_steps", 2, "--context_dropout", 0.0]
+    plain = ["--max_train_steps", 2, "--learning_rate", 1e-4]
     train("dual", folder, tmp_path / "large", *plain, "--train_batch_size", 8)
     train("dual", folder, tmp_path / "parts", *plain, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     large, parts = weights(tmp_path / "large"), weights(tmp_path / "parts")
     for key in large:
-        torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-4)
+        torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-5)
 
 
 def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
-    train("single", folder, tmp_path, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
+    options = ["--checkpointing_steps", 1, "--checkpoints_total_limit"]
+    train("single", folder, tmp_path, *options, 3, "--max_train_steps", 3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    (tmp_path / ".checkpoint-9").mkdir()  # left by a kill
+    resume = ["--resume_from_checkpoint", "latest"]
+    train("single", folder, tmp_path, *options, 2, "--max_train_steps", 3, *resume)
+    assert [path.name for path in sorted(tmp_path.glob(".*"))] == []
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    train("single", folder, tmp_path, *options, 2, *resume)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(folder, tmp_path):
-    train("single", folder, tmp_path, "--checkpointing_steps", 2)
-    shutil.move(tmp_path / "checkpoint-4", tmp_path / ".checkpoint-4")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder, tmp_path):
@@ -185,17 +258,43 @@ def test_a_checkpoint_that_does_not_exist_is_refused(folder, tmp_path):
         train("single", folder, tmp_path, "--resume_from_checkpoint", tmp_path / "nowhere")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
-    def diverge(denoise, encode, x, class_labels, draws, **kwargs):
-        result = denoising_loss(denoise, encode, x, class_labels, draws, **kwargs)
-        steps.append(0)
-        result.loss.mul_(float("nan") if len(steps) == 3 else 1.0)
-        return result
-
-    steps = []
-    monkeypatch.setattr(train_dual_rate, "denoising_loss", diverge)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, at_loss, parts):
+    # With two parts a step, in the first of the third.
+    at_loss("dual", 2 * parts + 1, lambda result: result.loss.mul_(float("inf")))
     with pytest.raises(ValueError, match=r"diverged at step 2; the last good state is .*checkpoint-2"):
-        train("dual", folder, tmp_path, "--checkpointing_steps", 1)
+        train("dual", folder, tmp_path, "--checkpointing_steps", 1, "--gradient_accumulation_steps", parts)
+    assert find_damage(tmp_path / "checkpoint-2") is None
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, at_loss):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_loss("dual", 3, lambda result: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
+    try:
+        with pytest.raises(OSError, match=r"step 3 could not be written: .*; the last good state is .*checkpoint-2"):
+            train("dual", folder, tmp_path, "--checkpointing_steps", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
+    assert find_damage(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label_column", "kind"], "no column 'kind'"),
+        (["--num_classes", 1], "has the label 1 in the column 'label', outside of the 1 classes"),
+        (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
+        (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
+        (["--override", "training.bias=high"], "'training.bias=high' is no JSON"),
+        (["--streaming", "--dataloader_num_workers", 2], "read by one worker at most, not by 2"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(folder, tmp_path, options, message, at_loss):
+    at_loss("single", 1, lambda result: pytest.fail("A step was made."))
+    with pytest.raises(ValueError, match=message):
+        train("single", folder, tmp_path, *options)
 
 
 def test_a_preset_without_a_part_is_refused(folder, tmp_path):
@@ -208,9 +307,11 @@ def test_a_preset_without_a_part_is_refused(folder, tmp_path):
 def test_a_flag_overrides_the_preset_also_with_zero():
     args = train_dual_rate.parse_args(
         ["--preset", "examples/presets/tiny.json", "--output_dir", "x", "--context_dropout", "0", "--resolution", "8"]
+        + ["--override", "training.bias=0.5", "denoiser.level_blocks=[2, 2]"]
     )
     preset = training.read_preset(args)
     assert preset["training"]["context_dropout"] == 0.0 and preset["training"]["learning_rate"] == 0.003
+    assert preset["training"]["bias"] == 0.5 and preset["denoiser"]["level_blocks"] == [2, 2]
     assert preset["context_encoder"]["sample_size"] == preset["denoiser"]["sample_size"] == 8
 
 

@@ -119,8 +119,8 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, s
         ) from error
 
 
-def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> dict:
-    """Restore the prepared networks, optimisers and learning rates and the EMA weights; returns the notes.
+def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -> None:
+    """Restore the prepared networks, optimisers and learning rates, and the EMA weights.
 
     Raises:
         ValueError: If a file of the checkpoint does not fit this run.
@@ -129,11 +129,14 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -
         accelerator.load_state(str(checkpoint))
         shadow = load_file(checkpoint / _EMA, device=str(accelerator.device))
         ema.shadow_params = [_spread(shadow[str(i)], like) for i, like in enumerate(ema.shadow_params)]
-        notes = json.loads((checkpoint / _NOTES).read_text())
     except (SafetensorError, RuntimeError, OSError, EOFError, LookupError, ValueError, UnpicklingError) as error:
         raise ValueError(f"The checkpoint {checkpoint} cannot be read: {error}") from error
     ema.optimization_step = step_of(checkpoint)
-    return notes
+
+
+def read_notes(checkpoint: Path) -> dict:
+    """What the run noted in a sound checkpoint."""
+    return json.loads((checkpoint / _NOTES).read_text())
 
 
 def keep_newest(output_dir: Path, limit: int | None) -> None:

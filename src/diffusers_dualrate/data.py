@@ -1,22 +1,11 @@
 """Images and labels from folders and data sets, for training.
 
-`load_images` opens a folder or any `datasets` data set; `LabelledImages` turns its rows into tensors.
-
-A picture with alpha a and colour c is kept premultiplied, p = a c, because in this form colours can be averaged and
-hence resized. Augmentation warps p and a, then puts a background colour b behind them:
-
-    x = p + (1 - a) b.
-
-A warp continues the edge of the picture, transparent or not, beyond its border. Every draw is a function of
-(seed, epoch, index) alone: no order of access, number of workers or point of resumption changes an image.
+`load_images` opens a folder or any `datasets` data set; `LabelledImages` turns its rows into tensors. Every draw is a
+function of (seed, epoch, index) alone: no order of access, number of workers or point of resumption changes an image.
 """
 
 import io
-import itertools
-import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,54 +13,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .augmentation import Augmentation
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 CACHE_BYTES = 2**30
 """A set whose pixels fit in this much memory is decoded once, before training begins; a larger one at each access."""
 
 DEEP_MODES = ("I", "F")
+_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
-def _is_range(value, least, most, types):
-    is_pair = isinstance(value, tuple) and len(value) == 2 and all(type(bound) in types for bound in value)
-    return is_pair and least <= value[0] <= value[1] <= most
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What may happen to an image on its way into training; by default nothing.
-
-    Args:
-        translation: Largest shift in pixels; each direction draws a whole number uniformly.
-        scale: Range of the zoom about the centre, drawn uniformly.
-        background: Range in 0..255 of each channel of the colour behind transparent pixels, drawn uniformly; `None`
-            is white.
-        flip: Whether to mirror left and right, with probability 1/2.
-
-    Raises:
-        ValueError: If a range is empty or out of bounds.
-    """
-
-    translation: int = 0
-    scale: tuple[float, float] = (1.0, 1.0)
-    background: tuple[int, int] | None = None
-    flip: bool = False
-
-    def __post_init__(self):
-        # JSON has no tuples.
-        for name in ("scale", "background"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        if type(self.translation) is not int or self.translation < 0:
-            raise ValueError(f"`translation` is {self.translation!r}, but must be a whole number of pixels.")
-        if not _is_range(self.scale, 0, math.inf, (int, float)) or self.scale[0] == 0 or self.scale[1] == math.inf:
-            raise ValueError(f"`scale` is {self.scale!r}, but must be two finite numbers, 0 < low <= high.")
-        if self.background is not None and not _is_range(self.background, 0, 255, (int,)):
-            raise ValueError(f"`background` is {self.background!r}, but must be integers, 0 <= low <= high <= 255.")
-        if type(self.flip) is not bool:
-            raise ValueError(f"`flip` is {self.flip!r}, but must be true or false.")
 
 
 def load_images(
@@ -81,16 +33,21 @@ def load_images(
     image_column: str = "image",
     label_column: str | None = None,
     split: str = "train",
+    config_name: str | None = None,
+    streaming: bool = False,
     cache_dir: str | Path | None = None,
-) -> "Dataset":
+) -> "Dataset | IterableDataset":
     """Opens a data set of images from exactly one of two sources.
 
     Args:
-        dataset_name: A data set of the Hub, or the path of a local one, or "digits" for those of scikit-learn.
+        dataset_name: A data set of the Hub, or the path of a local one, also of one that `save_to_disk` wrote, or
+            "digits" for those of scikit-learn.
         train_data_dir: A folder of images; sub-folders, where there are any, become the column `label`.
         image_column: The column that must hold the images.
         label_column: The column that must hold the classes, if any.
         split: The split to open. The digits' halves are called "reference" and "floor", "train" being both.
+        config_name: Which configuration of the data set, where it has several.
+        streaming: Whether to read rows as they are needed instead of preparing all of them first.
         cache_dir: Where `datasets` keeps its copies.
 
     Returns:
@@ -99,22 +56,31 @@ def load_images(
     Raises:
         ValueError: If there is not one source, no folder, no image or no such column.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
 
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(f"One of `dataset_name` {dataset_name!r} and `train_data_dir` {train_data_dir!r} is needed.")
     if dataset_name == "digits":
         dataset = _load_digits(split)
+    elif dataset_name is not None and any(Path(dataset_name, name).is_file() for name in _SAVED):
+        dataset = load_from_disk(dataset_name)
+        if isinstance(dataset, dict):
+            if split not in dataset:
+                raise ValueError(f"The data set {dataset_name!r} has no split {split!r}; it has {', '.join(dataset)}.")
+            dataset = dataset[split]
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None:
-        dataset = load_dataset(dataset_name, split=split, cache_dir=cache_dir)
+        dataset = load_dataset(dataset_name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
     elif not Path(train_data_dir).is_dir():
         raise ValueError(f"The folder {str(train_data_dir)!r} does not exist.")
     else:
         try:
-            dataset = load_dataset("imagefolder", data_dir=str(train_data_dir), split=split, cache_dir=cache_dir)
+            dataset = load_dataset(
+                "imagefolder", data_dir=str(train_data_dir), split=split, streaming=streaming, cache_dir=cache_dir
+            )
         except FileNotFoundError as error:  # so `datasets` calls a folder without images
             raise ValueError(f"The folder {str(train_data_dir)!r} holds no images.") from error
-    _check(dataset, image_column, label_column)
+    check_columns(dataset, image_column, label_column)
     return dataset
 
 
@@ -137,43 +103,32 @@ def _load_digits(split):
     )
 
 
-class LabelledImages(torch.utils.data.Dataset):
-    """The images of a data set as tensors, augmented, with their class labels.
+class ImageReader:
+    """Turns files into pixels of one size, and tells which could not be decoded.
 
     Args:
-        dataset: A data set with an image column, as of `load_images`.
         resolution: Side or (height, width) in pixels; other images are resized to cover it, then cut at the centre.
-        image_column: The column of images.
-        label_column: The column of classes: a `ClassLabel`, or integers or strings, numbered in sorted order.
-        augmentation: What may happen to the images.
         channels: 3 for colour, 1 for grey.
+        augmentation: What may happen to the images.
         seed: Seed of the augmentation.
-        on_corrupt: Whether an image that cannot be decoded ends the run or is left out, counted in `corrupt`. In a
-            set too large for memory it is found at access, and the next image of the set takes its place.
+        on_corrupt: Whether an image that cannot be decoded ends the run or is left out, counted in `corrupt`.
 
     Attributes:
-        id2label: The name of each class, or `None` without a label column.
-        num_classes: How many there are, or `None`.
         corrupt: The files or rows that could not be decoded so far in this process.
 
     Raises:
-        ValueError: If an argument or a column is not as described, or an image is corrupt.
+        ValueError: If an argument is not as described.
     """
 
     def __init__(
         self,
-        dataset: "Dataset",
         resolution: int | tuple[int, int],
         *,
-        image_column: str = "image",
-        label_column: str | None = None,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
         channels: int = 3,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
         seed: int = 0,
         on_corrupt: Literal["raise", "skip"] = "raise",
     ):
-        from datasets import Image as ImageFeature
-
         size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise ValueError(f"`resolution` is {resolution!r}, but must be one or two positive integers.")
@@ -181,38 +136,28 @@ class LabelledImages(torch.utils.data.Dataset):
             raise ValueError(f"`channels` is {channels!r}, but must be 1 or 3.")
         if on_corrupt not in ("raise", "skip"):
             raise ValueError(f"`on_corrupt` is {on_corrupt!r}, but must be 'raise' or 'skip'.")
-        _check(dataset, image_column, label_column)
         self.height, self.width = size
         self.channels, self.seed, self.augmentation = channels, seed, augmentation
         self.on_corrupt, self.corrupt = on_corrupt, []
-        # Undecoded, a broken image can be named.
-        files = dataset.with_format(None).select_columns(image_column)
-        self._files, self._column = files.cast_column(image_column, ImageFeature(decode=False)), image_column
-        self._labels, self.id2label = _read_labels(dataset, label_column)
-        self.num_classes = None if self.id2label is None else len(self.id2label)
-        self._pixels = None
-        if len(dataset) * self.height * self.width * (channels + 1) <= CACHE_BYTES:
-            self._decode_all()
 
-    def _decode_all(self):
-        pixels = [self._decode(row) for row in range(len(self._files))]
-        kept = [row for row, image in enumerate(pixels) if image is not None]
-        if not kept:
-            raise ValueError(f"None of the {len(pixels)} images can be decoded, the first being {self.corrupt[0]}.")
-        self._pixels = np.stack([pixels[row] for row in kept])
-        self._labels = None if self._labels is None else self._labels[kept]
+    def decode(self, file: dict | None, row: int) -> np.ndarray | None:
+        """Premultiplied colours and alpha, uint8 [H, W, C + 1], or `None` for a corrupt image to skip.
 
-    def _decode(self, row):
-        """Returns premultiplied colours and alpha, uint8 [H, W, C + 1], or `None` for a corrupt image to skip."""
-        file = self._files[row][self._column] or {"bytes": None, "path": None}
+        Args:
+            file: Bytes, path or both, as `datasets` has them undecoded.
+            row: Number of the row, to name it.
+        """
+        import fsspec  # `datasets` brings it; a stream's path may be remote, or inside an archive
+
+        file = file or {"bytes": None, "path": None}
         try:
             if file["bytes"] is None and file["path"] is None:
                 raise ValueError("the row is empty")
-            data = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode.startswith(DEEP_MODES):
-                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-                image = ImageOps.exif_transpose(image).convert("RGBA")
+            with fsspec.open(file["path"]) if file["bytes"] is None else io.BytesIO(file["bytes"]) as data:
+                with Image.open(data) as image:
+                    if image.mode.startswith(DEEP_MODES):
+                        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+                    image = ImageOps.exif_transpose(image).convert("RGBA")
         except DECODING_ERRORS as error:
             name = f"row {row}" if file["path"] is None else f"{file['path']!r} (row {row})"
             reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
@@ -224,6 +169,64 @@ class LabelledImages(torch.utils.data.Dataset):
             return None
         image = image.convert("RGBa") if self.channels == 3 else image.convert("LA").convert("La")
         return np.array(ImageOps.fit(image, (self.width, self.height), Image.Resampling.LANCZOS))
+
+    def augment(self, pixels: np.ndarray, epoch: int, index: int) -> torch.Tensor:
+        """The image as a float32 tensor [C, H, W] in [-1, 1], augmented as (seed, epoch, index) say."""
+        generator = np.random.default_rng(np.random.SeedSequence((self.seed, epoch, index)))
+        return torch.from_numpy(self.augmentation.apply(pixels, generator))
+
+
+class LabelledImages(ImageReader, torch.utils.data.Dataset):
+    """The images of a data set as tensors, augmented, with their class labels.
+
+    In a set too large for memory a corrupt image is found at access, and the next one of the set takes its place.
+
+    Args:
+        dataset: A data set with an image column, as of `load_images`.
+        resolution: As of [`ImageReader`].
+        image_column: The column of images.
+        label_column: The column of classes: a `ClassLabel`, or integers or strings, numbered in sorted order.
+        num_classes: Number of classes; default: those there are. Given, integers are taken as they are.
+        options: Further arguments of [`ImageReader`].
+
+    Attributes:
+        id2label: The name of each class, or `None` without a label column.
+        num_classes: How many there are, or `None`.
+
+    Raises:
+        ValueError: If an argument or a column is not as described, a label is outside of the classes, or an image is
+            corrupt.
+    """
+
+    def __init__(
+        self,
+        dataset: "Dataset",
+        resolution: int | tuple[int, int],
+        *,
+        image_column: str = "image",
+        label_column: str | None = None,
+        num_classes: int | None = None,
+        **options,
+    ):
+        super().__init__(resolution, **options)
+        check_columns(dataset, image_column, label_column)
+        self._files, self._column = undecoded(dataset, image_column), image_column
+        self._labels, self.id2label = _read_labels(dataset, label_column, num_classes)
+        self.num_classes = None if self.id2label is None else len(self.id2label)
+        self._pixels = None
+        if len(dataset) * self.height * self.width * (self.channels + 1) <= CACHE_BYTES:
+            self._decode_all()
+
+    def _decode_all(self):
+        pixels = [self._decode(row) for row in range(len(self._files))]
+        kept = [row for row, image in enumerate(pixels) if image is not None]
+        if not kept:
+            raise ValueError(f"None of the {len(pixels)} images can be decoded, the first being {self.corrupt[0]}.")
+        self._pixels = np.stack([pixels[row] for row in kept])
+        self._labels = None if self._labels is None else self._labels[kept]
+
+    def _decode(self, row):
+        return self.decode(self._files[row][self._column], row)
 
     def _decode_from(self, index):
         """Returns the first row at or after `index` that can be decoded, and its pixels."""
@@ -250,125 +253,72 @@ class LabelledImages(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"The index {index} is outside of the {len(self)} images.")
         row, pixels = (index, self._pixels[index]) if self._pixels is not None else self._decode_from(index)
-        item = {"pixel_values": torch.from_numpy(self._augment(pixels, epoch, index))}
+        item = {"pixel_values": self.augment(pixels, epoch, index)}
         if self._labels is not None:
             item["class_labels"] = torch.tensor(self._labels[row])
         return item
 
-    def _augment(self, pixels, epoch, index):
-        options = self.augmentation
-        generator = np.random.default_rng(np.random.SeedSequence((self.seed, epoch, index)))
-        down, right = generator.integers(-options.translation, options.translation, size=2, endpoint=True).tolist()
-        zoom = generator.uniform(*options.scale)
-        is_mirrored = generator.random() < 0.5
-        low, high = options.background or (255, 255)
-        background = generator.integers(low, high, size=self.channels, endpoint=True).astype(np.float32)
 
-        if options.flip and is_mirrored:
-            pixels = pixels[:, ::-1]
-        planes = _warp(pixels, down, right, zoom).transpose(2, 0, 1).astype(np.float32, order="C")
-        # Resizing overshoots, but no premultiplied colour exceeds its alpha.
-        color, alpha = np.minimum(planes[:-1], planes[-1]), planes[-1] / 255
-        composite = color + (1 - alpha) * background[:, None, None]
-        # Rounding may leave the interval by an ulp.
-        return (composite / 127.5 - 1).clip(-1, 1)
-
-
-class ShuffledIndices(torch.utils.data.Sampler):
-    """An endless shuffle of a data set, cut to the stretch from `start` to `stop`; yields (epoch, index).
-
-    Each epoch is a permutation drawn from (seed, epoch) alone, so a run that starts anywhere in the stretch sees what
-    an uninterrupted one sees there. Batches may cross epochs; no image is left out.
-
-    Args:
-        size: Number of images in the data set.
-        seed: Seed of the shuffle.
-        start: First position in the endless sequence.
-        stop: Position after the last.
-    """
-
-    def __init__(self, size: int, seed: int, start: int, stop: int):
-        self.size, self.seed, self.start, self.stop = size, seed, start, stop
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-    def __iter__(self):
-        for epoch in range(self.start // self.size, -(-self.stop // self.size)):
-            order = np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.size).tolist()
-            first = epoch * self.size
-            for position in range(max(self.start, first), min(self.stop, first + self.size)):
-                yield epoch, order[position - first]
-
-
-class DealtBatches(torch.utils.data.Sampler):
-    """Deals each global batch of a sequence out into `parts` batches, like cards: batch p holds rows p, p + parts, ...
-
-    So the first rows of all parts are the first rows of the global batch, however many parts there are. What is left
-    over at the end is dropped.
-
-    Args:
-        order: The sequence of indices.
-        batch_size: Size of one part.
-        parts: Number of processes times parts of a step.
-    """
-
-    def __init__(self, order: Iterable, batch_size: int, parts: int):
-        self.order, self.batch_size, self.parts, self.drop_last = order, batch_size, parts, True
-
-    def __len__(self) -> int:
-        return len(self.order) // (self.batch_size * self.parts) * self.parts
-
-    def __iter__(self):
-        order = iter(self.order)
-        while len(rows := list(itertools.islice(order, self.batch_size * self.parts))) == self.batch_size * self.parts:
-            for part in range(self.parts):
-                yield rows[part :: self.parts]
-
-
-def _warp(pixels: np.ndarray, down: int, right: int, zoom: float) -> np.ndarray:
-    """Zooms premultiplied pixels [H, W, C + 1] about their centre, then shifts them; a shift alone is exact."""
-    height, width, channels = pixels.shape
-    # Box of the picture that will fill the frame, in pixels of the picture.
-    top, left = height / 2 - (height / 2 + down) / zoom, width / 2 - (width / 2 + right) / zoom
-    bottom, right = top + height / zoom, left + width / zoom
-    margin = max(0, math.ceil(max(-top, -left, bottom - height, right - width)))
-    rows = np.arange(-margin, height + margin).clip(0, height - 1)
-    columns = np.arange(-margin, width + margin).clip(0, width - 1)
-    padded = pixels.take(rows, axis=0).take(columns, axis=1)
-    mode = "RGBa" if channels == 4 else "La"
-    image = Image.frombuffer(mode, (len(columns), len(rows)), padded, "raw", mode, 0, 1)
-    box = (left + margin, top + margin, right + margin, bottom + margin)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
-
-
-def _check(dataset, image_column, label_column):
+def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label_column: str | None) -> None:
+    """Raise a `ValueError` if a data set is empty or a column is missing or holds no images."""
     from datasets import Image as ImageFeature
+    from datasets import IterableDataset
 
-    if len(dataset) == 0:
+    if next(iter(dataset.take(1)), None) is None if isinstance(dataset, IterableDataset) else len(dataset) == 0:
         raise ValueError("The data set is empty.")
+    if dataset.features is None:
+        raise ValueError("The stream does not tell what its columns hold; read the data set without streaming.")
     for column in (image_column, label_column):
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(f"The data set has no column {column!r}; it has {', '.join(dataset.column_names)}.")
+        if column is not None and column not in dataset.features:
+            raise ValueError(f"The data set has no column {column!r}; it has {', '.join(dataset.features)}.")
     if not isinstance(dataset.features[image_column], ImageFeature):
         raise ValueError(f"The column {image_column!r} holds {dataset.features[image_column]}, not images.")
 
 
-def _read_labels(dataset, label_column):
-    """Returns the number of each row's class, int64 [N], and the names of the classes; or `None` twice."""
-    from datasets import ClassLabel
+def undecoded(dataset: "Dataset | IterableDataset", image_column: str, *others: str) -> "Dataset | IterableDataset":
+    """The image column, and others, with the images as files: so a broken one can be named."""
+    from datasets import Image as ImageFeature
 
+    files = dataset.with_format(None).select_columns([image_column, *others])
+    return files.cast_column(image_column, ImageFeature(decode=False))
+
+
+def _read_labels(dataset, label_column, num_classes):
+    """Returns the number of each row's class, int64 [N], and the names of the classes; or `None` twice."""
     if label_column is None:
         return None, None
     values = dataset.with_format(None).select_columns(label_column)[:][label_column]
     feature = dataset.features[label_column]
-    if isinstance(feature, ClassLabel):
-        # The Hub marks rows without a label as -1.
-        if unlabelled := [row for row, value in enumerate(values) if value is None or value < 0]:
-            raise ValueError(f"The row {unlabelled[0]} has no class in the column {label_column!r}.")
-        return np.array(values, dtype=np.int64), dict(enumerate(feature.names))
+    if num_classes is not None or hasattr(feature, "names"):
+        id2label = name_classes(feature, label_column, num_classes)
+        for row, value in enumerate(values):
+            check_label(value, id2label, label_column, row)
+        return np.array(values, dtype=np.int64), id2label
     if not (all(isinstance(value, int) for value in values) or all(isinstance(value, str) for value in values)):
         raise ValueError(f"The column {label_column!r} of {feature} must hold one integer or one string a row.")
     names = sorted(set(values))
     numbers = {name: number for number, name in enumerate(names)}
     return np.array([numbers[value] for value in values], dtype=np.int64), dict(enumerate(map(str, names)))
+
+
+def name_classes(feature, label_column: str, num_classes: int | None) -> dict[int, str]:
+    """Name of each class: those of a `ClassLabel`, else the numbers up to `num_classes`.
+
+    Raises:
+        ValueError: If the column alone does not tell the classes and no number is given.
+    """
+    names = getattr(feature, "names", [])
+    if num_classes is None and not names:
+        raise ValueError(f"The column {label_column!r} of {feature} names no classes: give their number.")
+    return {i: names[i] if i < len(names) else str(i) for i in range(num_classes or len(names))}
+
+
+def check_label(value: int | None, id2label: dict[int, str], label_column: str, row: int) -> None:
+    """Raise a `ValueError` if a row has no class, or one outside of those there are."""
+    if value is None or value == -1:  # so the Hub marks rows without a label
+        raise ValueError(f"The row {row} has no class in the column {label_column!r}.")
+    if not isinstance(value, int) or not 0 <= value < len(id2label):
+        raise ValueError(
+            f"The row {row} has the label {value!r} in the column {label_column!r}, outside of the "
+            f"{len(id2label)} classes."
+        )

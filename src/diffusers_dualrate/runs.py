@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .batches import DealtBatches, ShuffledIndices
 from .checkpoints import (
     find_damage,
     find_newest,
@@ -52,12 +53,14 @@ from .checkpoints import (
     keep_newest,
     list_checkpoints,
     load_checkpoint,
+    read_notes,
     save_checkpoint,
     step_of,
 )
-from .data import DealtBatches, LabelledImages, ShuffledIndices
+from .data import LabelledImages
 from .flops import context_flops, network_flops
 from .pipeline import DualRatePipeline
+from .streams import StreamedImages, Stretch
 from .training import sample_images
 
 LOGGING_STEPS = 50
@@ -89,7 +92,7 @@ class Run:
         args: argparse.Namespace,
         preset: dict,
         networks: nn.Module,
-        images: LabelledImages,
+        images: LabelledImages | StreamedImages,
     ):
         self.accelerator, self.args, self.preset, self.images = accelerator, args, preset, images
         self.recipe, self.output_dir = preset["training"], Path(args.output_dir)
@@ -101,8 +104,11 @@ class Run:
                 f"The preset's train_batch_size {self.recipe['train_batch_size']} is not divisible by "
                 f"{accelerator.num_processes} processes times {accelerator.gradient_accumulation_steps} parts of a step."
             )
+        self._count = None if isinstance(images, StreamedImages) else len(images)
         self.checkpoint = self._claim_folder(networks)
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
+        # How far a stream has been read; other sets need no memory of it.
+        self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
         self.is_stopping, self._signal, self._noted = False, None, {}
         if args.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
@@ -119,7 +125,7 @@ class Run:
             "gradient_accumulation_steps": self.accelerator.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "data": args.dataset_name or args.train_data_dir,
-            "images": len(self.images),
+            "images": self._count,
             "seed": args.seed,
         }
         configuration = json.loads(json.dumps(configuration))
@@ -156,10 +162,19 @@ class Run:
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
-        size, steps = self.recipe["train_batch_size"], self.recipe["max_train_steps"]
+        size, steps, workers = (
+            self.recipe["train_batch_size"],
+            self.recipe["max_train_steps"],
+            self.args.dataloader_num_workers,
+        )
+        if isinstance(self.images, StreamedImages):
+            if workers > 1:
+                raise ValueError(f"A stream is read by one worker at most, not by {workers}.")
+            stretch = Stretch(self.images, self._position, max(0, steps - self.step), size, self.parts)
+            return DataLoader(stretch, size // self.parts, num_workers=workers, drop_last=True)
         order = ShuffledIndices(len(self.images), self.args.seed, self.step * size, steps * size)
         batches = DealtBatches(order, size // self.parts, self.parts)
-        return DataLoader(self.images, batch_sampler=batches, num_workers=self.args.dataloader_num_workers)
+        return DataLoader(self.images, batch_sampler=batches, num_workers=workers)
 
     def load(self, ema: EMAModel) -> None:
         """Restore what `prepare` returned and the EMA weights from the checkpoint, if there is one to resume from."""
@@ -221,7 +236,7 @@ class Run:
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
         accelerator.print(
-            f"{len(images):,} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
+            f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
             f"{self.recipe['max_train_steps']:,} of {size:,} images on {accelerator.num_processes} processes"
         )
 
@@ -229,6 +244,8 @@ class Run:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
         parts = self.accelerator.gradient_accumulation_steps
         for micro_step, batch in enumerate(loader, start=self.step * parts):
+            if "position" in batch:
+                self._position = batch.pop("position")[-1].tolist()
             yield *divmod(micro_step, parts), batch
             if self.is_stopping:
                 return
@@ -272,7 +289,7 @@ class Run:
         if is_last or self.step % LOGGING_STEPS == 0:
             self._log(scalars)
         if is_last or self.step % self.args.checkpointing_steps == 0:
-            save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {})
+            save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.args.checkpoints_total_limit)
         if self.args.validation_steps and self.step % self.args.validation_steps == 0:
@@ -344,5 +361,7 @@ class Run:
                 self.pipeline.push_to_hub(self._repo_id)
                 more = ["training.json", "samples/*"]
                 upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
+        if self.images.corrupt:
+            self.accelerator.print(f"{len(self.images.corrupt)} corrupt images were left out.")
         self.accelerator.wait_for_everyone()
         return 0

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .data import Augmentation, LabelledImages, load_images
+from .augmentation import Augmentation
+from .data import LabelledImages, load_images
 from .letters import Letters
 from .pipeline import DualRatePipeline
+from .streams import StreamedImages
 
 
 class TrainablePair(nn.Module):
@@ -55,7 +57,11 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     )
     data.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     data.add_argument("--image_column", default="image")
+    data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
     data.add_argument("--label_column", help="Column of classes; none trains an unconditional model.")
+    data.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
+    data.add_argument("--streaming", action="store_true", help="Read rows as they are needed, downloading nothing.")
+    data.add_argument("--shuffle_buffer", type=int, default=10_000, help="Rows of a stream shuffled at a time.")
     data.add_argument("--resolution", type=int, help="Side of the training images; default: the preset's.")
     data.add_argument(
         "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
@@ -133,25 +139,32 @@ def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict
     return preset
 
 
-def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | Letters:
+def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
     """Open the data set that the arguments name, augmented as the preset says; letters are rendered, not read."""
     if args.dataset_name == "letters":
         return Letters(preset["denoiser"]["sample_size"], label_column=args.label_column, seed=args.seed)
-    return LabelledImages(
-        load_images(
-            args.dataset_name,
-            args.train_data_dir,
-            image_column=args.image_column,
-            label_column=args.label_column,
-            cache_dir=args.cache_dir,
-        ),
-        preset["denoiser"]["sample_size"],
+    dataset = load_images(
+        args.dataset_name,
+        args.train_data_dir,
         image_column=args.image_column,
         label_column=args.label_column,
-        augmentation=Augmentation(**preset["training"]["augmentation"]),
-        channels=preset["denoiser"]["in_channels"],
-        seed=args.seed,
-        on_corrupt=args.on_corrupt,
+        config_name=args.dataset_config_name,
+        streaming=args.streaming,
+        cache_dir=args.cache_dir,
+    )
+    options = {
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+        "num_classes": args.num_classes,
+        "augmentation": Augmentation(**preset["training"]["augmentation"]),
+        "channels": preset["denoiser"]["in_channels"],
+        "seed": args.seed,
+        "on_corrupt": args.on_corrupt,
+    }
+    if args.streaming:
+        options["buffer_size"] = args.shuffle_buffer
+    return (StreamedImages if args.streaming else LabelledImages)(
+        dataset, preset["denoiser"]["sample_size"], **options
     )
 
 

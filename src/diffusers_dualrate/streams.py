@@ -1,0 +1,110 @@
+"""Images of a data set that is read as a stream: rows come as they are needed, in a shuffle that can be gone on with.
+
+A position is (epoch, row): how many rows of the epoch's shuffle have been read. Together with the seed it is all that
+is needed to go on, by reading past them. Every item carries the position behind its global batch.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from .data import ImageReader, check_columns, check_label, name_classes, undecoded
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+class StreamedImages(ImageReader):
+    """The images of a streamed data set as tensors, augmented, with their class labels.
+
+    Args:
+        dataset: A streamed data set with an image column, as of `load_images`.
+        resolution: As of [`ImageReader`].
+        image_column: The column of images.
+        label_column: The column of classes: a `ClassLabel`, or integers together with `num_classes`.
+        num_classes: Number of classes; default: those that a `ClassLabel` has.
+        buffer_size: Number of rows that are shuffled at a time; the files of a data set are shuffled as well.
+        options: Further arguments of [`ImageReader`].
+
+    Attributes:
+        id2label: The name of each class, or `None` without a label column.
+        num_classes: How many there are, or `None`.
+
+    Raises:
+        ValueError: If an argument or a column is not as described, or there is no row.
+    """
+
+    def __init__(
+        self,
+        dataset: "IterableDataset",
+        resolution: int | tuple[int, int],
+        *,
+        image_column: str = "image",
+        label_column: str | None = None,
+        num_classes: int | None = None,
+        buffer_size: int = 10_000,
+        **options,
+    ):
+        super().__init__(resolution, **options)
+        check_columns(dataset, image_column, label_column)
+        self.id2label = None
+        if label_column is not None:
+            self.id2label = name_classes(dataset.features[label_column], label_column, num_classes)
+        self.num_classes = None if self.id2label is None else len(self.id2label)
+        self._columns = [column for column in (image_column, label_column) if column is not None]
+        rows = undecoded(dataset, *self._columns)
+        self._rows = rows.shuffle(seed=self.seed, buffer_size=buffer_size) if buffer_size > 1 else rows
+
+    def read_from(self, epoch: int, row: int) -> Iterator[tuple[dict[str, torch.Tensor], tuple[int, int]]]:
+        """Yield each image from a position on, without end, with the position behind it.
+
+        Raises:
+            ValueError: If a label is outside of the classes, an image corrupt, or all images of an epoch are.
+        """
+        while True:
+            first, count = row, 0
+            self._rows.set_epoch(epoch)
+            for values in self._rows.skip(first) if first else self._rows:
+                file, *label = (values[column] for column in self._columns)
+                if label:
+                    check_label(*label, self.id2label, self._columns[1], row)
+                row += 1
+                if (pixels := self.decode(file, row - 1)) is not None:
+                    count += 1
+                    item = {"pixel_values": self.augment(pixels, epoch, row - 1)}
+                    if label:
+                        item["class_labels"] = torch.tensor(*label)
+                    yield item, (epoch, row)
+            if first == 0 == count:
+                raise ValueError(f"None of the {row} images can be decoded, the first being {self.corrupt[0]}.")
+            epoch, row = epoch + 1, 0
+
+
+class Stretch(torch.utils.data.IterableDataset):
+    """A stretch of a stream, its global batches dealt out like those of [`batches.DealtBatches`].
+
+    Args:
+        images: The stream.
+        position: Where it begins.
+        batches: Number of global batches.
+        batch_size: Size of a global batch.
+        parts: How many parts each is dealt out into, one behind the other.
+    """
+
+    def __init__(self, images: StreamedImages, position: tuple[int, int], batches: int, batch_size: int, parts: int):
+        self.images, self.position, self.batches = images, position, batches
+        self.batch_size, self.parts = batch_size, parts
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        stream = self.images.read_from(*self.position)
+        for _ in range(self.batches):
+            items, positions = zip(*itertools.islice(stream, self.batch_size), strict=True)
+            behind = torch.tensor(positions[-1])
+            for part in range(self.parts):
+                for item in items[part :: self.parts]:
+                    yield item | {"position": behind}

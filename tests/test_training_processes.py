@@ -1,0 +1,152 @@
+"""Training in processes of their own: two at a time, stopped from outside, killed at any moment."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_dualrate.checkpoints import find_damage, list_checkpoints, step_of
+from diffusers_dualrate.losses import denoising_loss
+
+pytestmark = pytest.mark.slow
+
+# One server imports everything once; each child is then a fork of it, free of what other tests did.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_training_processes", "train_dual_rate", "train_single_rate"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of images with two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / "ab"[i % 2] / f"{i}.png")
+    return root
+
+
+def arguments(folder, output_dir, *more):
+    fixed = ["--preset", "examples/presets/tiny.json", "--train_data_dir", folder, "--label_column", "label"]
+    fixed += ["--cache_dir", folder.parent / "cache", "--validation_steps", 0, "--output_dir", output_dir]
+    return [str(argument) for argument in (*fixed, *more)]
+
+
+def work(script, argv, rank, world_size, port, at_step, happening):
+    """Body of a child: one process of a run, to which something may happen in a step of its own."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    script, calls = importlib.import_module(script), []
+
+    def loss_function(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == at_step:
+            if isinstance(happening, float):  # a kill so many seconds later
+                threading.Timer(happening, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            else:
+                os.kill(os.getpid(), happening)
+        return denoising_loss(*args, **kwargs)
+
+    script.denoising_loss = loss_function
+    raise SystemExit(script.main(script.parse_args(argv)))
+
+
+def run(script, argv, world_size=1, at_step=None, happening=None):
+    """Train in `world_size` processes; what happens, happens to the last one. Returns the exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        PROCESSES.Process(
+            target=work, args=(script, argv, rank, world_size, port, at_step * (rank == world_size - 1), happening)
+        )
+        if at_step
+        else PROCESSES.Process(target=work, args=(script, argv, rank, world_size, port, None, None))
+        for rank in range(world_size)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.is_alive():
+            child.kill()
+    return [child.exitcode for child in children]
+
+
+def everything_in(checkpoint):
+    hashes = json.loads((checkpoint / "hashes.json").read_text())
+    assert len(hashes) >= 6
+    return hashes
+
+
+def test_a_run_killed_at_any_moment_loses_no_more_than_the_steps_since_its_last_checkpoint(folder, tmp_path):
+    steps = ["--max_train_steps", 6, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2]
+    assert run("train_single_rate", arguments(folder, tmp_path / "whole", *steps)) == [0]
+    argv = arguments(folder, tmp_path / "parts", *steps, "--resume_from_checkpoint", "latest")
+    chance = random.Random(0)
+    # In the middle of a step; then some time after a step began: in it, in its checkpoint, or in a later one.
+    happenings = [(2, signal.SIGKILL), *((1, chance.uniform(0, 0.15)) for _ in range(4))]
+    done = 0
+    for at_step, happening in happenings:
+        code = run("train_single_rate", argv, at_step=at_step, happening=happening)
+        found = list_checkpoints(tmp_path / "parts")
+        assert code in ([-signal.SIGKILL], [0])
+        assert all(find_damage(checkpoint) is None for checkpoint in found)
+        assert not found or step_of(found[-1]) >= done + at_step - 1
+        done = step_of(found[-1]) if found else 0
+    assert run("train_single_rate", argv) == [0]
+    assert everything_in(tmp_path / "whole/checkpoint-6") == everything_in(tmp_path / "parts/checkpoint-6")
+    assert [step_of(checkpoint) for checkpoint in list_checkpoints(tmp_path / "parts")] == [5, 6]
+
+
+def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path):
+    options = ["--learning_rate", 1e-4, "--override", "training.lr_warmup_steps=0"]
+    assert run("train_dual_rate", arguments(folder, tmp_path / "one", *options)) == [0]
+    assert run("train_dual_rate", arguments(folder, tmp_path / "two", *options), 2) == [0, 0]
+    one, two = (load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
+    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
+    assert records[0] == records[1] and records[0]["images_seen"] == 4 * 8
+
+    # The signal reaches the second process alone.
+    argv = arguments(folder, tmp_path / "parts", *options)
+    codes = run("train_dual_rate", argv, 2, at_step=2, happening=signal.SIGINT)
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    assert [step_of(checkpoint) for checkpoint in list_checkpoints(tmp_path / "parts")] == [2]
+    assert run("train_dual_rate", [*argv, "--resume_from_checkpoint", "latest"], 2) == [0, 0]
+    assert everything_in(tmp_path / "parts/checkpoint-4") == everything_in(tmp_path / "two/checkpoint-4")
+
+
+def test_torchrun_passes_a_signal_on_and_leaves_a_checkpoint(folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["examples/train_single_rate.py"]
+    command += arguments(folder, tmp_path, "--checkpointing_steps", 20, "--max_train_steps", 100_000)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    agent = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while agent.poll() is None and not list_checkpoints(tmp_path):
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(60) != 0
+    finally:
+        agent.kill()
+    found = list_checkpoints(tmp_path)
+    assert step_of(found[-1]) % 20 != 0 and find_damage(found[-1]) is None
+    assert (found[-1] / "random_states_1.pkl").is_file()
