@@ -89,9 +89,8 @@ def test_a_stream_without_a_sound_image_does_not_go_round_for_ever():
 
 
 def test_what_a_stream_lacks_is_said_before_anything_is_read(saved):
-    empty = load_images(saved).select([]).to_iterable_dataset()
     with pytest.raises(ValueError, match="The data set is empty"):
-        StreamedImages(empty, 8)
+        StreamedImages(load_images(saved, streaming=True).take(0), 8)
     numbers = load_images(saved).cast_column("label", datasets.Value("int64")).to_iterable_dataset()
     with pytest.raises(ValueError, match="names no classes: give their number"):
         StreamedImages(numbers, 8, label_column="label")

@@ -146,15 +146,14 @@ def test_a_longer_run_goes_on_from_a_shorter_one(folder, tmp_path):
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard"])
-def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_path, capsys, tracker):
+def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train("dual", folder, tmp_path / "without")
-    train("dual", folder, tmp_path / "with", "--validation_steps", 2, "--report_to", tracker)
+    train("dual", folder, tmp_path / "with", "--validation_steps", 2, "--report_to", "tensorboard")
     assert everything_in(tmp_path / "with/checkpoint-4") == everything_in(tmp_path / "without/checkpoint-4")
     log = EventAccumulator(str(tmp_path / "with/diffusers-dualrate")).Reload()
-    assert [event.step for event in log.Images("samples")] == [2, 2, 2, 4, 4, 4]  # the writer's own limit is three
+    assert [event.step for event in log.Images("samples")] == [2, 4]
     assert log.Scalars("images_seen")[-1].value == 4 * 8 and log.Scalars("images_per_second")[-1].value > 0
     assert {"loss", "v_loss", "lr"} < set(log.Tags()["scalars"])
     printed = capsys.readouterr().out

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints, step_of
 from diffusers_dualrate.losses import denoising_loss
+from loopback_hub import LoopbackHub
 
 pytestmark = pytest.mark.slow
 
@@ -137,16 +138,34 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
 def test_torchrun_passes_a_signal_on_and_leaves_a_checkpoint(folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["examples/train_single_rate.py"]
-    command += arguments(folder, tmp_path, "--checkpointing_steps", 20, "--max_train_steps", 100_000)
+    command += arguments(folder, tmp_path, "--checkpointing_steps", 1_000_000, "--max_train_steps", 1_000_000)
+    command += ["--validation_steps", "3"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        while agent.poll() is None and not list_checkpoints(tmp_path):
+        while agent.poll() is None and not (tmp_path / "samples").exists():
             time.sleep(0.05)
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(60) != 0
     finally:
         agent.kill()
-    found = list_checkpoints(tmp_path)
-    assert step_of(found[-1]) % 20 != 0 and find_damage(found[-1]) is None
-    assert (found[-1] / "random_states_1.pkl").is_file()
+    [checkpoint] = list_checkpoints(tmp_path)
+    assert step_of(checkpoint) >= 3 and find_damage(checkpoint) is None
+    assert (checkpoint / "random_states_1.pkl").is_file()
+
+
+def test_a_run_publishes_its_model_its_record_and_its_samples_and_nothing_else(folder, tmp_path):
+    with LoopbackHub() as hub:
+        command = [sys.executable, "examples/train_single_rate.py"]
+        command += arguments(folder, tmp_path / "run", "--max_train_steps", 1, "--validation_steps", 1)
+        command += ["--push_to_hub", "--hub_model_id", "org/trained", "--report_to", "tensorboard"]
+        subprocess.run(command, env=hub.environment(tmp_path / "huggingface"), check=True, capture_output=True)
+        _, files = hub.repositories["org/trained"].find("main")
+    sent = set(files) - {".gitattributes"}
+    assert sent == {
+        *("README.md", "model_index.json", "pipeline.py", "training.json", "samples/0000001.png"),
+        *("scheduler/scheduler_config.json", "scheduler/diffusers_dualrate.py"),
+        *("denoiser/config.json", "denoiser/diffusion_pytorch_model.safetensors", "denoiser/diffusers_dualrate.py"),
+    }
+    weights = (tmp_path / "run/denoiser/diffusion_pytorch_model.safetensors").read_bytes()
+    assert files["denoiser/diffusion_pytorch_model.safetensors"] == weights

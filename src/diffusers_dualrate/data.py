@@ -264,7 +264,8 @@ def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label
     from datasets import Image as ImageFeature
     from datasets import IterableDataset
 
-    if next(iter(dataset.take(1)), None) is None if isinstance(dataset, IterableDataset) else len(dataset) == 0:
+    is_stream = isinstance(dataset, IterableDataset)
+    if not is_stream and len(dataset) == 0:
         raise ValueError("The data set is empty.")
     if dataset.features is None:
         raise ValueError("The stream does not tell what its columns hold; read the data set without streaming.")
@@ -273,6 +274,8 @@ def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label
             raise ValueError(f"The data set has no column {column!r}; it has {', '.join(dataset.features)}.")
     if not isinstance(dataset.features[image_column], ImageFeature):
         raise ValueError(f"The column {image_column!r} holds {dataset.features[image_column]}, not images.")
+    if is_stream and not list(undecoded(dataset, image_column).take(1)):
+        raise ValueError("The data set is empty.")
 
 
 def undecoded(dataset: "Dataset | IterableDataset", image_column: str, *others: str) -> "Dataset | IterableDataset":

@@ -65,8 +65,9 @@ class StreamedImages(ImageReader):
         """
         while True:
             first, count = row, 0
-            self._rows.set_epoch(epoch)
-            for values in self._rows.skip(first) if first else self._rows:
+            rows = self._rows.skip(first)
+            rows.set_epoch(epoch)
+            for values in rows:
                 file, *label = (values[column] for column in self._columns)
                 if label:
                     check_label(*label, self.id2label, self._columns[1], row)

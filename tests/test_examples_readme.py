@@ -1,0 +1,88 @@
+"""The commands of the examples' README, run as they stand on eight made-up images with shrunken networks."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+import train_single_rate
+from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
+
+README = Path("examples/README.md").read_text(encoding="utf-8")
+COMMANDS = {
+    title: re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).splitlines()
+    for title, text in re.findall(r"^## (ImageNet \d+)\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+}
+TINY = [
+    *("context_encoder.level_channels=[8,8,8]", "context_encoder.level_blocks=[1,1,1]"),
+    *("context_encoder.context_channels=[8,8,8]", "context_encoder.level_types=['res','res','transformer']"),
+    *("denoiser.level_channels=[8,8,8]", "denoiser.level_blocks=[1,1,1]", "denoiser.context_channels=[8,8,8]"),
+    *("denoiser.level_types=['res','res','transformer']", "training.train_batch_size=4", "training.max_train_steps=1"),
+    *(f"{network}.{value}" for network in ("context_encoder", "denoiser") for value in ("embedding_dim=8", "attention_head_dim=8")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """Folder of a data set of eight images in two classes."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(8)]
+    dataset = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(8)]})
+    dataset.cast_column("label", datasets.ClassLabel(names=["a", "b"])).save_to_disk(str(tmp_path / "eight"))
+    return str(tmp_path / "eight")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("title", COMMANDS)
+def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_path):
+    scripts = []
+    for command in COMMANDS[title]:
+        script, argv = re.fullmatch(r"(?:accelerate launch|python) examples/(\w+)\.py (.*)", command).groups()
+        argv = [re.sub(r"^benjamin-paine/.*", eight, argument) for argument in shlex.split(argv)]
+        argv = [re.sub(r"^runs/", f"{tmp_path}/", argument) for argument in argv]
+        argv += ["--resolution", "16"] if script.startswith("train") else []
+        if script.endswith("rate"):
+            # JSON knows no single quotes, and the shell of a reader no matter.
+            argv += ["--override", *(value.replace("'", '"') for value in TINY)]
+        elif script == "train_classifier":
+            argv += ["--max_train_steps", "2", "--held_out", "0.25"]
+        else:
+            argv += ["--num_samples", "8", "--num_inference_steps", "2", "--num_context_steps", "1"]
+            argv += ["--num_noises", "8", "--cache_dir", str(tmp_path / "cache")]
+        module = importlib.import_module(script)
+        module.main(module.parse_args(argv))
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        scripts.append(script)
+    assert scripts == ["train_dual_rate", "train_single_rate", "train_classifier", "evaluate"]
+    size = title.removeprefix("ImageNet ")
+    pipe = DualRatePipeline.from_pretrained(tmp_path / f"dualrate-imagenet{size}")
+    assert pipe.id2label == {0: "a", 1: "b"} and pipe.context_encoder is not None
+    report = json.loads((tmp_path / f"dualrate-imagenet{size}" / "evaluation.json").read_text())
+    assert "v_loss" in report
+
+
+def test_the_flags_of_the_readme_exist():
+    parser = training.argument_parser("")
+    known = set(parser._option_string_actions) | {"--network", "--context_dropout"}
+    for flag in re.findall(r"`(--\w+)[` ]", README):
+        assert flag in known | {"--inception", "--dinov2", "--config_file", "--multi_gpu"}, flag
+    for commands in COMMANDS.values():
+        train_single_rate.parse_args(shlex.split(commands[1])[3:])
+
+
+def test_the_configuration_of_fsdp2_wraps_the_blocks_that_the_networks_name():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    configuration = load_config_from_file("examples/fsdp2.yaml").fsdp_config
+    assert configuration["fsdp_version"] == 2
+    assert configuration["fsdp_transformer_layer_cls_to_wrap"].split(",") == UViTDenoiser._no_split_modules
+    assert "UNTESTED" in Path("examples/fsdp2.yaml").read_text()
