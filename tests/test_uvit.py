@@ -262,7 +262,7 @@ def test_images_that_do_not_divide_into_levels_are_refused_by_their_size(size):
         ({"types": ("res",)}, "same levels, got 3, 1 and 3 entries"),
         ({"blocks": (1, 1, 1, 1)}, "same levels, got 3, 3 and 4 entries"),
         ({"channels": (), "types": (), "blocks": ()}, "got 0, 0 and 0 entries"),
-        ({"types": ("res", "conv", "res")}, "'res' or 'transformer', got 'conv'"),
+        ({"types": ("res", "conv", "res")}, "'transformer' or 'depthwise', got 'conv'"),
         ({"channels": (8, 12, 8)}, "got width 12 and attention_head_dim 8"),
     ],
 )

@@ -118,3 +118,32 @@ def posterior(
     factor_x = torch.sigmoid(log_snr_s).sqrt() * c
     log_variance = torch.lerp(logsigmoid(-log_snr_s), logsigmoid(-log_snr_t), variance_interpolation)
     return factor_z, factor_x, (c * torch.exp(log_variance)).sqrt()
+
+
+def gaussian_update(
+    z_t: Tensor, z_tau: Tensor, x: Tensor, variance: Tensor, log_snr_t: Tensor, log_snr_tau: Tensor
+) -> Tensor:
+    """Mean of x given z_t and z_τ, both on one Markov trajectory, where x given z_τ alone is normal.
+
+    What z_t tells beyond z_τ is an observation of x with precision m = snr_t − snr_τ, so with mean x̂ and variance P
+    the mean becomes x̂ + P r/(1 + m P), r = α_t z_t/σ_t² − α_τ z_τ/σ_τ² − m x̂. Exact for Gaussian data with their own
+    posterior; x̂ itself where t = τ. Beyond the paper, and of the ancestral chain only: along a deterministic path z_t
+    is no new observation.
+
+    Args:
+        z_t: Noisy images [B, C, H, W].
+        z_tau: Noisier images of the same trajectories.
+        x: Mean x̂ of the clean images given z_τ.
+        variance: Variance P of the clean images given z_τ, positive, broadcastable against x.
+        log_snr_t: λ_t.
+        log_snr_tau: λ_τ ≤ λ_t.
+    """
+    snr_tau = torch.exp(log_snr_tau)
+    # Where τ = t, rounding may put λ_τ above λ_t by an ulp.
+    gained = (snr_tau * torch.expm1(log_snr_t - log_snr_tau)).clamp(min=0)
+
+    def information(z: Tensor, log_snr: Tensor) -> Tensor:  # α z/σ²
+        return z * torch.exp((logsigmoid(log_snr) - 2 * logsigmoid(-log_snr)) / 2)
+
+    residual = information(z_t, log_snr_t) - information(z_tau, log_snr_tau) - gained * x
+    return x + variance * residual / (1 + gained * variance)

@@ -3,7 +3,8 @@
 Two units. FLOPs are 2 x multiply-adds of everything an evaluation runs, attention included, counted by running the
 network without data on the meta device: the same counter returns 0 for attention on a CPU. The paper's unit, for
 comparison with published tables only, is multiply-adds of the main blocks alone, for a square map of side H and c
-channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c.
+channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c; for depthwise blocks, which the paper does not have,
+(2 c + 9) c H².
 """
 
 import contextlib
@@ -37,8 +38,11 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, i
         sample = torch.empty(1, network.config.in_channels, height, width)
         inputs = {"sample": sample, "log_snr": torch.empty(1)}
         if isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
-            features = copy.trunk(sample, torch.empty(1, copy.config.embedding_dim))
-            inputs |= {"context": tuple(map(torch.zeros_like, features)), "context_log_snr": torch.empty(1)}
+            trunk_input = torch.empty(1, copy.trunk.patch_embed.in_channels, height, width)
+            context = copy.trunk(trunk_input, torch.empty(1, copy.config.embedding_dim))
+            if copy.config.prediction_hand_over:
+                context = (*context, sample, sample, sample[:, :1])
+            inputs |= {"context": context, "context_log_snr": torch.empty(1)}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             copy(**inputs)
     return counter.get_total_flops()
@@ -118,7 +122,8 @@ def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[
         pixels = (height // side) * (width // side)
         if stage.attends:
             return len(stage.blocks) * (12 * channels**2 * pixels + 2 * pixels**2 * channels)
-        return len(stage.blocks) * 18 * channels**2 * pixels
+        cost = (2 * channels + 9) * channels if config.level_types[level] == "depthwise" else 18 * channels**2
+        return len(stage.blocks) * cost * pixels
 
     trunk, last = network.trunk, len(config.level_channels) - 1
     outer = sum(stage_cost(stage, level) for stages in (trunk.down, trunk.up) for level, stage in enumerate(stages))

@@ -5,10 +5,15 @@ single-rate network that also takes such maps: it adds a linear projection of ea
 of the same resolution begins. W e does not change between two refreshes, so `project_context` computes it once. W
 starts at zero, the encoder's side does not: were both zero, neither would ever learn.
 
+Beyond the paper, with `prediction_hand_over` the encoder also hands out what it believes about the clean image, x̂ and a
+variance. The denoiser updates that belief by what z_t tells beyond z_τ (`diffusion.gaussian_update`), starts from the
+velocity this implies and adds a correction, so it spends nothing on what the encoder knows already.
+
 Both condition on log-SNR rather than on a step number, so the same weights serve any variance-preserving schedule.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,7 +28,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from . import diffusion
 from .uvit import NoiseLevelEmbedding, UViTTrunk
+
+# What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
+_INITIAL_VARIANCE = 0.2
 
 
 @dataclass
@@ -31,7 +40,8 @@ class UViTContextEncoderOutput(BaseOutput):
     """Output of [`UViTContextEncoder`].
 
     Args:
-        context: One map [B, context_channels, H, W] per level, from the highest resolution to the lowest.
+        context: One map [B, context_channels, H, W] per level, from the highest resolution to the lowest; with
+            `prediction_hand_over` then z_τ, x̂ [B, C, H, W] and its variance [B, 1, H, W] in float32.
     """
 
     context: tuple[Tensor, ...]
@@ -52,8 +62,8 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
     """What encoder and denoiser share: trunk, noise-level and class conditioning, and the host's bookkeeping."""
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["UViTResBlock", "UViTTransformerBlock"]
-    _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock"]
+    _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
+    _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm"]
 
     @classmethod
@@ -69,6 +79,10 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
+        # Weights mapped from a file may start at any address, and the rounding of some kernels depends on it.
+        for weight in model.parameters():
+            if weight.device.type == "cpu":
+                weight.data = weight.data.clone()
         return (model, info) if wants_info else model
 
     def enable_cache(self, config) -> None:
@@ -101,7 +115,16 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
             self.disable_cache()
             raise ValueError(f"{name} acts on no module of this network as it is configured.")
 
-    def _make_trunk(self) -> None:
+    def _make_output(self) -> None:
+        config = self.config
+        self.norm_out = _norm(config.level_channels[0])
+        self.proj_out = nn.ConvTranspose2d(
+            config.level_channels[0], config.in_channels, config.patch_size, stride=config.patch_size
+        )
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def _make_trunk(self, in_channels: int) -> None:
         config = self.config
         if config.num_classes is not None and config.num_classes < 1:
             raise ValueError(
@@ -113,7 +136,7 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
             nn.Embedding(config.num_classes + 1, config.embedding_dim) if config.num_classes else None
         )
         self.trunk = UViTTrunk(
-            config.in_channels,
+            in_channels,
             config.patch_size,
             tuple(config.level_channels),
             tuple(config.level_types),
@@ -154,12 +177,13 @@ class UViTContextEncoder(_UViTModel):
         patch_size: Side of the patches that the highest level works on.
         num_classes: Number of classes, or `None` for an unconditional model.
         level_channels: Width of each level, from the highest resolution to the middle.
-        level_types: "res" or "transformer" for each level.
+        level_types: "res", "transformer" or "depthwise" for each level.
         level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
         attention_head_dim: Channels of one attention head.
         embedding_dim: Width of the noise-level and class embedding.
         dropout: Dropout rate in transformer blocks.
         context_channels: Width of the map that each level hands out; `None` for the level's own width.
+        prediction_hand_over: Whether the context ends with z_τ, the encoder's own prediction x̂ and its variance.
     """
 
     @register_to_config
@@ -176,9 +200,10 @@ class UViTContextEncoder(_UViTModel):
         embedding_dim: int = 1024,
         dropout: float = 0.0,
         context_channels: tuple[int, ...] | None = None,
+        prediction_hand_over: bool = False,
     ):
         super().__init__()
-        self._make_trunk()
+        self._make_trunk(in_channels)
         widths = context_channels or level_channels
         if len(widths) != len(level_channels):
             raise ValueError(
@@ -188,6 +213,13 @@ class UViTContextEncoder(_UViTModel):
             nn.Sequential(_norm(width), nn.Conv2d(width, context_width, 1, bias=False))
             for width, context_width in zip(level_channels, widths, strict=True)
         )
+        if prediction_hand_over:
+            self._make_output()
+            self.variance_out = nn.ConvTranspose2d(level_channels[0], 1, patch_size, stride=patch_size)
+            nn.init.zeros_(self.variance_out.weight)
+            nn.init.constant_(self.variance_out.bias, math.log(_INITIAL_VARIANCE))
+            self.variance_embedding = nn.Linear(embedding_dim, 1, bias=False)
+            nn.init.zeros_(self.variance_embedding.weight)
 
     @property
     def context_channels(self) -> tuple[int, ...]:
@@ -196,18 +228,22 @@ class UViTContextEncoder(_UViTModel):
 
     @classmethod
     def from_denoiser(
-        cls, denoiser: "UViTDenoiser", context_channels: tuple[int, ...] | None = None
+        cls,
+        denoiser: "UViTDenoiser",
+        context_channels: tuple[int, ...] | None = None,
+        prediction_hand_over: bool = False,
     ) -> "UViTContextEncoder":
-        """Turn a trained single-rate network into an encoder with a copy of its trunk and conditioning.
+        """Turn a trained single-rate network into an encoder with a copy of all that it has learned.
 
         Args:
             denoiser: The network to start from; it is left as it is.
             context_channels: Width of the map that each level hands out; `None` for the level's own width.
+            prediction_hand_over: Whether it hands over its prediction beside the maps.
         """
         config = {key: denoiser.config[key] for key in cls._get_init_keys(cls) if key in denoiser.config}
-        encoder = cls(**{**config, "context_channels": context_channels})
-        for name in ("trunk", "noise_embedding", "class_embedding"):
-            if getattr(encoder, name) is not None:
+        encoder = cls(**{**config, "context_channels": context_channels, "prediction_hand_over": prediction_hand_over})
+        for name in ("trunk", "noise_embedding", "class_embedding", "norm_out", "proj_out"):
+            if getattr(encoder, name, None) is not None:
                 getattr(encoder, name).load_state_dict(getattr(denoiser, name).state_dict())
         return encoder.to(device=denoiser.device, dtype=denoiser.dtype)
 
@@ -229,6 +265,13 @@ class UViTContextEncoder(_UViTModel):
         embedding = silu(self._embed(sample, log_snr, class_labels))
         features = self.trunk(sample, embedding)
         context = tuple(head(feature) for head, feature in zip(self.context_heads, features, strict=True))
+        if self.config.prediction_hand_over:
+            level = _per_sample(log_snr, sample)[:, None, None, None]
+            hidden_states = silu(self.norm_out(features[0]))
+            x = diffusion.x_from_v(sample.float(), self.proj_out(hidden_states).float(), level)
+            log_variance = self.variance_out(hidden_states) + self.variance_embedding(embedding)[:, :, None, None]
+            variance = torch.sigmoid(-level) * torch.exp(log_variance.float())
+            context = (*context, sample.float(), x, variance)
         return UViTContextEncoderOutput(context=context) if return_dict else (context,)
 
 
@@ -242,12 +285,13 @@ class UViTDenoiser(_UViTModel):
         patch_size: Side of the patches that the highest level works on.
         num_classes: Number of classes, or `None` for an unconditional model.
         level_channels: Width of each level, from the highest resolution to the middle.
-        level_types: "res" or "transformer" for each level.
+        level_types: "res", "transformer" or "depthwise" for each level.
         level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
         attention_head_dim: Channels of one attention head.
         embedding_dim: Width of the noise-level and class embedding.
         dropout: Dropout rate in transformer blocks.
         context_channels: Width of the context at every level; `None` for a network that takes none.
+        prediction_hand_over: Whether the context ends with z_τ, the encoder's prediction x̂ and its variance.
     """
 
     @register_to_config
@@ -264,14 +308,15 @@ class UViTDenoiser(_UViTModel):
         embedding_dim: int = 1024,
         dropout: float = 0.0,
         context_channels: tuple[int, ...] | None = None,
+        prediction_hand_over: bool = False,
     ):
         super().__init__()
-        self._make_trunk()
-        self.norm_out = _norm(level_channels[0])
-        self.proj_out = nn.ConvTranspose2d(level_channels[0], in_channels, patch_size, stride=patch_size)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        # Beside z_t the trunk sees where the update starts from and what it moved, in v and in x.
+        self._make_trunk(4 * in_channels if prediction_hand_over else in_channels)
+        self._make_output()
         if context_channels is None:
+            if prediction_hand_over:
+                raise ValueError("prediction_hand_over=True needs context_channels.")
             return
         if len(context_channels) != len(level_channels):
             raise ValueError(
@@ -291,11 +336,18 @@ class UViTDenoiser(_UViTModel):
         """Turn an encoder's context into what `forward` adds to its levels, once per refresh.
 
         Args:
-            context: One map [B, context_channels, H, W] per level, from the highest resolution to the lowest.
+            context: One map [B, context_channels, H, W] per level, from the highest resolution to the lowest; with
+                `prediction_hand_over` then z_τ, x̂ and its variance, which pass through.
         """
         if self.config.context_channels is None:
             raise ValueError("This denoiser takes no context (context_channels=None).")
-        return tuple(projection(part) for projection, part in zip(self.context_proj, context, strict=True))
+        levels = len(self.context_proj)
+        maps = (projection(part) for projection, part in zip(self.context_proj, context[:levels], strict=True))
+        return (*maps, *context[levels:])
+
+    def handed_over_prediction(self, context: tuple[Tensor, ...]) -> Tensor | None:
+        """The encoder's own prediction x̂ [B, C, H, W] in a context, projected or not; `None` where there is none."""
+        return context[-2] if self.config.prediction_hand_over else None
 
     def forward(
         self,
@@ -326,6 +378,25 @@ class UViTDenoiser(_UViTModel):
             if self.config.context_channels is None:
                 raise ValueError("This denoiser takes no context (context_channels=None).")
             embedding = embedding + self.context_noise_embedding(_per_sample(context_log_snr, sample), sample.dtype)
-        features = self.trunk(sample, silu(embedding), context)
+        hidden_states, start = sample, None
+        if self.config.prediction_hand_over:
+            start, hidden_states = self._update_prediction(sample, log_snr, context, context_log_snr)
+            context = None if context is None else context[: len(self.context_proj)]
+        features = self.trunk(hidden_states, silu(embedding), context)
         velocity = self.proj_out(silu(self.norm_out(features[0])))
+        if start is not None:
+            velocity = start + velocity
         return UViTDenoiserOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _update_prediction(self, sample, log_snr, context, context_log_snr):
+        """Velocity that the encoder's prediction implies once updated by z_t, and the trunk's input [B, 4 C, H, W]."""
+        if context is None:
+            return None, torch.cat([sample, torch.zeros_like(sample).repeat(1, 3, 1, 1)], dim=1)
+        z_tau, x, variance = context[len(self.context_proj) :]
+        z_t, level = sample.float(), _per_sample(log_snr, sample)[:, None, None, None]
+        level_tau = _per_sample(context_log_snr, sample)[:, None, None, None]
+        updated = diffusion.gaussian_update(z_t, z_tau, x, variance, level, level_tau)
+        velocity = diffusion.v_from_x(z_t, updated, level)
+        moved = (updated - x) * torch.exp(-torch.nn.functional.logsigmoid(-level) / 2)  # in units of σ_t
+        parts = [velocity, updated, moved]
+        return velocity.to(sample.dtype), torch.cat([sample, *(part.to(sample.dtype) for part in parts)], dim=1)

@@ -401,7 +401,7 @@ class DualRatePipeline(DiffusionPipeline):
 
 
 def _check_pair(context_encoder: UViTContextEncoder, denoiser: UViTDenoiser) -> None:
-    for name in ("in_channels", "patch_size", "num_classes"):
+    for name in ("in_channels", "patch_size", "num_classes", "prediction_hand_over"):
         theirs, ours = context_encoder.config[name], denoiser.config[name]
         if theirs != ours:
             raise ValueError(f"The pair does not fit: {name} is {theirs} in the encoder and {ours} in the denoiser.")

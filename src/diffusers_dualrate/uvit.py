@@ -5,9 +5,9 @@ average pooling; going up, in nearest-neighbour upsampling. There is one residua
 
     h = up(h_mid − h_down) + h_before_down
 
-so a middle that is the identity makes the level the identity. Blocks are residual convolutions or parallel
-attention-and-MLP transformers (ViT-22B, arXiv 2302.05442), both modulated by the noise-level embedding (FiLM) and both
-starting as the identity.
+so a middle that is the identity makes the level the identity. Blocks are residual convolutions, parallel
+attention-and-MLP transformers (ViT-22B, arXiv 2302.05442), or, for the lightest denoisers and beyond the paper,
+depthwise-separable convolutions; all are modulated by the noise-level embedding (FiLM) and start as the identity.
 """
 
 import math
@@ -75,6 +75,26 @@ class UViTResBlock(nn.Module):
         residual = self.conv_1(silu(self.norm_1(hidden_states)))
         residual = torch.addcmul(shift[:, :, None, None], self.norm_2(residual), scale[:, :, None, None])
         return hidden_states + self.conv_2(silu(residual))
+
+
+class UViTDepthwiseBlock(nn.Module):
+    """A 3x3 convolution within each channel, then two layers across channels, the second starting at zero."""
+
+    def __init__(self, channels: int, embedding_dim: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(max(1, min(32, channels // 8)), channels)
+        self.film = FiLM(embedding_dim, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
+        """Map features [B, C, H, W] and embedding [B, E] to features of the same shape."""
+        scale, shift = self.film(embedding)
+        residual = torch.addcmul(shift[:, :, None, None], self.norm(hidden_states), scale[:, :, None, None])
+        return hidden_states + self.proj_out(silu(self.proj_in(self.conv(residual))))
 
 
 def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
@@ -169,10 +189,11 @@ class UViTStage(nn.Module):
         self.attends = block_type == "transformer"
         self.attention_head_dim = attention_head_dim
         self.gradient_checkpointing = False
+        convolution = UViTDepthwiseBlock if block_type == "depthwise" else UViTResBlock
         self.blocks = nn.ModuleList(
             UViTTransformerBlock(channels, embedding_dim, attention_head_dim, dropout)
             if self.attends
-            else UViTResBlock(channels, embedding_dim)
+            else convolution(channels, embedding_dim)
             for _ in range(num_blocks)
         )
 
@@ -201,7 +222,7 @@ class UViTTrunk(nn.Module):
         in_channels: Image channels.
         patch_size: Side of the patches that the highest level works on.
         level_channels: Width of each level, from the highest resolution to the middle.
-        level_types: "res" or "transformer" for each level.
+        level_types: "res", "transformer" or "depthwise" for each level.
         level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
         attention_head_dim: Channels of one attention head, a multiple of 4.
         embedding_dim: Width of the conditioning embedding.
@@ -229,8 +250,8 @@ class UViTTrunk(nn.Module):
                 f"{len(level_channels)}, {len(level_types)} and {len(level_blocks)} entries."
             )
         for width, block_type in zip(level_channels, level_types, strict=True):
-            if block_type not in ("res", "transformer"):
-                raise ValueError(f"level_types must hold 'res' or 'transformer', got {block_type!r}.")
+            if block_type not in ("res", "transformer", "depthwise"):
+                raise ValueError(f"level_types must hold 'res', 'transformer' or 'depthwise', got {block_type!r}.")
             if block_type == "transformer" and (width % attention_head_dim or attention_head_dim % 4):
                 raise ValueError(
                     "Transformer levels need a width divisible by attention_head_dim and that divisible by 4, "

@@ -1,0 +1,143 @@
+"""The encoder's own prediction handed over beside the context, and its update by what z_t tells beyond z_τ.
+
+`gaussian_update` is held to a closed form: for data N(0, s²) and the exact posterior at τ, the mean given both noisy
+images is the mean given z_t alone, k_t z_t, whatever z_τ says, since the chain is Markov. Mutants killed: m with snr_τ
+for snr_t, the sign of m x̂ and of z_τ's information, σ for σ² in either, P left out of the denominator.
+"""
+
+import pytest
+import torch
+
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
+from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.training import TrainablePair
+
+
+def exact_posterior(z, log_snr, variance):
+    """Mean and variance of x given z for x ~ N(0, variance)."""
+    alpha, sigma = diffusion.alpha_sigma(log_snr)
+    marginal = alpha**2 * variance + sigma**2
+    return alpha * variance / marginal * z, variance * sigma**2 / marginal
+
+
+@pytest.mark.parametrize("std", [0.25, 1.0, 2.0])
+@pytest.mark.parametrize("log_snrs", [(8.0, -8.0), (2.0, 1.0), (-1.0, -3.0), (9.9, 9.0)])
+def test_the_update_is_exact_for_gaussian_data_at_any_lag(std, log_snrs):
+    log_snr_t, log_snr_tau = (torch.tensor(value, dtype=torch.float64) for value in log_snrs)
+    generator = torch.Generator().manual_seed(0)
+    z_t, z_tau = torch.randn(2, 1000, generator=generator, dtype=torch.float64)
+    x_tau, variance = exact_posterior(z_tau, log_snr_tau, std**2)
+    updated = diffusion.gaussian_update(z_t, z_tau, x_tau, variance, log_snr_t, log_snr_tau)
+    torch.testing.assert_close(updated, exact_posterior(z_t, log_snr_t, std**2)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_update_changes_nothing_where_nothing_was_learned_and_stays_finite():
+    z, x = torch.randn(2, 4, 1, 8, 8)
+    level = torch.tensor(1.5)
+    torch.testing.assert_close(diffusion.gaussian_update(z, z, x, torch.tensor(0.1), level, level), x)
+    t = torch.tensor([0.005, 1.0])
+    near, far = diffusion.cosine_log_snr(t)
+    updated = diffusion.gaussian_update(z, torch.randn_like(z), x, torch.tensor(0.2), near, far)
+    # At almost no noise the image itself is the answer.
+    assert (updated - z / diffusion.alpha_sigma(near)[0]).abs().max() < 0.05
+    assert diffusion.v_from_x(z, updated, near).isfinite().all()
+
+
+@pytest.fixture
+def make_pair(make_networks):
+    def make(**both):
+        return make_networks(num_classes=4, prediction_hand_over=True, **both)
+
+    return make
+
+
+def test_at_a_refresh_an_untrained_denoiser_repeats_the_encoders_velocity(make_pair):
+    encoder, denoiser = make_pair()
+    torch.nn.init.zeros_(denoiser.proj_out.weight)
+    torch.nn.init.zeros_(denoiser.proj_out.bias)
+    z, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 4])
+    log_snr = torch.tensor([-4.0, 0.0, 5.0])
+    context = denoiser.project_context(encoder(z, log_snr, labels).context)
+    x = denoiser.handed_over_prediction(context)
+    velocity = denoiser(z, log_snr, labels, context, log_snr).sample
+    torch.testing.assert_close(velocity, diffusion.v_from_x(z, x, log_snr[:, None, None, None]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(denoiser(z, log_snr + 0.5, labels, context, log_snr).sample, velocity, atol=1e-2)
+
+
+def test_the_encoder_of_a_single_rate_network_predicts_what_that_network_predicts(make_networks):
+    single_rate = make_networks(denoiser={"context_channels": None}, num_classes=4)[1]
+    encoder = UViTContextEncoder.from_denoiser(single_rate, prediction_hand_over=True)
+    z, labels, log_snr = torch.randn(2, 3, 8, 8), torch.tensor([0, 3]), torch.tensor([-1.0, 3.0])
+    z_tau, x, variance = encoder(z, log_snr, labels).context[-3:]
+    velocity = single_rate(z, log_snr, labels).sample
+    torch.testing.assert_close(x, diffusion.x_from_v(z, velocity, log_snr[:, None, None, None]))
+    torch.testing.assert_close(z_tau, z)
+    torch.testing.assert_close(variance.mean((1, 2, 3)), 0.2 * torch.sigmoid(-log_snr))
+
+
+def test_the_encoder_learns_its_prediction_from_a_loss_of_its_own(make_pair):
+    encoder, denoiser = make_pair()
+    pair = TrainablePair(denoiser, encoder)
+    x, labels = torch.randn(8, 3, 8, 8).clamp(-1, 1), torch.zeros(8, dtype=torch.long)
+    scheduler = DualRateScheduler()
+    levels = {
+        "log_snr": lambda t: scheduler.log_snr(1000 * t),
+        "log_snr_rate": lambda t: scheduler.log_snr_rate(1000 * t),
+    }
+
+    def loss(prediction):
+        draws = draw(0, 0, range(8), x.shape[1:])
+        return pair(denoising_loss, x, labels, draws, bias=0.0, encoder_prediction=prediction, **levels)
+
+    without, beside = loss(None), loss(denoiser.handed_over_prediction)
+    torch.testing.assert_close(without.v_loss, beside.v_loss)
+    # Independently: the encoder as a single-rate network at τ, under the same weight.
+    times = draw(0, 0, range(8), x.shape[1:])
+    from diffusers_dualrate.losses import coupled_pair, sigmoid_weight, window_times
+
+    t, tau = window_times(times.uniforms[:, :3], (1,))
+    lambda_t, lambda_tau = (levels["log_snr"](time)[:, None, None, None] for time in (t, tau))
+    _, z_tau = coupled_pair(x, times.eps, times.eps_tau, lambda_t, lambda_tau)
+    x_hat = encoder(z_tau, lambda_tau.flatten(), labels).context[-2]
+    v, v_hat = (diffusion.v_from_x(z_tau, image, lambda_tau) for image in (x, x_hat))
+    weight = sigmoid_weight(lambda_tau.flatten(), levels["log_snr_rate"](tau), 0.0)
+    expected = (weight * (v - v_hat).square().flatten(1).mean(1)).mean()
+    torch.testing.assert_close(beside.loss - without.loss, expected, rtol=1e-4, atol=1e-5)
+    encoder.proj_out.zero_grad()
+    beside.loss.backward()
+    assert encoder.proj_out.weight.grad.abs().sum() > 0 and encoder.variance_out.weight.grad.abs().sum() > 0
+
+
+def test_a_pair_with_hand_over_samples_saves_and_reloads_bit_equal(make_pair, tmp_path):
+    encoder, denoiser = make_pair()
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 6, "num_context_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+        return pipe([1, 2], generator=[torch.Generator().manual_seed(i) for i in range(2)], **options).images
+
+    expected = sample(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(sample(DualRatePipeline.from_pretrained(tmp_path)), expected)
+    alone = pipe([2], generator=[torch.Generator().manual_seed(1)], num_inference_steps=6, num_context_steps=2)
+    assert len(alone.images) == 1
+
+
+def test_without_context_the_handed_over_parts_are_zero(make_pair):
+    _, denoiser = make_pair()
+    z, log_snr = torch.randn(2, 3, 8, 8), torch.zeros(2)
+    trunk_input = {}
+    denoiser.trunk.register_forward_pre_hook(lambda _, args: trunk_input.update(sample=args[0]))
+    assert denoiser(z, log_snr).sample.isfinite().all()
+    assert trunk_input["sample"].shape == (2, 12, 8, 8)
+    assert trunk_input["sample"][:, 3:].abs().max() == 0
+
+
+def test_networks_of_which_one_hands_over_are_refused(make_networks):
+    encoder, denoiser = make_networks(encoder={"prediction_hand_over": True})
+    with pytest.raises(ValueError, match="prediction_hand_over is True in the encoder and False in the denoiser"):
+        DualRatePipeline(denoiser, DualRateScheduler(), encoder)
+    with pytest.raises(ValueError, match="needs context_channels"):
+        UViTDenoiser(prediction_hand_over=True)
