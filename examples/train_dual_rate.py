@@ -22,6 +22,7 @@ from diffusers_dualrate.runs import Run
 def parse_args(argv=None):
     parser = training.argument_parser(__doc__)
     parser.add_argument("--context_dropout", type=float, help="Share of each batch that sees no context.")
+    parser.add_argument("--targets_per_context", type=int, help="Noisy images that the denoiser sees for one context.")
     return parser.parse_args(argv)
 
 
@@ -86,7 +87,8 @@ def main(args):
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch["pixel_values"], batch.get("class_labels")
-            draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device)
+            targets = recipe["targets_per_context"]
+            draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device, targets)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(pair):
@@ -102,6 +104,7 @@ def main(args):
                     context_dropout=recipe["context_dropout"],
                     label_dropout=recipe["label_dropout"],
                     null_label=images.num_classes,
+                    encoder_prediction=averaged.denoiser.handed_over_prediction,
                 )
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())
