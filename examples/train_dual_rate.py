@@ -3,7 +3,8 @@
     accelerate launch examples/train_dual_rate.py --preset examples/presets/emoji32.json \\
         --dataset_name examples/data/emoji32 --label_column label --output_dir runs/dualrate-emoji32
 
-The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
+A trained single-rate model becomes a pair by `--pretrained_model_name_or_path model --freeze_encoder`. The result is a
+folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
 import copy
@@ -23,6 +24,13 @@ def parse_args(argv=None):
     parser = training.argument_parser(__doc__)
     parser.add_argument("--context_dropout", type=float, help="Share of each batch that sees no context.")
     parser.add_argument("--targets_per_context", type=int, help="Noisy images that the denoiser sees for one context.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        help="Trained model to start from: a pair, or a single-rate model that becomes the encoder.",
+    )
+    parser.add_argument(
+        "--freeze_encoder", action="store_true", help="Train what the encoder hands over, but not what it has learned."
+    )
     return parser.parse_args(argv)
 
 
@@ -43,6 +51,18 @@ def main(args):
     classes = {"num_classes": images.num_classes}
     context_encoder = UViTContextEncoder(**{**preset["context_encoder"], **classes})
     denoiser = UViTDenoiser(**{**preset["denoiser"], **classes})
+    start = training.start_from(args, images)
+    if start is not None:
+        handed_over = context_encoder.context_channels, context_encoder.config.prediction_hand_over
+        if start.context_encoder is None:
+            context_encoder = UViTContextEncoder.from_denoiser(start.denoiser, *handed_over)
+        else:
+            context_encoder, denoiser = start.context_encoder, start.denoiser
+        recipe["pretrained"] = args.pretrained_model_name_or_path
+    if args.freeze_encoder:
+        recipe["freeze_encoder"] = True
+        for name, parameter in context_encoder.named_parameters():
+            parameter.requires_grad_(name.startswith(("context_heads", "variance")))
     scheduler = DualRateScheduler(**preset["scheduler"])
     if args.gradient_checkpointing:
         context_encoder.enable_gradient_checkpointing()

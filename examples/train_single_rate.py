@@ -27,6 +27,7 @@ def parse_args(argv=None):
         default="heavy",
         help="Shape of the preset's encoder, or its denoiser.",
     )
+    parser.add_argument("--pretrained_model_name_or_path", help="Trained single-rate model to start from.")
     return parser.parse_args(argv)
 
 
@@ -46,7 +47,12 @@ def main(args):
     # The network. One seed for the weights; the randomness of a step comes from (seed, step, row).
     set_seed(args.seed)
     shape = preset["context_encoder"] if args.network == "heavy" else preset["denoiser"]
-    denoiser = UViTDenoiser(**{**shape, "num_classes": images.num_classes, "context_channels": None})
+    alone = {"num_classes": images.num_classes, "context_channels": None, "prediction_hand_over": False}
+    denoiser = UViTDenoiser(**{**shape, **alone})
+    start = training.start_from(args, images)
+    if start is not None:
+        denoiser.load_state_dict(start.denoiser.state_dict())
+        recipe["pretrained"] = args.pretrained_model_name_or_path
     scheduler = DualRateScheduler(**preset["scheduler"])
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()

@@ -245,7 +245,12 @@ class UViTContextEncoder(_UViTModel):
         for name in ("trunk", "noise_embedding", "class_embedding", "norm_out", "proj_out"):
             if getattr(encoder, name, None) is not None:
                 getattr(encoder, name).load_state_dict(getattr(denoiser, name).state_dict())
-        return encoder.to(device=denoiser.device, dtype=denoiser.dtype)
+        # Without a dtype where none is needed: the host warns of every cast.
+        return (
+            encoder.to(denoiser.device)
+            if denoiser.dtype == encoder.dtype
+            else encoder.to(denoiser.device, denoiser.dtype)
+        )
 
     def forward(
         self,

@@ -168,6 +168,30 @@ def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | Stre
     )
 
 
+def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
+    """The trained model that `--pretrained_model_name_or_path` names, in float32, or `None`.
+
+    Raises:
+        ValueError: If it has other classes or another size than the images.
+    """
+    if args.pretrained_model_name_or_path is None:
+        return None
+    pipeline = DualRatePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    config = pipeline.denoiser.config
+    size = config.sample_size if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    size = (size, size) if isinstance(size, int) else size
+    for name, theirs, ours in (
+        ("num_classes", config.num_classes, images.num_classes),
+        ("sample_size", size, (images.height, images.width)),
+        ("in_channels", config.in_channels, images.channels),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path} does not fit the images: {name} is {theirs} there and {ours} here."
+            )
+    return pipeline
+
+
 def sample_images(pipeline: DualRatePipeline, *, count: int = 32, seed: int = 0) -> list[Image.Image]:
     """Sample with the pipeline's own N and K; classes and seeds are the same at every call."""
     num_classes = pipeline.denoiser.config.num_classes

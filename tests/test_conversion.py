@@ -1,0 +1,54 @@
+"""Training that starts from a trained model: a single-rate network becomes the encoder of a pair, frozen or not."""
+
+import pytest
+import torch
+
+import train_dual_rate
+import train_single_rate
+from diffusers_dualrate import DualRatePipeline
+from test_training import folder, fresh_accelerator, train  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(scope="module")
+def single_rate(folder, tmp_path_factory):  # noqa: F811
+    output_dir = tmp_path_factory.mktemp("runs") / "single"
+    train("single", folder, output_dir, "--max_train_steps", 2)
+    return output_dir
+
+
+def weights(folder_, network):
+    return getattr(DualRatePipeline.from_pretrained(folder_), network).state_dict()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_single_rate_model_becomes_the_encoder_of_a_pair(frozen, single_rate, folder, tmp_path):  # noqa: F811
+    options = ["--pretrained_model_name_or_path", single_rate, "--max_train_steps", 8]
+    train("dual", folder, tmp_path / "pair", *options, *(["--freeze_encoder"] if frozen else []))
+    before, after = weights(single_rate, "denoiser"), weights(tmp_path / "pair", "context_encoder")
+    trunk = [name for name in after if name.startswith(("trunk", "noise_embedding", "class_embedding"))]
+    assert trunk and all(torch.equal(before[name], after[name]) for name in trunk) == frozen
+    heads = train_dual_rate.UViTContextEncoder.from_pretrained(tmp_path / "pair", subfolder="context_encoder")
+    assert heads.context_heads[0][1].weight.abs().sum() > 0
+    # What was trained says what it started from, and another start is another run.
+    with pytest.raises(ValueError, match="another configuration: .*training"):
+        train("dual", folder, tmp_path / "pair", "--max_train_steps", 9, "--resume_from_checkpoint", "latest")
+
+
+def test_training_goes_on_from_a_trained_model(single_rate, folder, tmp_path):  # noqa: F811
+    options = ["--pretrained_model_name_or_path", single_rate, "--learning_rate", 0.0, "--max_train_steps", 1]
+    train("single", folder, tmp_path / "again", *options)
+    before, after = weights(single_rate, "denoiser"), weights(tmp_path / "again", "denoiser")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pair = tmp_path / "pair"
+    train("dual", folder, pair, "--max_train_steps", 2)
+    train("dual", folder, tmp_path / "more", "--pretrained_model_name_or_path", pair, *options[2:])
+    for network in ("context_encoder", "denoiser"):
+        before, after = weights(pair, network), weights(tmp_path / "more", network)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_model_that_does_not_fit_the_images_is_refused(single_rate, folder, tmp_path):  # noqa: F811
+    options = ["--pretrained_model_name_or_path", single_rate, "--max_train_steps", 1]
+    with pytest.raises(ValueError, match="sample_size is .* there and \\(24, 24\\) here"):
+        train("dual", folder, tmp_path / "pair", *options, "--resolution", 24)
+    assert train_single_rate.parse_args(["--preset", "x", "--output_dir", "y"]).pretrained_model_name_or_path is None
