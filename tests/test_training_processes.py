@@ -72,14 +72,10 @@ def run(script, argv, world_size=1, at_step=None, happening=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [
-        PROCESSES.Process(
-            target=work, args=(script, argv, rank, world_size, port, at_step * (rank == world_size - 1), happening)
-        )
-        if at_step
-        else PROCESSES.Process(target=work, args=(script, argv, rank, world_size, port, None, None))
-        for rank in range(world_size)
-    ]
+    children = []
+    for rank in range(world_size):
+        step = at_step if rank == world_size - 1 else None
+        children.append(PROCESSES.Process(target=work, args=(script, argv, rank, world_size, port, step, happening)))
     for child in children:
         child.start()
     for child in children:

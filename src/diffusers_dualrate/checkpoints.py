@@ -14,12 +14,14 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 PREFIX = "checkpoint-"
+_RECORD = "run.json"
 _HASHES, _NOTES, _EMA = "hashes.json", "notes.json", "ema.safetensors"
 
 
@@ -75,6 +77,53 @@ def find_newest(output_dir: Path) -> Path | None:
     return None
 
 
+def claim_folder(
+    accelerator: Accelerator, output_dir: Path, configuration: dict, resume_from_checkpoint: str | None
+) -> Path | None:
+    """Make a folder this run's own and find the checkpoint to go on from, if one is asked for; called by all processes.
+
+    A folder without checkpoint or model holds nothing that could be lost, so a start that failed does not block it.
+
+    Args:
+        accelerator: Its processes agree on the checkpoint.
+        output_dir: The run's folder.
+        configuration: What makes the run this one; JSON.
+        resume_from_checkpoint: A checkpoint's folder, or "latest", or `None`.
+
+    Raises:
+        ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
+            not exist, is damaged or belongs to another run.
+    """
+    configuration, chosen = json.loads(json.dumps(configuration)), None
+    if resume_from_checkpoint not in (None, "latest"):
+        chosen = Path(resume_from_checkpoint)
+        if not is_checkpoint(chosen):
+            raise ValueError(f"{chosen} is not a checkpoint of a training run.")
+        if damage := find_damage(chosen):
+            raise ValueError(f"The checkpoint {chosen} cannot be read: {damage}.")
+    holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "model_index.json").exists()
+    if holds_run and not resume_from_checkpoint:
+        raise ValueError(
+            f"{output_dir} already holds a run: give --resume_from_checkpoint latest, or another --output_dir."
+        )
+    for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
+        record = folder / _RECORD
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        differing = [key for key in configuration if known.get(key) != configuration[key]]
+        if differing:
+            raise ValueError(
+                f"{folder} belongs to a run with another configuration: {', '.join(differing)} differ, see {record}."
+            )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / _RECORD).write_text(json.dumps(configuration, indent=2) + "\n")
+        if resume_from_checkpoint == "latest":
+            chosen = find_newest(output_dir)
+        keep_newest(output_dir, None)
+    return broadcast_object_list([chosen])[0]
+
+
 def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, step: int, notes: dict) -> None:
     """Save everything a run needs to go on; called by all processes.
 
@@ -100,7 +149,8 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, s
     except (OSError, RuntimeError, SafetensorError) as caught:
         error = caught
     # Every process has written its part, or one has not.
-    if not agree_on_any(accelerator, error is not None) and accelerator.is_main_process:
+    has_failed = agree_on_any(accelerator, error is not None)
+    if not has_failed and accelerator.is_main_process:
         try:
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             hashes = {str(path.relative_to(partial)): _hash(path) for path in files}
@@ -109,7 +159,7 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, s
             partial.rename(final)
         except OSError as caught:
             error = caught
-    if agree_on_any(accelerator, error is not None or not final.is_dir()):
+    if agree_on_any(accelerator, has_failed or error is not None):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         last = list_checkpoints(output_dir)

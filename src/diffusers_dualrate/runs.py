@@ -36,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
@@ -46,10 +45,8 @@ from tqdm.auto import tqdm
 
 from .batches import DealtBatches, ShuffledIndices
 from .checkpoints import (
-    find_damage,
-    find_newest,
+    claim_folder,
     gather,
-    is_checkpoint,
     keep_newest,
     list_checkpoints,
     load_checkpoint,
@@ -116,7 +113,7 @@ class Run:
 
     def _claim_folder(self, networks):
         """Checks that the output folder is free or holds this run; returns the checkpoint to resume from, if any."""
-        args, output_dir = self.args, self.output_dir
+        args = self.args
         configuration = {
             "networks": {name: dict(network.config) for name, network in networks.named_children()},
             "scheduler": self.preset["scheduler"],
@@ -128,37 +125,7 @@ class Run:
             "images": self._count,
             "seed": args.seed,
         }
-        configuration = json.loads(json.dumps(configuration))
-        chosen = None
-        if args.resume_from_checkpoint not in (None, "latest"):
-            chosen = Path(args.resume_from_checkpoint)
-            if not is_checkpoint(chosen) or (damage := find_damage(chosen)):
-                raise ValueError(
-                    f"{chosen} is not a checkpoint of a training run."
-                    if not is_checkpoint(chosen)
-                    else f"The checkpoint {chosen} cannot be read: {damage}."
-                )
-        holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "model_index.json").exists()
-        if holds_run and not args.resume_from_checkpoint:
-            raise ValueError(
-                f"{output_dir} already holds a run: give --resume_from_checkpoint latest, or another --output_dir."
-            )
-        for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
-            record = folder / "run.json"
-            known = json.loads(record.read_text()) if record.is_file() else {}
-            differing = [key for key in configuration if known.get(key) != configuration[key]]
-            if differing:
-                raise ValueError(
-                    f"{folder} belongs to a run with another configuration: {', '.join(differing)} differ, see {record}."
-                )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "run.json").write_text(json.dumps(configuration, indent=2) + "\n")
-            if args.resume_from_checkpoint == "latest":
-                chosen = find_newest(output_dir)
-            keep_newest(output_dir, None)
-        return broadcast_object_list([chosen])[0]
+        return claim_folder(self.accelerator, self.output_dir, configuration, args.resume_from_checkpoint)
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
