@@ -465,6 +465,19 @@ def test_draws_depend_on_seed_step_and_row_alone_and_hold_independent_noise_for_
         assert many.noise.std().item() == pytest.approx(1, abs=0.03)
 
 
+def test_a_time_s_that_rounding_puts_beyond_t_leaves_the_image_as_it_is():
+    """Kills: no guard, where the posterior's variance would be negative."""
+    count = 500
+    uniforms = torch.stack([(torch.arange(count) + 0.5) / count, torch.zeros(count)], dim=1)
+    noise, student = torch.randn(count, 1, 1, 1, 1).expand(-1, count + 1, -1, -1, -1), Scale(0.5)
+    sample = sample_student(
+        student.denoise, None, torch.zeros(count, 1, 1, 1), None, Draws(uniforms, noise), log_snr=cosine_log_snr,
+        num_inference_steps=count, num_context_steps=count,
+    )  # fmt: skip
+    sigma = (-sample.log_snr_s).sigmoid().sqrt().reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(sample.z_s, sigma * noise[:, 0], atol=2e-2, rtol=0)
+
+
 @pytest.mark.parametrize("num_context_steps", [0, 3, 16])
 def test_a_number_of_refreshes_that_does_not_divide_the_steps_is_refused(num_context_steps):
     student = Scale(0.5)
