@@ -123,9 +123,15 @@ def main(args):
     set_seed(args.seed)
     if student is None:
         denoiser = UViTDenoiser(**{**preset["denoiser"], **classes})
-        context_encoder = UViTContextEncoder.from_denoiser(teacher.denoiser, denoiser.config.context_channels)
+        context_encoder = UViTContextEncoder.from_denoiser(
+            teacher.denoiser, denoiser.config.context_channels, denoiser.config.prediction_hand_over
+        )
+        # What the encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
+        known = teacher.denoiser.state_dict().keys()
+        parameters_of_teacher = [value for name, value in context_encoder.named_parameters() if name in known]
     else:
         denoiser, context_encoder = student.denoiser, student.context_encoder
+        parameters_of_teacher = []
     if context_encoder is None:  # every step of a single-rate student is heavy
         interval = 1
     auxiliary = copy.deepcopy(teacher.denoiser)
@@ -225,8 +231,8 @@ def main(args):
             draws = draw(args.seed, step, run.rows(part), shape, num_steps, accelerator.device)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe["pretraining_steps"]
-            if context_encoder is not None:
-                context_encoder.requires_grad_(not is_pretraining)
+            for parameter in parameters_of_teacher:
+                parameter.requires_grad_(not is_pretraining)
 
             with accelerator.accumulate(networks):
                 if is_pretraining:

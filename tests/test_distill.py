@@ -134,12 +134,21 @@ def test_a_student_learns_from_noise_alone(root, tmp_path):
         assert sum(not torch.equal(before[name], after[name]) for name in names) > len(names) / 2
 
 
-def test_the_encoder_starts_as_the_teacher_and_waits_until_the_denoiser_has_learned(root, tmp_path):
-    run(root, tmp_path, *data(root), "--max_train_steps", 0, "--ema_decay", 0)
+@pytest.mark.parametrize("prediction_hand_over", [False, True])
+def test_the_encoder_starts_as_the_teacher_and_waits_until_the_denoiser_has_learned(
+    root, tmp_path, prediction_hand_over
+):
+    preset = json.loads(json.dumps(PRESET))
+    preset["denoiser"]["prediction_hand_over"] = prediction_hand_over
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    run(root, tmp_path, *data(root), "--preset", tmp_path / "preset.json", "--max_train_steps", 0, "--ema_decay", 0)
     teacher, student = weights(root / "teacher"), weights(tmp_path)
-    for name, value in teacher.items():
-        if ".trunk." in name:
-            assert torch.equal(value, student[name.replace("denoiser.", "context_encoder.", 1)])
+    taken = {name for name in teacher if name.replace("denoiser.", "context_encoder.", 1) in student}
+    assert any(".proj_out." in name for name in taken) == prediction_hand_over
+    assert sum(".trunk." in name for name in taken) == sum(".trunk." in name for name in teacher) > 10
+    for name in taken:
+        assert torch.equal(teacher[name], student[name.replace("denoiser.", "context_encoder.", 1)])
+    assert student["denoiser.context_proj.0.weight"].abs().max() > 0  # it starts at zero
     assert student["denoiser.proj_out.weight"].abs().max() > 0  # it starts at zero
 
 
