@@ -56,8 +56,8 @@ from diffusers_dualrate.training import TrainablePair
 
 # Far from the seeds that trainings use, so that no augmentation and no noise was seen before.
 _FRESH_SEED = 1_000_003
-# Epochs of augmentation: the v-loss takes those from 0 on, the reference and the floor of seed s these.
-_REFERENCE_EPOCH, _FLOOR_EPOCH = 1_000_000, 2_000_000
+# Epochs of augmentation: the v-loss takes those from 0 on, the reference these, and so does the floor of each seed.
+_REFERENCE_EPOCH, _FLOOR_EPOCHS = 1_000_000, range(2_000_000, 1_000_000_000, 1_000_000)
 # Precision and recall compare every image with every other, the nearest image is looked for among all.
 _PRECISION_LIMIT, _NEAREST_LIMIT = 10_000, 5_000
 
@@ -118,14 +118,16 @@ def open_images(args, size, augmentation, split=None, *, channels=3):
 
 
 def choose(images, count, seed):
-    """Indices of images in random order, the classes in proportion to the data."""
+    """Images in random order as pairs (repeat, index), the classes in proportion to the data."""
     generator = torch.Generator().manual_seed(seed_of(_FRESH_SEED, seed))
     order = torch.randperm(len(images), generator=generator)
     if images.class_labels is not None:
         order = order[images.class_labels[order].argsort(stable=True)]
-    # One of every len / count in the order of classes; where more are asked for than there are, some come again.
-    chosen = order[torch.arange(count) * len(images) // count]
-    return chosen[torch.randperm(count, generator=generator)].tolist()
+    # One of every len / count in the order of classes; where more are asked for than there are, some are repeated.
+    position = torch.arange(count)
+    rank = position * len(images) // count
+    repeat = position - (rank * count + len(images) - 1) // len(images)
+    return torch.stack([repeat, order[rank]], dim=1)[torch.randperm(count, generator=generator)].tolist()
 
 
 def batches_of(count, args, accelerator):
@@ -140,10 +142,11 @@ def as_bytes(x):
     return (x.clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
 
 
-def real_batches(images, epoch, indices, args, accelerator):
-    """Real images of this process, in the augmentation of an epoch: yields (positions, images, classes)."""
-    for positions in batches_of(len(indices), args, accelerator):
-        items = [images[epoch, indices[position]] for position in positions]
+def real_batches(images, epoch, chosen, args, accelerator):
+    """Real images of this process, augmented from an epoch on: yields (positions, images, classes)."""
+    for positions in batches_of(len(chosen), args, accelerator):
+        rows = [chosen[position] for position in positions]
+        items = [images[epoch + repeat, index] for repeat, index in rows]
         labels = torch.stack([item["class_labels"] for item in items]) if args.label_column else None
         yield positions, as_bytes(torch.stack([item["pixel_values"] for item in items])), labels
 
@@ -201,22 +204,25 @@ def measure(batches, extractors, judges, accelerator):
 
 def measure_reference(images, extractors, args, accelerator):
     """Measure the reference, or read what an earlier run has measured on the very same images and extractors."""
-    indices = choose(images, args.num_reference or len(images), 0)
+    chosen = choose(images, args.num_reference or len(images), 0)
     total = 0
-    for _, x, _ in real_batches(images, _REFERENCE_EPOCH, indices, args, accelerator):
+    for _, x, _ in real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator):
         total += sum(int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()) for image in x)
     content = sum(gather_object([total])) % 2**256  # the same in any order
     paths = {}
     for name, extract in extractors.items():
         # What an extractor does to noise says which one it is.
-        noise = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 - 1
+        noise = (
+            torch.rand(2, images.channels, images.height, images.width, generator=torch.Generator().manual_seed(0)) * 2
+            - 1
+        )
         with torch.no_grad():
             response = extract(noise.to(accelerator.device)).cpu().numpy().tobytes()
-        key = hashlib.sha256(f"{name} {content:x} {len(indices)}".encode() + response).hexdigest()
+        key = hashlib.sha256(f"{name} {content:x} {len(chosen)}".encode() + response).hexdigest()
         paths[name] = Path(args.cache_dir) / f"{key}.safetensors"
     (missing,) = broadcast_object_list([[name for name in extractors if not paths[name].is_file()]])
     if missing:
-        batches = real_batches(images, _REFERENCE_EPOCH, indices, args, accelerator)
+        batches = real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator)
         fresh = measure(batches, {name: extractors[name] for name in missing}, {}, accelerator)
         for name in missing if accelerator.is_main_process else ():
             fresh.statistics[name].save(paths[name], features=fresh.features[name])
@@ -227,18 +233,22 @@ def measure_reference(images, extractors, args, accelerator):
     )
 
 
+def count_in_name(count):
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
 def figures(measured, reference, count):
-    """The figures of one set of images, the count in every name."""
-    suffix = f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    """The figures of one set of images, with the count of those that each was taken on in its name."""
+    suffix = count_in_name(count)
     found = {}
-    for name, statistics_ in measured.statistics.items():
+    for name, found_statistics in measured.statistics.items():
         distance = fd_local if name == "local" else frechet_distance
         title = "fid" if name == "inception" else f"fd_{name}"
-        found[f"{title}_{suffix}"] = distance(statistics_, reference.statistics[name])
-        precision, recall = precision_recall(
-            measured.features[name], reference.features[name][: len(measured.features[name])]
-        )
-        found |= {f"precision_{name}_{suffix}": precision, f"recall_{name}_{suffix}": recall}
+        found[f"{title}_{suffix}"] = distance(found_statistics, reference.statistics[name])
+        features = measured.features[name]
+        precision, recall = precision_recall(features, reference.features[name][: len(features)])
+        compared = f"{name}_{count_in_name(len(features))}"
+        found |= {f"precision_{compared}": precision, f"recall_{compared}": recall}
     return found | {f"{name}_{suffix}": right / count for name, right in measured.right.items()}
 
 
@@ -312,7 +322,7 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
         for seed in args.seeds:
             labels = None
             if images.num_classes:
-                labels = images.class_labels[choose(images, args.num_samples, seed)]
+                labels = images.class_labels[[index for _, index in choose(images, args.num_samples, seed)]]
             batches = sampled_batches(pipe, labels, args.num_samples, seed, steps, args, accelerator)
             measured = measure(batches, extractors, judges, accelerator)
             calls += len(batches_of(args.num_samples, args, accelerator))
@@ -359,6 +369,9 @@ def read_record(model, name):
 
 
 def main(args):
+    for name in ("num_samples", "num_reference"):
+        if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
+            raise ValueError(f"{name} must be at least 4, got {getattr(args, name)}.")
     accelerator = Accelerator()
     augmentation = Augmentation(**json.loads(Path(args.preset).read_text())["training"]["augmentation"])
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
@@ -430,9 +443,9 @@ def main(args):
 
     reference = measure_reference(images, extractors, args, accelerator)
     floor = []
-    for seed in args.seeds:
-        indices = choose(floor_images, args.num_samples, seed)
-        batches = real_batches(floor_images, _FLOOR_EPOCH + seed, indices, args, accelerator)
+    for position, seed in enumerate(args.seeds):
+        chosen = choose(floor_images, args.num_samples, seed)
+        batches = real_batches(floor_images, _FLOOR_EPOCHS[position], chosen, args, accelerator)
         floor.append(figures(measure(batches, extractors, judges, accelerator), reference, args.num_samples))
     report["floor"] = spread(floor)
     ways = [("ancestral", n, k)]

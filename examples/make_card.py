@@ -3,7 +3,8 @@
     python examples/make_card.py model_cards/dualrate-emoji32
 
 Every figure of the card comes from evaluation.json and model_index.json beside it, and what a person has to say, intended
-use, weak points, sources, from notes.json. Nothing else enters, so a card can be made again at any time.
+use, weak points, sources, from notes.json; its `arguments` are what the training was given beyond preset and data. Nothing
+else enters, so a card can be made again at any time.
 """
 
 import argparse
@@ -110,8 +111,14 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
         f"{images:,} images, {images / data['images']:,.0f} passes over the {data['images']:,} of `{data['name']}`, with preset "
         f"`{record['preset']}` and seed {record['seed']}. Recipe:"
     )
-    pair_or_network = "" if is_pair else f" --network {record['network']}"
-    script = "train_dual_rate.py" if is_pair else "train_single_rate.py"
+    script = {
+        "pair": "train_dual_rate.py",
+        "heavy": "train_single_rate.py",
+        "light": "train_single_rate.py --network light",
+    }
+    command = [f"accelerate launch examples/{script.get(record['network'], 'distill.py')}"]
+    command += [f"--preset examples/presets/{record['preset']}.json", data["arguments"], notes.get("arguments", "")]
+    command += [f"--output_dir runs/{evaluation['model']}"]
     metrics = ["mse", "accuracy", *(["fid"] if any(column.startswith("fid_") for column in columns) else [])]
     tags = ["dual-rate-diffusion", "class-conditional" if data["classes"] else "unconditional", "pixel-space"]
     share = evaluation["v_loss"].get("share_of_gap_recovered")
@@ -143,8 +150,7 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
         legend=" ".join(used),
         training=training,
         recipe=[(name, json.dumps(value)) for name, value in record["recipe"].items()],
-        command=f"accelerate launch examples/{script} --preset examples/presets/{record['preset']}.json"
-        f"{pair_or_network} {data['arguments']} --output_dir runs/{evaluation['model']}",
+        command=" ".join(filter(None, command)),
     ).content
 
 

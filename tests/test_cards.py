@@ -100,6 +100,28 @@ def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
     compile(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), "snippet", "exec")
 
 
+@pytest.mark.parametrize(
+    ("network", "arguments", "expected"),
+    [
+        ("pair", None, "examples/train_dual_rate.py --preset examples/presets/emoji32.json --dataset_name"),
+        (
+            "light",
+            None,
+            "examples/train_single_rate.py --network light --preset examples/presets/emoji32.json --dataset_name",
+        ),
+        (
+            "distilled pair",
+            "--teacher a --student b",
+            "label --teacher a --student b --output_dir runs/dualrate-emoji32",
+        ),
+    ],
+)
+def test_a_card_gives_the_command_that_trained_the_model(parts, network, arguments, expected):
+    parts[0]["training"]["network"], parts[2]["arguments"] = network, arguments
+    text = make_card.make_card(*parts)
+    assert expected in text and ("distill.py" in text) == network.startswith("distilled")
+
+
 @pytest.mark.parametrize("name", ["limits", "intended_use", "license"])
 def test_a_card_without_what_a_person_has_to_say_is_refused(parts, name):
     parts[2][name] = []

@@ -143,7 +143,7 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
     args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--batch_size", "3"])
     images = evaluate.open_images(args, 16, Augmentation(translation=2))
     pipe = DualRatePipeline.from_pretrained(models / "pair")
-    labels = images.class_labels[evaluate.choose(images, 10, seed=0)]
+    labels = images.class_labels[[index for _, index in evaluate.choose(images, 10, seed=0)]]
     steps = {"num_inference_steps": 2, "num_context_steps": 1, "guidance_scale": 1.0}
 
     def collect(num_processes, batches, *arguments):
@@ -156,7 +156,7 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
         return torch.stack([found[i][0] for i in range(10)]), torch.stack([found[i][1] for i in range(10)])
 
     sampled = [collect(count, evaluate.sampled_batches, pipe, labels, 10, 0, steps) for count in (1, 2, 7)]
-    real = [collect(count, evaluate.real_batches, images, 5, list(range(10))) for count in (1, 3)]
+    real = [collect(count, evaluate.real_batches, images, 5, [(0, i) for i in range(10)]) for count in (1, 3)]
     for x, classes in sampled[1:]:
         assert torch.equal(x, sampled[0][0]) and torch.equal(classes, labels)
     assert torch.equal(real[0][0], real[1][0]) and torch.equal(real[1][1], images.class_labels[:10])
@@ -165,12 +165,14 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
 
 
 def test_classes_are_chosen_in_proportion_to_the_data():
-    images = SimpleNamespace(class_labels=torch.tensor([0] * 50 + [1] * 30 + [2] * 20).roll(7))
-    images = type("Images", (), {"class_labels": images.class_labels, "__len__": lambda self: 100})()
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20).roll(7)
+    images = type("Images", (), {"class_labels": labels, "__len__": lambda self: 100})()
     for count, expected in ((10, [5, 3, 2]), (100, [50, 30, 20]), (250, [125, 75, 50])):
         chosen = evaluate.choose(images, count, seed=3)
-        assert images.class_labels[chosen].bincount().tolist() == expected
-        assert len(set(chosen)) == min(count, 100)
+        assert labels[[index for _, index in chosen]].bincount().tolist() == expected
+        assert len({tuple(pair) for pair in chosen}) == count  # no image comes twice in one augmentation
+        assert len({index for _, index in chosen}) == min(count, 100)
+        assert max(repeat for repeat, _ in chosen) == (count - 1) // 100
     assert evaluate.choose(images, 10, seed=3) != evaluate.choose(images, 10, seed=4)
 
 
@@ -276,3 +278,20 @@ def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_
     for colour in range(3):
         plain[colour, colour] = 0.5
     assert classifier(plain).argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji32", "letters"])
+def test_a_classifier_that_ships_is_small_and_knows_unseen_images_of_its_data(name):
+    path = Path("examples/classifiers") / f"{name}.safetensors"
+    assert path.stat().st_size < 1.5e6
+    facts = ImageClassifier.load(path).facts
+    assert facts["held_out_images"] > 100 and facts["held_out_accuracy"] > {"emoji32": 0.3}.get(name, 0.95)
+
+
+def test_the_classifier_of_the_digits_reads_them():
+    args = evaluate.parse_args(["--model", "", "--preset", "", "--dataset_name", "digits", "--label_column", "label"])
+    images = evaluate.open_images(args, 8, Augmentation(), "floor", channels=1)
+    x = torch.stack([images[i]["pixel_values"] for i in range(200)])
+    with torch.no_grad():
+        found = ImageClassifier.load("examples/classifiers/digits.safetensors")(x).argmax(1)
+    assert (found == images.class_labels[:200]).double().mean() > 0.97

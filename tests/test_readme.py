@@ -105,17 +105,18 @@ def test_a_shell_command_of_the_readme_runs(command, tmp_path, monkeypatch):
 
 def test_the_readme_repeats_the_figures_of_the_cards():
     text = (ROOT / "README.md").read_text()
+    nearest_of = re.search(r"of (\d+) samples", text).group(1)
     reports = {card.name: json.loads((card / "evaluation.json").read_text()) for card in CARDS}
     for name, report in reports.items():
         samples = report["samples"][0]
         (row,) = [line for line in text.splitlines() if line.startswith(f"| [{name}]")]
-        nearest = f"{samples['class_of_nearest_500']['mean']:.1%}".replace("%", " %")
+        nearest = f"{samples[f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
         figures = [f"{samples['flops'] / 1e9:.2f}", nearest, f"{report['v_loss']['model']:.4f}"]
         assert [cell.strip() for cell in row.split("|")[3:6]] == figures
         assert f"N = {samples['num_inference_steps']}" in row
     pair = reports["dualrate-emoji32"]
     assert f"K = {pair['samples'][0]['num_context_steps']}" in text
-    fresh = f"{pair['floor']['class_of_nearest_500']['mean']:.1%}".replace("%", " %")
+    fresh = f"{pair['floor'][f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
     assert f"training\nimages it is {fresh}" in text
     share = f"{pair['v_loss']['share_of_gap_recovered']:.0%}".replace("%", " %")
     assert f"alone has {pair['v_loss']['single_rate_light']:.4f}, so the pair recovers {share} of the gap" in text
