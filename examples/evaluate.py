@@ -324,15 +324,17 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
                 labels = images.class_labels[[index for _, index in choose(images, args.num_samples, seed)]]
             batches = sampled_batches(pipe, labels, args.num_samples, seed, steps, args, accelerator)
             measured = measure(batches, extractors, judges, accelerator)
-            calls += len(batches_of(args.num_samples, args, accelerator))
+            calls += math.ceil(args.num_samples / args.batch_size)
             per_seed.append(figures(measured, reference, args.num_samples))
             first = measured.first if first is None else first
     pipe.scheduler = own_scheduler
-    # Every way to sample proves what it evaluated.
-    heavy, light = (count // max(calls, 1) for count in evaluations)
-    asked = [(steps["num_context_steps"] or 0) * calls, steps["num_inference_steps"] * calls]
-    if evaluations != asked:
-        raise RuntimeError(f"{solver} made {evaluations} evaluations instead of {asked} over {calls} batches.")
+    # Every way to sample proves what it evaluated, all processes together.
+    heavy, light = steps["num_context_steps"] or 0, steps["num_inference_steps"]
+    evaluations = [sum(counts) for counts in zip(*gather_object([evaluations]), strict=True)]
+    if evaluations != [heavy * calls, light * calls]:
+        raise RuntimeError(
+            f"{solver} made {evaluations} evaluations of {heavy} and {light} in each of {calls} batches."
+        )
     counts = {"num_inference_steps": light, "num_context_steps": heavy}
     report = {
         "solver": solver,

@@ -106,6 +106,7 @@ def measure(models, data):
     return run
 
 
+@pytest.mark.slow
 def test_evaluate_writes_every_figure_with_what_it_was_measured_with(measure, models):
     measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--solver_steps", 3)
     rivals = ["--heavy", models / "heavy", "--light", models / "light"]
@@ -176,15 +177,16 @@ def test_classes_are_chosen_in_proportion_to_the_data():
     assert evaluate.choose(images, 10, seed=3) != evaluate.choose(images, 10, seed=4)
 
 
+@pytest.mark.slow
 def test_a_reference_is_measured_once_and_again_where_the_images_or_the_classifier_are_others(measure, models):
-    first = measure("--num_noises", 1)
+    first = measure("--num_noises", 1, "--seeds", 0)
     (cached,) = (models / "cache").iterdir()
     changed = cached.stat().st_mtime_ns
-    assert measure("--num_noises", 1)["floor"] == first["floor"] and cached.stat().st_mtime_ns == changed
-    measure("--num_noises", 1, "--num_reference", 30)
+    assert measure("--num_noises", 1, "--seeds", 0)["floor"] == first["floor"] and cached.stat().st_mtime_ns == changed
+    measure("--num_noises", 1, "--seeds", 0, "--num_reference", 30)
     assert len(list((models / "cache").iterdir())) == 2
     ImageClassifier(3, NUM_CLASSES, level_channels=(8, 16), num_features=6).save(models / "some.safetensors", steps=0)
-    measure("--num_noises", 1)
+    measure("--num_noises", 1, "--seeds", 0)
     assert len(list((models / "cache").iterdir())) == 3
 
 
