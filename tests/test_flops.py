@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
-from diffusers_dualrate.flops import block_multiply_adds, context_flops, image_flops, network_flops
+from diffusers_dualrate.flops import block_multiply_adds, context_flops, image_flops, network_flops, target_flops
+from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.training import TrainablePair
 
 PRESETS = Path(__file__).resolve().parents[1] / "examples" / "presets"
 
@@ -177,3 +180,24 @@ def test_a_number_of_refreshes_that_no_run_has_is_refused(steps):
     context_encoder, denoiser = load("tiny")
     with pytest.raises(ValueError, match=f"num_inference_steps=64, got {steps}"):
         image_flops(denoiser, context_encoder, num_inference_steps=64, num_context_steps=steps)
+
+
+@pytest.mark.parametrize(("dropout", "targets"), [(0.0, 1), (0.25, 1), (0.5, 2), (0.0, 3)])
+def test_the_cost_of_a_target_is_what_the_loss_runs(dropout, targets):
+    """Counted in the loss itself, for 8 rows; those without context spare the embedding of τ. Kills: J or p at the wrong place; the projection left out."""
+    context_encoder, denoiser = load("tiny", "cpu")
+    size = denoiser.config.sample_size
+    x, draws = torch.randn(8, 3, size, size), draw(0, 0, range(8), (3, size, size), targets_per_context=targets)
+    schedule = {"log_snr": lambda t: 1 - 2 * t, "log_snr_rate": lambda t: torch.full_like(t, 2.0)}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        TrainablePair(denoiser, context_encoder)(
+            denoising_loss, x, torch.zeros(8).long(), draws, bias=0.0, context_dropout=dropout, **schedule
+        )
+    free = round(8 * dropout)
+    seen = free + (8 - free) * targets
+    shares = {"context_dropout": dropout, "targets_per_context": targets}
+    assert counter.get_total_flops() == pytest.approx(
+        seen * target_flops(denoiser, context_encoder, **shares), rel=1e-6
+    )
+    alone = denoiser.from_config({**denoiser.config, "context_channels": None})
+    assert target_flops(alone) < target_flops(denoiser, context_encoder, **shares)

@@ -55,7 +55,7 @@ from .checkpoints import (
     step_of,
 )
 from .data import LabelledImages
-from .flops import context_flops, network_flops
+from .flops import context_flops, network_flops, target_flops
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages, Stretch
 from .training import sample_images
@@ -202,6 +202,13 @@ class Run:
                 flops += context_flops(network)
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
+        # Distillation has costs of its own.
+        if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
+            shares = {
+                key: self.recipe[key] for key in ("context_dropout", "targets_per_context") if key in self.recipe
+            }
+            flops = 3 * target_flops(self.averaged.denoiser, self.averaged.context_encoder, **shares)
+            accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(
             f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
             f"{self.recipe['max_train_steps']:,} of {size:,} images on {accelerator.num_processes} processes"
