@@ -1,0 +1,183 @@
+"""The study's table and plot, made from its JSON file alone."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+from front import compare, undominated
+
+SOLVERS = ("ancestral", "ddim", "dpmsolver++")
+BUDGETS = ("steps", "flops")
+CONTROL = "dual-rate-no-context"
+MARKERS = ("<!-- study: begin -->", "<!-- study: end -->")
+
+Configuration = tuple  # (arm, solver, N, K)
+
+
+def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configuration, tuple[float, list[float]]]:
+    """FLOPs and the distances over training seeds of every configuration, sampling seeds averaged.
+
+    The heavy network's own training is the measure of both budgets, so its points belong to either.
+    """
+    with_budget = {arm for arm in (p["arm"] for p in study["points"]) if _has(study, data, arm, budget)}
+    found = defaultdict(lambda: defaultdict(list))
+    flops = {}
+    for point in study["points"]:
+        belongs = point["budget"] == (budget if point["arm"] in with_budget else "steps")
+        if point["data"] == data and belongs and point["solver"] in solvers:
+            key = (point["arm"], point["solver"], point["N"], point["K"])
+            found[key][point["seed"]].append(point["fd"])
+            flops[key] = point["flops"]
+    return {key: (flops[key], [fmean(values) for values in seeds.values()]) for key, seeds in found.items()}
+
+
+def _has(study, data, arm, budget):
+    return any(p["data"] == data and p["arm"] == arm and p["budget"] == budget for p in study["points"])
+
+
+def is_ours(arm: str) -> bool:
+    """Whether an arm is Dual-Rate, which is held against all arms that are not."""
+    return arm.startswith("dual-rate") and arm != CONTROL
+
+
+def is_rival(arm: str) -> bool:
+    """Whether an arm belongs to the front; the control does not, since it is made of the pair itself."""
+    return not arm.startswith("dual-rate")
+
+
+def comparisons(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configuration, dict]:
+    """Every Dual-Rate point held against the front of all other arms, as `front.compare` does, with its FLOPs."""
+    grouped = group(study, data, budget, solvers)
+    rivals = [value for key, value in grouped.items() if is_rival(key[0])]
+    ours = {key: value for key, value in grouped.items() if is_ours(key[0])}
+    return {key: {"flops": value[0]} | compare(value, rivals) for key, value in ours.items()} if rivals else {}
+
+
+def front_of(grouped: dict, keep) -> list[tuple[Configuration, float, float]]:
+    """The undominated configurations among those whose arm is kept, with FLOPs and mean distance."""
+    points = {(flops, fmean(fds)): key for key, (flops, fds) in grouped.items() if keep(key[0])}
+    return [(points[point], *point) for point in undominated(list(points))]
+
+
+def sized_matches(study: dict, data: str, budget: str) -> bool | None:
+    """Whether `single-rate-sized` alone has a front that no Dual-Rate point lies below by more than the margin."""
+    grouped = group(study, data, budget)
+    sized = [value for key, value in grouped.items() if key[0] == "single-rate-sized"]
+    ours = [value for key, value in grouped.items() if is_ours(key[0])]
+    if not sized or not ours:
+        return None
+    return not any(compare(point, sized)["verdict"] == "below" for point in ours)
+
+
+def write_table(study: dict) -> str:
+    """Markdown: for every data set the Dual-Rate points that no other one dominates, and what they are held against."""
+    return "\n\n".join(_write_section(study, data) for data in dict.fromkeys(p["data"] for p in study["points"]))
+
+
+def _write_section(study, data):
+    floor = study["floors"][data]
+    seeds = sorted({p["seed"] for p in study["points"] if p["data"] == data})
+    lines = [
+        f"**{data}** – `fd_local` of {floor['n']:,} images, floor {floor['fd']:.3f}, training "
+        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+        + ("." if len(seeds) > 1 else "; without further seeds there is no margin, and the sign alone decides."),
+        "",
+        "| equal training | held against | arm, solver, N/K | MFLOP | fd | front there | others need, MFLOP | ratio | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for budget in BUDGETS:
+        for title, solvers in (("all solvers", SOLVERS), ("ancestral", SOLVERS[:1])):
+            compared = comparisons(study, data, budget, solvers)
+            own = front_of(group(study, data, budget, solvers), is_ours)
+            for key, flops, _ in own:
+                if key in compared:
+                    lines.append(_write_row(budget, title, key, flops, compared[key]))
+    for budget in BUDGETS:
+        grouped = group(study, data, budget)
+        rivals = front_of(grouped, is_rival)
+        listed = "; ".join(f"{_name(key)} {fd:.3f} @ {flops / 1e6:.0f}" for key, flops, fd in rivals)
+        below = sum(c["verdict"] == "below" for c in comparisons(study, data, budget).values())
+        sentence = f"Equal training {budget}: the pair lies below the front at {below} of its points. Front, fd @ MFLOP: {listed}."
+        if sized_matches(study, data, budget):
+            sentence += " `single-rate-sized` alone matches the pair everywhere."
+        lines += ["", sentence]
+    return "\n".join(lines)
+
+
+def _name(key):
+    arm, solver, n, k = key
+    return f"{arm} {solver} {n}" + (f"/{k}" if k else "")
+
+
+def _write_row(budget, title, key, flops, result):
+    margin = "" if result["margin"] is None else f" ± {result['margin'] / 2:.3f}"
+    needed, ratio = (
+        ("never reached", "")
+        if math.isinf(result["needed"])
+        else (f"{result['needed'] / 1e6:.0f}", f"{result['ratio']:.2f}")
+    )
+    reached = "" if math.isinf(result["front"]) else f"{result['front']:.3f}"
+    cells = [budget, title, _name(key), f"{flops / 1e6:.0f}", f"{result['distance']:.3f}{margin}", reached]
+    return "| " + " | ".join([*cells, needed, ratio, result["verdict"]]) + " |"
+
+
+def insert(table: str, path: Path) -> None:
+    """Replace what a file has between the study's markers.
+
+    Raises:
+        ValueError: If the file has no such markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    if any(text.count(marker) != 1 for marker in MARKERS):
+        raise ValueError(f"{path} must hold {MARKERS[0]} and {MARKERS[1]} once each.")
+    before, _, rest = text.partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    path.write_text(f"{before}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+
+
+def plot(study: dict, path: Path) -> None:
+    """Quality against FLOPs of every arm and solver, the front of all but Dual-Rate, and the spread over seeds."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(p["data"] for p in study["points"]))
+    figure, axes = plt.subplots(
+        len(names), len(BUDGETS), figsize=(7 * len(BUDGETS), 5 * len(names)), squeeze=False, layout="constrained"
+    )
+    arms = list(dict.fromkeys(p["arm"] for p in study["points"]))
+    styles = dict(zip(SOLVERS, ("-o", "--s", ":^"), strict=True))
+    for row, data in zip(axes, names, strict=True):
+        for axis, budget in zip(row, BUDGETS, strict=True):
+            grouped = group(study, data, budget)
+            for arm in arms:
+                for solver in SOLVERS:
+                    own = sorted(value for key, value in grouped.items() if key[:2] == (arm, solver))
+                    if own:
+                        spread = [stdev(fds) if len(fds) > 1 else 0 for _, fds in own]
+                        axis.errorbar(
+                            [flops / 1e6 for flops, _ in own],
+                            [fmean(fds) for _, fds in own],
+                            yerr=spread if any(spread) else None,
+                            fmt=styles[solver],
+                            color="black" if is_ours(arm) else f"C{arms.index(arm)}",
+                            linewidth=1.5 if is_ours(arm) else 0.8,
+                            markersize=4,
+                            capsize=2,
+                            label=f"{arm}, {solver}",
+                        )
+            rivals = front_of(grouped, is_rival)
+            axis.plot(
+                [flops / 1e6 for _, flops, _ in rivals], [fd for *_, fd in rivals], color="grey", linewidth=6, alpha=0.3,
+                label="front of all but Dual-Rate",
+            )  # fmt: skip
+            axis.axhline(study["floors"][data]["fd"], color="grey", linestyle=":", label="floor")
+            axis.set(
+                xscale="log",
+                yscale="log",
+                xlabel="MFLOP per image",
+                ylabel=f"fd_local, n = {study['floors'][data]['n']:,}",
+            )
+            axis.set_title(f"{data}, equal training {budget}")
+    axes[0, -1].legend(fontsize=6, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,95 @@
+"""The study's table and plot, of a study small enough to solve by hand."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+import report
+
+
+def make_study(**fds):
+    """Points of two arms, at 10 and 1000 and at 100 MFLOP, over the seeds given as lists."""
+    points = []
+    for arm, n, k, flops, budget, values in (
+        ("single-rate", 4, None, 10e6, "steps", fds.get("cheap", [4.0])),
+        ("single-rate", 64, None, 1000e6, "steps", fds.get("dear", [2.0])),
+        ("dual-rate", 8, 2, 100e6, "steps", fds.get("pair", [2.5])),
+        ("dual-rate", 8, 2, 100e6, "flops", fds.get("pair_flops", [3.5])),
+        ("dual-rate-no-context", 8, None, 1e6, "steps", [0.1]),
+        ("single-rate-sized", 8, None, 500e6, "steps", fds.get("sized", [9.0])),
+        ("single-rate-sized", 8, None, 500e6, "flops", fds.get("sized_flops", [9.0])),
+    ):
+        for seed, value in enumerate(values):
+            points.append(
+                {"data": "letters", "arm": arm, "budget": budget, "solver": "ddim", "N": n, "K": k, "flops": flops}
+                | {"fd": value, "n": 5000, "seed": seed, "sampling_seed": 0}
+            )
+    return {"points": points, "floors": {"letters": {"fd": 0.123, "n": 5000}}}
+
+
+def test_the_heavy_network_belongs_to_both_budgets_and_other_arms_to_their_own():
+    study = make_study()
+    for budget, ours in (("steps", 2.5), ("flops", 3.5)):
+        grouped = report.group(study, "letters", budget)
+        assert grouped["single-rate", "ddim", 4, None] == (10e6, [4.0])
+        assert grouped["dual-rate", "ddim", 8, 2] == (100e6, [ours])
+
+
+def test_sampling_seeds_are_averaged_and_training_seeds_are_not():
+    study = make_study(pair=[2.5, 3.0])
+    again = [point | {"sampling_seed": 1, "fd": point["fd"] + 1} for point in study["points"]]
+    grouped = report.group({**study, "points": study["points"] + again}, "letters", "steps")
+    assert grouped["dual-rate", "ddim", 8, 2] == (100e6, [3.0, 3.5])
+
+
+def test_a_pair_is_held_against_every_arm_but_the_control():
+    """At 100 MFLOP the single-rate front is half-way, in logarithms, from 4 to 2, which the control would undercut."""
+    (result,) = report.comparisons(make_study(), "letters", "steps").values()
+    assert result["front"] == pytest.approx(3.0) and result["verdict"] == "below"
+    assert result["needed"] == pytest.approx(10e6 * 100**0.75)
+    (result,) = report.comparisons(make_study(), "letters", "flops").values()
+    assert result["verdict"] == "above" and result["ratio"] == pytest.approx(10e6 * 100**0.25 / 100e6)
+    assert report.comparisons(make_study(), "letters", "steps", ("ancestral",)) == {}
+
+
+def test_the_sized_network_matches_where_no_point_lies_below_its_own_front_by_more_than_the_margin():
+    assert report.sized_matches(make_study(), "letters", "steps")  # there is none at the pair's FLOPs or below
+    study = make_study()
+    study["points"] += [p | {"N": 2, "flops": 50e6} for p in study["points"] if p["arm"] == "single-rate-sized"]
+    assert not report.sized_matches(study, "letters", "steps")
+
+
+def test_the_table_says_what_the_comparison_found():
+    table = report.write_table(make_study())
+    ratio = 10e6 * 100**0.75 / 100e6
+    row = f"| steps | all solvers | dual-rate ddim 8/2 | 100 | 2.500 | 3.000 | {316.2:.0f} | {ratio:.2f} | below |"
+    assert row in table.splitlines()
+    assert "`fd_local` of 5,000 images, floor 0.123" in table and "sign alone decides" in table
+    assert "single-rate ddim 4 4.000 @ 10; single-rate ddim 64 2.000 @ 1000" in table
+    seeds = report.write_table(make_study(pair=[2.4, 2.6], cheap=[4.0, 4.0], dear=[2.0, 2.0]))
+    # Variances .02, 0 and 0 with one degree each.
+    assert f"2.500 ± {math.sqrt(0.02 / 3):.3f}" in seeds and "training seeds 0, 1" in seeds
+
+
+def test_a_distance_that_no_other_arm_reaches_is_said_to_be_never_reached():
+    assert "| never reached |  | below |" in report.write_table(make_study(pair=[1.0]))
+
+
+def test_the_table_takes_its_place_between_the_markers_and_nowhere_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
+    for _ in range(2):
+        report.insert("new", page)
+        assert page.read_text() == f"before\n{report.MARKERS[0]}\n\nnew\n\n{report.MARKERS[1]}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold"):
+        report.insert("new", page)
+
+
+@pytest.mark.slow
+def test_the_plot_is_drawn_from_the_json_alone(tmp_path):
+    study = json.loads(json.dumps(make_study(pair=[2.4, 2.6])))
+    report.plot(study, tmp_path / "study.png")
+    assert len(Image.open(tmp_path / "study.png").convert("L").getcolors(1 << 16)) > 10
