@@ -1,0 +1,203 @@
+"""What the study compares: data sets, how models are trained on them, and arms, each a trained model and a way to sample it.
+
+A new arm is an entry of ARMS, and where no training fits it, one of TRAININGS. An arm whose name begins with "dual-rate"
+is held against all whose name does not.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from torch import Tensor, nn
+
+import train_dual_rate
+import train_single_rate
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler
+from diffusers_dualrate.scheduler import refresh_plan
+from rivals import FeatureReuseTrunk
+
+EXAMPLES = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set of the study; the preset is the one of the same heavy and light networks for every arm.
+
+    Args:
+        preset: Name of the preset.
+        dataset_name: What the training scripts call the data set.
+        sized: Shape of the single-rate network that costs per step what the pair does on average at N = 64, K = 8.
+        num_samples: n, images of a point and of the floor.
+        num_references: Images that both are held against; `None` for all there are.
+        max_evaluations: Largest N.
+    """
+
+    preset: str
+    dataset_name: str
+    sized: dict
+    num_samples: int
+    num_references: int | None = None
+    max_evaluations: int = 256
+
+
+DATA = {
+    "letters": Data(
+        "letters16",
+        "letters",
+        {"level_channels": [20, 56], "level_blocks": [1, 1], "attention_head_dim": 28, "embedding_dim": 96},
+        num_samples=2000,
+        num_references=10_000,
+    ),
+    "digits": Data(
+        "digits8",
+        "digits",
+        {"level_channels": [16, 40], "level_blocks": [1, 1], "attention_head_dim": 20, "embedding_dim": 96},
+        num_samples=898,
+    ),
+    "emoji32": Data(
+        "emoji32",
+        str(EXAMPLES / "data/emoji32"),
+        {"level_channels": [24, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
+        num_samples=500,
+        max_evaluations=64,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is made: the training script, its flags, and what is laid over the sections of the data's preset."""
+
+    script: ModuleType
+    flags: tuple[str, ...] = ()
+    changes: dict[str, dict] = field(default_factory=dict)
+    is_sized: bool = False
+
+
+TRAININGS = {
+    "heavy": Training(train_single_rate, ("--network", "heavy")),
+    "pair": Training(train_dual_rate),
+    # A pair whose encoder always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
+    "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
+    "sized": Training(train_single_rate, ("--network", "light"), is_sized=True),
+    "light": Training(train_single_rate, ("--network", "light")),
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model made ready to sample.
+
+    Args:
+        draw: (class labels, one generator for each image) → images [B, C, H, W].
+        evaluations: Parts of the model, by name, and how often each must run in one call of `draw`: the proof that a
+            method did what its name says.
+    """
+
+    draw: Callable[[list[int], list[torch.Generator]], Tensor]
+    evaluations: dict[str, tuple[nn.Module, int]]
+
+
+def make_scheduler(solver: str, ours: DualRateScheduler) -> SchedulerMixin:
+    """The scheduler of a solver, for the process of our own scheduler."""
+    process = {"trained_betas": ours.betas.tolist(), "prediction_type": "v_prediction"}
+    if solver == "ancestral":
+        return ours
+    if solver == "ddim":
+        return DDIMScheduler(**process, timestep_spacing="trailing")
+    assert solver == "dpmsolver++"
+    return DPMSolverMultistepScheduler(**process, use_lu_lambdas=True)
+
+
+def open_pipeline(folder: Path, solver: str) -> DualRatePipeline:
+    """A trained model with a solver."""
+    pipe = DualRatePipeline.from_pretrained(folder)
+    pipe.scheduler = make_scheduler(solver, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, **evaluations) -> Sampler:
+    """Sample a pipeline with N and K, its networks' evaluations counted beside those named."""
+
+    def draw(labels, generators):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*samples off the Markov law")
+            return pipe(labels, n, k, generator=generators, guidance_scale=1.0, output_type="latent").images
+
+    evaluations["denoiser"] = (pipe.denoiser, n)
+    if pipe.context_encoder is not None:
+        evaluations["context_encoder"] = (pipe.context_encoder, k)
+    return Sampler(draw, evaluations)
+
+
+def sample_as_trained(folder: Path, solver: str, n: int, k: int | None) -> Sampler:
+    """A pair or a single-rate network with N and K."""
+    return make_sampler(open_pipeline(folder, solver), n, k)
+
+
+def sample_without_context(folder: Path, solver: str, n: int, k: None) -> Sampler:
+    """A pair's denoiser alone: its context-free branch."""
+    pipe = open_pipeline(folder, solver)
+    without = DualRatePipeline(pipe.denoiser, pipe.scheduler)
+    without.set_progress_bar_config(disable=True)
+    return make_sampler(without, n)
+
+
+def sample_with_reuse(folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """A single-rate network that computes its deep levels K times."""
+    pipe = open_pipeline(folder, solver)
+    pipe.denoiser.trunk = FeatureReuseTrunk(pipe.denoiser.trunk, refresh_plan(n, k))
+    return make_sampler(pipe, n, deep_levels=(pipe.denoiser.trunk.trunk.middle, k))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: how to train (a name in TRAININGS), how to sample, and the (N, K) of every solver."""
+
+    training: str
+    sample: Callable[[Path, str, int, int | None], Sampler]
+    steps: dict[str, tuple[tuple[int, int | None], ...]]
+
+
+def _single(*counts):
+    return tuple((n, None) for n in counts)
+
+
+_FEW = {"ddim": _single(8, 16, 32, 64), "dpmsolver++": _single(4, 5, 6, 8, 12, 16, 32)}
+_SHARED = {
+    "ancestral": ((64, 32), (64, 16), (64, 8), (32, 16), (32, 8), (16, 8), (16, 4), (8, 4)),
+    "ddim": ((32, 16), (16, 8), (8, 4)),
+    "dpmsolver++": ((32, 16), (16, 8), (12, 6), (12, 4), (8, 4), (6, 3), (8, 2), (6, 2), (4, 2)),
+}
+ARMS = {
+    "single-rate": Arm(
+        "heavy",
+        sample_as_trained,
+        {
+            "ancestral": _single(4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256),
+            "ddim": _single(4, 8, 16, 32, 64),
+            "dpmsolver++": _single(3, 4, 5, 6, 8, 12, 16, 24, 32),
+        },
+    ),
+    "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(16, 64, 256), **_FEW}),
+    "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(16, 32, 64, 128), **_FEW}),
+    "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), (64, 4), *_SHARED["ancestral"])}),
+    "dual-rate-no-context": Arm(
+        "pair", sample_without_context, {"ancestral": _single(64), "ddim": _single(16), "dpmsolver++": _single(8)}
+    ),
+    "feature-reuse": Arm(
+        "heavy",
+        sample_with_reuse,
+        {
+            "ancestral": ((64, 32), (64, 16), (64, 8), (32, 16), (32, 8)),
+            "ddim": ((32, 16), (16, 8), (8, 4)),
+            "dpmsolver++": ((16, 8), (12, 6), (12, 4), (8, 4), (6, 3)),
+        },
+    ),
+    "encoder-sharing": Arm("fresh-pair", sample_as_trained, _SHARED),
+}

@@ -1,0 +1,383 @@
+"""Compare Dual-Rate Diffusion with its rivals at equal training budgets: quality against compute, by one command.
+
+    python examples/study.py --data digits letters --seeds 0 1 2 --jobs 2
+
+An arm is a trained model and a way of sampling it. Every arm is sampled with every solver at many step counts, and each
+point, a Fréchet distance in the features of a classifier (`fd_local`) at a counted number of FLOPs, is saved when it is
+done: stopped and started again, the study goes on where it was. `--max_train_steps`, `--num_samples` and
+`--max_evaluations` shrink it. It ends with one JSON file, and a table and a plot made from that file alone.
+
+What was computed is found again by its configuration, which the code is no part of: after a change of the code, name
+another `--work_dir`.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import report
+import train_single_rate
+from arms import ARMS, DATA, EXAMPLES, TRAININGS, Sampler
+from diffusers_dualrate.data import Augmentation, LabelledImages, load_images
+from diffusers_dualrate.evaluation import FeatureStatistics, ImageClassifier, fd_local, file_hash
+from diffusers_dualrate.flops import count_evaluations
+from diffusers_dualrate.letters import Letters
+from diffusers_dualrate.losses import seed_of
+from evaluate import environment
+
+# Far from the seeds that trainings use, so that reference and floor are images that no training saw.
+_REFERENCE_SEED, _FLOOR_SEED = 2_000_003, 3_000_017
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["digits", "letters"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--solvers", nargs="+", choices=report.SOLVERS, default=list(report.SOLVERS))
+    parser.add_argument("--budgets", nargs="+", choices=report.BUDGETS, default=list(report.BUDGETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of training.")
+    parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
+    parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
+    parser.add_argument(
+        "--output", default=str(EXAMPLES / "study.json"), help="The JSON file; the plot lies beside it."
+    )
+    parser.add_argument("--readme", help="A file whose part between the study's markers becomes the table.")
+    parser.add_argument("--report_only", action="store_true", help="Make table and plot of the JSON file as it is.")
+    parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
+    parser.add_argument(
+        "--trained", nargs="+", default=[], metavar="DATA/TRAINING=FOLDER", help="Models to take as they are."
+    )
+    shrink = parser.add_argument_group("to shrink it")
+    shrink.add_argument("--max_train_steps", type=int, help="Training steps at equal steps; default: the presets'.")
+    shrink.add_argument("--num_samples", type=int, help="Images of each point; default: the data set's.")
+    shrink.add_argument("--max_evaluations", type=int, help="Largest N; default: the data set's.")
+    shrink.add_argument("--batch_size", type=int, default=250)
+    return parser.parse_args(argv)
+
+
+# Training
+
+
+def make_preset(data: str, training: str, max_train_steps: int | None) -> dict:
+    """The preset of a data set as one training changes it."""
+    preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
+    preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler", "training")}
+    for section, changes in TRAININGS[training].changes.items():
+        preset[section] |= changes
+    if max_train_steps is not None:
+        preset["training"]["max_train_steps"] = max_train_steps
+    if TRAININGS[training].is_sized:
+        preset["denoiser"] |= DATA[data].sized
+    return preset
+
+
+def configuration_of(training: str, preset: dict) -> dict:
+    """What of a preset decides the trained model: a single-rate network has no context and no second network."""
+    if TRAININGS[training].script is not train_single_rate:
+        return preset
+    shape = preset["context_encoder" if "heavy" in TRAININGS[training].flags else "denoiser"]
+    sections = {"network": shape, "scheduler": preset["scheduler"], "training": preset["training"]}
+    alone = ("context", "hand_over")
+    return {
+        name: {key: value for key, value in section.items() if not any(word in key for word in alone)}
+        for name, section in sections.items()
+    }
+
+
+def run_training(data: str, training: str, preset: dict, folder: Path, *flags: str) -> None:
+    """Train with the script that a user calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{DATA[data].preset}.json").write_text(json.dumps(preset, indent=2) + "\n")
+    script = TRAININGS[training].script
+    common = ["--preset", str(folder / f"{DATA[data].preset}.json"), "--output_dir", str(folder)]
+    common += ["--dataset_name", DATA[data].dataset_name, "--label_column", "label", "--validation_steps", "0"]
+    if status := script.main(script.parse_args([*common, *TRAININGS[training].flags, *flags])):
+        raise SystemExit(status)  # stopped by a signal, and so is the study
+
+
+def training_flops(args, data: str, training: str) -> int:
+    """FLOPs of one training step, forwards and backwards, counted in the script itself: those of two less those of one."""
+    preset = make_preset(data, training, None)
+    cached = Path(args.work_dir, data, f"flops-{training}-{digest(configuration_of(training, preset))}.json")
+    if not cached.exists():
+        totals = []
+        for steps in (1, 2):
+            preset["training"]["max_train_steps"] = steps
+            with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH):
+                with FlopCounterMode(display=False) as counter:
+                    run_training(data, training, preset, Path(folder))
+            totals.append(counter.get_total_flops())
+        write_json(cached, totals[1] - totals[0])
+    return json.loads(cached.read_text())
+
+
+def budgets_of(training: str, budgets: list[str]) -> list[str]:
+    """Budgets that a model is trained for: the heavy network's is the measure of both, so it is trained once."""
+    return ["steps"] if training == "heavy" else budgets
+
+
+def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[Path, dict]:
+    """Folder of a model and the preset that it is trained with."""
+    preset = make_preset(data, training, args.max_train_steps)
+    if budget == "flops":
+        steps = preset["training"]["max_train_steps"]
+        ratio = training_flops(args, data, "heavy") / training_flops(args, data, training)
+        preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
+    for name, folder in (entry.split("=", 1) for entry in args.trained):
+        if name == f"{data}/{training}":
+            return Path(folder), preset
+    name = f"{training}-{budget}-{seed}-{digest(configuration_of(training, preset))}"
+    return Path(args.work_dir, data, name), preset
+
+
+def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
+    """Train one model, or finish or keep what is there."""
+    folder, preset = find_model(args, data, training, budget, seed)
+    training_flops(args, data, training)
+    if not (folder / "model_index.json").exists():
+        resume = [
+            "--resume_from_checkpoint",
+            "latest",
+            "--checkpointing_steps",
+            "250",
+            "--checkpoints_total_limit",
+            "1",
+        ]
+        run_training(data, training, preset, folder, "--seed", str(seed), *resume)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+# Measuring
+
+
+def open_images(data: str, role: str):
+    """The images that distances are measured from: "reference", or "floor", other ones like them."""
+    preset = make_preset(data, "heavy", None)
+    seed = {"reference": _REFERENCE_SEED, "floor": _FLOOR_SEED}[role]
+    if DATA[data].dataset_name == "letters":
+        return Letters(preset["denoiser"]["sample_size"], seed=seed)
+    return LabelledImages(
+        load_images(DATA[data].dataset_name, label_column="label", split=role if data == "digits" else "train"),
+        preset["denoiser"]["sample_size"],
+        label_column="label",
+        augmentation=Augmentation(**preset["training"]["augmentation"]),
+        channels=preset["denoiser"]["in_channels"],
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def measure(classifier, batches) -> FeatureStatistics:
+    """Statistics of the features of batches of images [B, C, H, W]."""
+    statistics = FeatureStatistics()
+    for batch in batches:
+        statistics.update(classifier.features(batch.clamp(-1, 1)))
+    return statistics
+
+
+def open_reference(args, data: str):
+    """Classifier, statistics of the reference, and the floor with what is known of all three."""
+    path = Path(args.classifiers, f"{data}.safetensors")
+    classifier = ImageClassifier.load(path)
+    reference, floor = open_images(data, "reference"), open_images(data, "floor")
+    num_references = min(DATA[data].num_references or len(reference), len(reference))
+    n = args.num_samples or DATA[data].num_samples
+    facts = {"n": n, "references": num_references, "classifier": file_hash(path), "seed": _FLOOR_SEED}
+    augmentation = make_preset(data, "heavy", None)["training"]["augmentation"]
+    stem = Path(args.work_dir, data, f"reference-{digest([facts, augmentation])}")
+
+    def batches(images, rows):
+        for first in range(0, len(rows), args.batch_size):
+            yield torch.stack([images[0, row]["pixel_values"] for row in rows[first : first + args.batch_size]])
+
+    if not stem.with_suffix(".safetensors").exists():
+        measure(classifier, batches(reference, range(num_references))).save(stem.with_suffix(".safetensors"))
+    statistics = FeatureStatistics.load(stem.with_suffix(".safetensors"))
+    if not stem.with_suffix(".json").exists():
+        floor_statistics = measure(classifier, batches(floor, spread(n, len(floor))))
+        write_json(stem.with_suffix(".json"), facts | {"fd": fd_local(floor_statistics, statistics)})
+    labels = reference.class_labels[spread(n, num_references)].tolist()
+    return classifier, statistics, labels, json.loads(stem.with_suffix(".json").read_text())
+
+
+def spread(count: int, size: int) -> list[int]:
+    """Rows spread evenly over a data set, or its beginning repeated: classes keep their shares."""
+    return [row * size // count for row in range(count)] if count < size else [row % size for row in range(count)]
+
+
+def draw_checked(sampler: Sampler, labels: list[int], seeds: list[int]) -> Tensor:
+    """Sample, and make sure that every part of the model ran as often as its method says."""
+    with count_evaluations(*(module for module, _ in sampler.evaluations.values())) as counts:
+        images = sampler.draw(labels, [torch.Generator().manual_seed(seed) for seed in seeds])
+    found = dict(zip(sampler.evaluations, counts, strict=True))
+    expected = {name: times for name, (_, times) in sampler.evaluations.items()}
+    if found != expected:
+        raise RuntimeError(f"The method did not engage: evaluations were {found}, but must be {expected}.")
+    return images
+
+
+def measure_point(args, key: dict, folder: Path, reference) -> dict:
+    """One point: FLOPs and evaluations of an image, counted, and the distance of n images."""
+    classifier, statistics, labels, _ = reference
+    data, arm = key["data"], ARMS[key["arm"]]
+    sampler = arm.sample(folder, key["solver"], key["N"], key["K"])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        draw_checked(sampler, labels[:1], [0])
+
+    def batches():
+        for first in range(0, len(labels), args.batch_size):
+            chunk = labels[first : first + args.batch_size]
+            seeds = [seed_of(key["sampling_seed"], first + i) for i in range(len(chunk))]
+            yield draw_checked(sampler, chunk, seeds)
+
+    _, preset = find_model(args, data, arm.training, key["budget"], key["seed"])
+    steps = preset["training"]["max_train_steps"]
+    return key | {
+        "flops": counter.get_total_flops(),
+        "evaluations": {name: times for name, (_, times) in sampler.evaluations.items()},
+        "fd": fd_local(measure(classifier, batches()), statistics),
+        "n": len(labels),
+        "training_flops": steps * training_flops(args, data, arm.training),
+        "training_images": steps * preset["training"]["train_batch_size"],
+    }
+
+
+def list_points(args, data: str, name: str, budget: str, solver: str, seed: int) -> list[tuple[dict, Path, Path]]:
+    """Key, model and file of every point of an arm with a solver."""
+    arm = ARMS[name]
+    folder, _ = find_model(args, data, arm.training, budget, seed)
+    limit = args.max_evaluations or DATA[data].max_evaluations
+    listed = []
+    for sampling_seed in args.sampling_seeds:
+        for n, k in arm.steps[solver]:
+            if n <= limit:
+                key = {"data": data, "arm": name, "budget": budget, "solver": solver, "N": n, "K": k}
+                key |= {"seed": seed, "sampling_seed": sampling_seed}
+                size = args.num_samples or DATA[data].num_samples
+                classifier = file_hash(Path(args.classifiers, f"{data}.safetensors"))
+                name_of_file = digest([key, folder.name, size, classifier])
+                listed.append((key, folder, Path(args.work_dir, data, "points", f"{name_of_file}.json")))
+    return listed
+
+
+def sample_arm(args, data: str, name: str, budget: str, solver: str, seed: int) -> None:
+    """Measure every point of an arm with a solver that is not there yet."""
+    reference = None
+    for key, folder, file in list_points(args, data, name, budget, solver, seed):
+        if not file.exists():
+            reference = reference or open_reference(args, data)
+            write_json(file, measure_point(args, key, folder, reference))
+
+
+# Jobs
+
+
+def digest(configuration) -> str:
+    return hashlib.blake2b(json.dumps(configuration, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def write_json(path: Path, content) -> None:
+    """Write a file that has its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{multiprocessing.current_process().pid}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def run_job(args, function: Callable, *key) -> float:
+    """Run one job with its output in a log file; returns seconds."""
+    start, log = time.monotonic(), Path(args.work_dir, "logs", "-".join(map(str, key)) + f"-{function.__name__}.log")
+    torch.set_num_threads(1)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        function(args, *key)
+    return time.monotonic() - start
+
+
+def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
+    """Run jobs side by side; one that fails does not stop the others, but the study at the end."""
+    failures = []
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        if args.jobs > 1:
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context))
+            futures = {pool.submit(run_job, args, function, *key): key for key in keys}
+            finished = ((futures[future], future.result) for future in concurrent.futures.as_completed(futures))
+        else:
+            finished = ((key, lambda key=key: run_job(args, function, *key)) for key in keys)
+        for key, result in finished:
+            try:
+                print(f"{function.__name__} {' '.join(map(str, key))}: {result():.0f} s", flush=True)
+            except Exception as error:  # noqa: BLE001 (reported below, after what can still be done is done)
+                failures.append(f"{' '.join(map(str, key))}: {error!r}")
+                print(f"failed: {failures[-1]}", flush=True)
+    if failures:
+        raise RuntimeError(f"{len(failures)} jobs of {len(keys)} failed, the first being {failures[0]}")
+
+
+def main(args):
+    if not args.report_only:
+        needed = {ARMS[name].training for name in args.arms}
+        models = [
+            (data, training, budget, seed)
+            for data in args.data
+            for seed in args.seeds
+            for training in TRAININGS
+            if training in needed
+            for budget in budgets_of(training, args.budgets)
+        ]
+        run_jobs(args, train_model, models)
+        series = [
+            (data, name, budget, solver, seed)
+            for data in args.data
+            for seed in args.seeds
+            for name in args.arms
+            for budget in budgets_of(ARMS[name].training, args.budgets)
+            for solver in args.solvers
+        ]
+        run_jobs(args, sample_arm, series)
+        write_json(Path(args.output), collect(args, series))
+    study = json.loads(Path(args.output).read_text())
+    report.plot(study, Path(args.output).with_suffix(".png"))
+    table = report.write_table(study)
+    if args.readme:
+        report.insert(table, Path(args.readme))
+    print(table)
+    return study
+
+
+def collect(args, series: list[tuple]) -> dict:
+    """The study as one JSON-able object: these points, and those of other data sets that the file holds already."""
+    output = Path(args.output)
+    before = json.loads(output.read_text()) if output.exists() else {"points": [], "floors": {}}
+    points = [point for point in before["points"] if point["data"] not in args.data]
+    points += [json.loads(file.read_text()) for key in series for _, _, file in list_points(args, *key)]
+    floors = before["floors"] | {data: open_reference(args, data)[3] for data in args.data}
+    facts = environment(Accelerator())
+    return {
+        "command": facts.pop("command"),
+        "commit": facts.pop("commit"),
+        "environment": facts,
+        "floors": floors,
+        "points": points,
+    }
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,155 @@
+"""The study on untrained and hardly trained models: counts, engagement, and that it stops and goes on."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import arms
+import study
+from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.evaluation import ImageClassifier
+from diffusers_dualrate.flops import context_flops, image_flops, network_flops
+from diffusers_dualrate.scheduler import log_snr_of_steps
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("data", arms.DATA)
+def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
+    preset = study.make_preset(data, "sized", None)
+    sized = UViTDenoiser(**preset["denoiser"] | {"context_channels": None})
+    preset = study.make_preset(data, "pair", None)
+    encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
+    mean = image_flops(denoiser, encoder, num_inference_steps=64, num_context_steps=8) / 64
+    assert network_flops(sized) == pytest.approx(mean, rel=0.03)
+
+
+@pytest.mark.parametrize("solver", study.report.SOLVERS)
+def test_every_solver_takes_n_steps_from_pure_noise_and_dpmsolver_uniformly_in_log_snr(solver, make_pipe):
+    scheduler = arms.make_scheduler(solver, make_pipe().scheduler)
+    scheduler.set_timesteps(8)
+    levels = log_snr_of_steps(scheduler)
+    assert len(levels) == 8 and levels[0] == pytest.approx(-10, abs=0.01) and (levels.diff() > 0).all()
+    if solver == "dpmsolver++":
+        torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(7), rtol=0.02, atol=0)
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("solver", study.report.SOLVERS)
+def test_the_counted_flops_of_an_image_are_those_of_its_evaluations(solver, make_pipe, tmp_path):
+    make_pipe(single_rate=True).save_pretrained(tmp_path / "single")
+    make_pipe().save_pretrained(tmp_path / "pair")
+    for folder, k in (("single", None), ("pair", 2)):
+        sampler = arms.sample_as_trained(tmp_path / folder, solver, 5, k)
+        with study.sdpa_kernel(study.SDPBackend.MATH), study.FlopCounterMode(display=False) as counter:
+            study.draw_checked(sampler, [1], [0])
+        pipe = arms.open_pipeline(tmp_path / folder, solver)
+        expected = image_flops(pipe.denoiser, pipe.context_encoder, num_inference_steps=5, num_context_steps=k or 0)
+        assert counter.get_total_flops() == expected
+
+
+def test_reuse_and_the_control_run_each_part_as_often_as_they_say(make_pipe, tmp_path):
+    make_pipe(single_rate=True).save_pretrained(tmp_path / "single")
+    make_pipe().save_pretrained(tmp_path / "pair")
+    sampler = arms.sample_with_reuse(tmp_path / "single", "ddim", 6, 2)
+    assert {name: times for name, (_, times) in sampler.evaluations.items()} == {"deep_levels": 2, "denoiser": 6}
+    first, again = (study.draw_checked(sampler, [0, 3], [5, 6]) for _ in range(2))
+    plain = study.draw_checked(arms.sample_as_trained(tmp_path / "single", "ddim", 6, None), [0, 3], [5, 6])
+    assert torch.equal(first, again) and not torch.allclose(first, plain)
+    control = arms.sample_without_context(tmp_path / "pair", "ddim", 6, None)
+    assert control.evaluations.keys() == {"denoiser"}
+    study.draw_checked(control, [0], [0])
+
+
+def test_a_method_that_does_nothing_is_an_error(make_pipe):
+    pipe = make_pipe()
+    with pytest.raises(RuntimeError, match="did not engage.*'context_encoder': 2.*'context_encoder': 3"):
+        study.draw_checked(
+            arms.Sampler(
+                arms.make_sampler(pipe, 4, 2).draw,
+                {"denoiser": (pipe.denoiser, 4), "context_encoder": (pipe.context_encoder, 3)},
+            ),
+            [0],
+            [0],
+        )
+
+
+def test_rows_are_spread_evenly_over_a_set_that_is_larger_and_repeat_one_that_is_smaller():
+    assert study.spread(3, 9) == [0, 3, 6] and study.spread(5, 2) == [0, 1, 0, 1, 0]
+
+
+def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
+    done = []
+
+    def job(args, name):
+        if name == "bad":
+            raise ValueError("broken")
+        done.append(name)
+
+    with pytest.raises(RuntimeError, match="1 jobs of 3 failed.*bad.*broken"):
+        study.run_jobs(SimpleNamespace(work_dir=tmp_path, jobs=1), job, [("one",), ("bad",), ("two",)])
+    assert done == ["one", "two"] and "failed: bad" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    """The digits as the networks of the preset `tiny` see them, enlarged and in colour."""
+    monkeypatch.setitem(arms.DATA, "digits", arms.Data("tiny", "digits", {"level_channels": [8, 24]}, num_samples=20))
+    ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
+    args = study.parse_args(
+        ["--data", "digits", "--max_train_steps", "12", "--max_evaluations", "8", "--solvers", "ddim", "dpmsolver++"]
+        + ["--arms", "single-rate", "dual-rate", "feature-reuse", "--classifiers", str(tmp_path / "classifiers")]
+        + ["--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "study.json")]
+    )
+    found = study.main(args)
+    assert {"command", "commit", "environment", "floors", "points"} <= found.keys()
+    assert found["floors"]["digits"]["n"] == 20
+    points = {(p["arm"], p["budget"], p["solver"], p["N"], p["K"]): p for p in found["points"]}
+    assert points.keys() == {
+        (name, budget, solver, n, k)
+        for name in args.arms
+        for budget in (["steps", "flops"] if name == "dual-rate" else ["steps"])
+        for solver in args.solvers
+        for n, k in arms.ARMS[name].steps[solver]
+        if n <= 8
+    }
+    for point in points.values():
+        assert point["n"] == 20 and point["seed"] == 0 and 0 < point["fd"] < float("inf")
+        assert point["evaluations"]["denoiser"] == point["N"]
+    heavy, pair, equal = (
+        points[key]
+        for key in (
+            ("single-rate", "steps", "ddim", 8, None),
+            ("dual-rate", "steps", "ddim", 8, 4),
+            ("dual-rate", "flops", "ddim", 8, 4),
+        )
+    )
+    assert pair["evaluations"] == {"denoiser": 8, "context_encoder": 4}
+    assert points["feature-reuse", "steps", "ddim", 8, 4]["evaluations"] == {"denoiser": 8, "deep_levels": 4}
+
+    preset = study.make_preset("digits", "pair", None)
+    classes = {"num_classes": 10}
+    encoder = UViTContextEncoder(**preset["context_encoder"] | classes)
+    denoiser = UViTDenoiser(**preset["denoiser"] | classes)
+    forward = 0.5 * (network_flops(encoder) + context_flops(denoiser)) + network_flops(denoiser)
+    # Backwards costs twice as much, less what gradients of the images and the noise features would.
+    assert 0.9 < pair["training_flops"] / (3 * 12 * 8 * forward) < 1
+    assert pair["training_images"] == heavy["training_images"] == 96
+    step = equal["training_flops"] / (equal["training_images"] / 8)
+    assert abs(equal["training_flops"] - heavy["training_flops"]) <= step / 2
+
+    files = sorted((tmp_path / "work/digits/points").iterdir())
+    before = {file: (file.read_text(), file.stat().st_mtime_ns) for file in files}
+    files[0].unlink()  # as if the study had been stopped before this one
+    assert study.main(args)["points"] == found["points"]
+    assert files[0].read_text() == before[files[0]][0]
+    assert all(file.stat().st_mtime_ns == before[file][1] for file in files[1:])
+    assert "**digits**" in capsys.readouterr().out
+    assert (tmp_path / "study.png").stat().st_size > 10_000
