@@ -197,7 +197,7 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout, targets):
     seen = free + (8 - free) * targets
     shares = {"context_dropout": dropout, "targets_per_context": targets}
     assert counter.get_total_flops() == pytest.approx(
-        seen * target_flops(denoiser, context_encoder, **shares), rel=1e-6
+        seen * target_flops(denoiser, context_encoder, **shares), rel=1e-3
     )
     alone = denoiser.from_config({**denoiser.config, "context_channels": None})
     assert target_flops(alone) < target_flops(denoiser, context_encoder, **shares)
