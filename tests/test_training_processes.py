@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_dualrate import checkpoints
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints, step_of
 from diffusers_dualrate.losses import denoising_loss
 from loopback_hub import LoopbackHub
@@ -57,7 +58,9 @@ def work(script, argv, rank, world_size, port, at_step, happening):
     def loss_function(*args, **kwargs):
         calls.append(0)
         if len(calls) == at_step:
-            if isinstance(happening, float):  # a kill so many seconds later
+            if happening == "kill while saving":  # Accelerate's part of the checkpoint is written, the EMA is not
+                checkpoints.save_file = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            elif isinstance(happening, float):  # a kill so many seconds later
                 threading.Timer(happening, os.kill, (os.getpid(), signal.SIGKILL)).start()
             else:
                 os.kill(os.getpid(), happening)
@@ -96,19 +99,20 @@ def test_a_run_killed_at_any_moment_loses_no_more_than_the_steps_since_its_last_
     assert run("train_single_rate", arguments(folder, tmp_path / "whole", *steps)) == [0]
     argv = arguments(folder, tmp_path / "parts", *steps, "--resume_from_checkpoint", "latest")
     chance = random.Random(0)
-    # In the middle of a step; then some time after a step began: in it, in its checkpoint, or in a later one.
-    happenings = [(2, signal.SIGKILL), *((1, chance.uniform(0, 0.15)) for _ in range(4))]
+    # In a step, in a checkpoint, then some time after a step began: in it, in its checkpoint, or in a later one.
+    happenings = [(2, signal.SIGKILL), (2, "kill while saving"), *((1, chance.uniform(0, 0.15)) for _ in range(3))]
     done = 0
     for at_step, happening in happenings:
         code = run("train_single_rate", argv, at_step=at_step, happening=happening)
         found = list_checkpoints(tmp_path / "parts")
         assert code in ([-signal.SIGKILL], [0])
-        assert all(find_damage(checkpoint) is None for checkpoint in found)
+        assert all(find_damage(path) is None for path in found)
         assert not found or step_of(found[-1]) >= done + at_step - 1
+        assert happening != "kill while saving" or list((tmp_path / "parts").glob(".checkpoint-*/model.safetensors"))
         done = step_of(found[-1]) if found else 0
     assert run("train_single_rate", argv) == [0]
     assert everything_in(tmp_path / "whole/checkpoint-6") == everything_in(tmp_path / "parts/checkpoint-6")
-    assert [step_of(checkpoint) for checkpoint in list_checkpoints(tmp_path / "parts")] == [5, 6]
+    assert {path.name for path in (tmp_path / "parts").glob("*checkpoint*")} == {"checkpoint-5", "checkpoint-6"}
 
 
 def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path):

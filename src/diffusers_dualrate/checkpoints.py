@@ -177,8 +177,10 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -
     """
     try:
         accelerator.load_state(str(checkpoint))
-        shadow = load_file(checkpoint / _EMA, device=str(accelerator.device))
-        ema.shadow_params = [_spread(shadow[str(i)], like) for i, like in enumerate(ema.shadow_params)]
+        shadow = load_file(checkpoint / _EMA)
+        ema.shadow_params = [
+            _spread(shadow[str(i)].to(accelerator.device), like) for i, like in enumerate(ema.shadow_params)
+        ]
     except (SafetensorError, RuntimeError, OSError, EOFError, LookupError, ValueError, UnpicklingError) as error:
         raise ValueError(f"The checkpoint {checkpoint} cannot be read: {error}") from error
     ema.optimization_step = step_of(checkpoint)
