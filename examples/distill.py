@@ -128,12 +128,8 @@ def main(args):
         context_encoder = UViTContextEncoder.from_denoiser(
             teacher.denoiser, denoiser.config.context_channels, denoiser.config.prediction_hand_over
         )
-        # What the encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
-        known = teacher.denoiser.state_dict().keys()
-        parameters_of_teacher = [value for name, value in context_encoder.named_parameters() if name in known]
     else:
         denoiser, context_encoder = student.denoiser, student.context_encoder
-        parameters_of_teacher = []
     if context_encoder is None:  # every step of a single-rate student is heavy
         interval = 1
     auxiliary = copy.deepcopy(teacher.denoiser)
@@ -227,13 +223,18 @@ def main(args):
                 f"the last good state is {last[-1] if last else 'none'}."
             )
 
+    # What a new encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
+    known = teacher.denoiser.state_dict().keys() if student is None else ()
+    encoder = accelerator.unwrap_model(networks).context_encoder
+    waiting = [parameter for name, parameter in encoder.named_parameters() if name in known] if known else []
+
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
             draws = draw(args.seed, step, run.rows(part), shape, num_steps, accelerator.device)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe["pretraining_steps"]
-            for parameter in parameters_of_teacher:
+            for parameter in waiting:
                 parameter.requires_grad_(not is_pretraining)
 
             with accelerator.accumulate(networks):
