@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor, nn
 
+import distill
 import train_dual_rate
 import train_single_rate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
@@ -70,12 +71,17 @@ DATA = {
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is made: the training script, its flags, and what is laid over the sections of the data's preset."""
+    """How a model is made: the training script, its flags, and what is laid over the sections of the data's preset.
+
+    A distillation follows the preset's other recipe and starts from trained models: `starts` names for each flag of the
+    script the training whose model it is given.
+    """
 
     script: ModuleType
     flags: tuple[str, ...] = ()
     changes: dict[str, dict] = field(default_factory=dict)
     is_sized: bool = False
+    starts: dict[str, str] = field(default_factory=dict)
 
 
 TRAININGS = {
@@ -85,6 +91,8 @@ TRAININGS = {
     "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
     "sized": Training(train_single_rate, ("--network", "light"), is_sized=True),
     "light": Training(train_single_rate, ("--network", "light")),
+    "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
+    "pair-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "pair"}),
 }
 
 
@@ -200,4 +208,7 @@ ARMS = {
         },
     ),
     "encoder-sharing": Arm("fresh-pair", sample_as_trained, _SHARED),
+    # Students have the steps that they were distilled for.
+    "single-rate-mmd": Arm("heavy-mmd", sample_as_trained, {"ancestral": _single(8)}),
+    "dual-rate-mmd": Arm("pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),
 }

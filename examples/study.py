@@ -76,7 +76,8 @@ def parse_args(argv=None):
 def make_preset(data: str, training: str, max_train_steps: int | None) -> dict:
     """The preset of a data set as one training changes it."""
     preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
-    preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler", "training")}
+    recipe = preset["distillation" if TRAININGS[training].starts else "training"]
+    preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
     for section, changes in TRAININGS[training].changes.items():
         preset[section] |= changes
     if max_train_steps is not None:
@@ -102,12 +103,20 @@ def configuration_of(training: str, preset: dict) -> dict:
 def run_training(data: str, training: str, preset: dict, folder: Path, *flags: str) -> None:
     """Train with the script that a user calls."""
     folder.mkdir(parents=True, exist_ok=True)
+    if TRAININGS[training].starts:
+        preset = preset | {"distillation": preset["training"]}
     (folder / f"{DATA[data].preset}.json").write_text(json.dumps(preset, indent=2) + "\n")
     script = TRAININGS[training].script
     common = ["--preset", str(folder / f"{DATA[data].preset}.json"), "--output_dir", str(folder)]
     common += ["--dataset_name", DATA[data].dataset_name, "--label_column", "label", "--validation_steps", "0"]
     if status := script.main(script.parse_args([*common, *TRAININGS[training].flags, *flags])):
         raise SystemExit(status)  # stopped by a signal, and so is the study
+
+
+def start_flags(args, data: str, training: str, seed: int) -> list[str]:
+    """The trained models that a distillation starts from, as flags."""
+    starts = TRAININGS[training].starts.items()
+    return [part for flag, start in starts for part in (flag, str(find_model(args, data, start, "steps", seed)[0]))]
 
 
 def training_flops(args, data: str, training: str) -> int:
@@ -120,15 +129,20 @@ def training_flops(args, data: str, training: str) -> int:
             preset["training"]["max_train_steps"] = steps
             with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH):
                 with FlopCounterMode(display=False) as counter:
-                    run_training(data, training, preset, Path(folder))
+                    run_training(
+                        data, training, preset, Path(folder), *start_flags(args, data, training, args.seeds[0])
+                    )
             totals.append(counter.get_total_flops())
         write_json(cached, totals[1] - totals[0])
     return json.loads(cached.read_text())
 
 
 def budgets_of(training: str, budgets: list[str]) -> list[str]:
-    """Budgets that a model is trained for: the heavy network's is the measure of both, so it is trained once."""
-    return ["steps"] if training == "heavy" else budgets
+    """Budgets that a model is trained for: the heavy network's is the measure of both, so it is trained once.
+
+    A distillation comes on top of what it starts from, for which there is no measure: it is run once as well.
+    """
+    return ["steps"] if training == "heavy" or TRAININGS[training].starts else budgets
 
 
 def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[Path, dict]:
@@ -141,7 +155,10 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
     for name, folder in (entry.split("=", 1) for entry in args.trained):
         if name == f"{data}/{training}":
             return Path(folder), preset
-    name = f"{training}-{budget}-{seed}-{digest(configuration_of(training, preset))}"
+    configuration = configuration_of(training, preset)
+    if TRAININGS[training].starts:
+        configuration = [configuration, *start_flags(args, data, training, seed)]
+    name = f"{training}-{budget}-{seed}-{digest(configuration)}"
     return Path(args.work_dir, data, name), preset
 
 
@@ -158,7 +175,8 @@ def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
             "--checkpoints_total_limit",
             "1",
         ]
-        run_training(data, training, preset, folder, "--seed", str(seed), *resume)
+        starts = start_flags(args, data, training, seed)
+        run_training(data, training, preset, folder, "--seed", str(seed), *starts, *resume)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
@@ -246,15 +264,19 @@ def measure_point(args, key: dict, folder: Path, reference) -> dict:
             seeds = [seed_of(key["sampling_seed"], first + i) for i in range(len(chunk))]
             yield draw_checked(sampler, chunk, seeds)
 
-    _, preset = find_model(args, data, arm.training, key["budget"], key["seed"])
-    steps = preset["training"]["max_train_steps"]
+    def spent(training, budget, unit):
+        """In all steps of a training and of those that it started from."""
+        preset = find_model(args, data, training, budget, key["seed"])[1]["training"]
+        before = sum(spent(start, "steps", unit) for start in set(TRAININGS[training].starts.values()))
+        return before + preset["max_train_steps"] * unit(training, preset)
+
     return key | {
         "flops": counter.get_total_flops(),
         "evaluations": {name: times for name, (_, times) in sampler.evaluations.items()},
         "fd": fd_local(measure(classifier, batches()), statistics),
         "n": len(labels),
-        "training_flops": steps * training_flops(args, data, arm.training),
-        "training_images": steps * preset["training"]["train_batch_size"],
+        "training_flops": spent(arm.training, key["budget"], lambda training, _: training_flops(args, data, training)),
+        "training_images": spent(arm.training, key["budget"], lambda _, preset: preset["train_batch_size"]),
     }
 
 
@@ -265,7 +287,7 @@ def list_points(args, data: str, name: str, budget: str, solver: str, seed: int)
     limit = args.max_evaluations or DATA[data].max_evaluations
     listed = []
     for sampling_seed in args.sampling_seeds:
-        for n, k in arm.steps[solver]:
+        for n, k in arm.steps.get(solver, ()):
             if n <= limit:
                 key = {"data": data, "arm": name, "budget": budget, "solver": solver, "N": n, "K": k}
                 key |= {"seed": seed, "sampling_seed": sampling_seed}
@@ -334,15 +356,19 @@ def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
 def main(args):
     if not args.report_only:
         needed = {ARMS[name].training for name in args.arms}
+        starts = {start for training in needed for start in TRAININGS[training].starts.values()}
         models = [
             (data, training, budget, seed)
             for data in args.data
             for seed in args.seeds
             for training in TRAININGS
-            if training in needed
-            for budget in budgets_of(training, args.budgets)
+            for budget in ("steps", "flops")
+            if (training in needed and budget in budgets_of(training, args.budgets))
+            or (training in starts and budget == "steps")
         ]
-        run_jobs(args, train_model, models)
+        # Distillations after what they start from.
+        run_jobs(args, train_model, [key for key in models if not TRAININGS[key[1]].starts])
+        run_jobs(args, train_model, [key for key in models if TRAININGS[key[1]].starts])
         series = [
             (data, name, budget, solver, seed)
             for data in args.data

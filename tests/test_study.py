@@ -153,3 +153,24 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     assert all(file.stat().st_mtime_ns == before[file][1] for file in files[1:])
     assert "**digits**" in capsys.readouterr().out
     assert (tmp_path / "study.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_students_are_distilled_from_models_of_the_study_whose_training_counts_as_theirs(tmp_path, monkeypatch):
+    monkeypatch.setitem(arms.DATA, "digits", arms.Data("tiny", "digits", {}, num_samples=20))
+    ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
+    args = study.parse_args(
+        ["--data", "digits", "--max_train_steps", "2", "--solvers", "ancestral", "--budgets", "flops"]
+        + ["--arms", "single-rate-mmd", "dual-rate-mmd", "--classifiers", str(tmp_path / "classifiers")]
+        + ["--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "study.json")]
+    )
+    single, dual = study.main(args)["points"]
+    assert single["evaluations"] == {"denoiser": 8} and dual["evaluations"] == {"denoiser": 8, "context_encoder": 2}
+    flops = {
+        name: 2 * study.training_flops(args, "digits", name) for name in ("heavy", "pair", "heavy-mmd", "pair-mmd")
+    }
+    assert single["training_flops"] == flops["heavy"] + flops["heavy-mmd"]
+    assert dual["training_flops"] == flops["heavy"] + flops["pair"] + flops["pair-mmd"]
+    # Auxiliary and student forward and backward, the teacher forward: seven forwards of the heavy network, nearly.
+    assert 2 < flops["heavy-mmd"] / flops["heavy"] < 2.5
+    assert single["training_images"] == 2 * 2 * 8 and dual["training_images"] == 3 * 2 * 8
