@@ -66,7 +66,7 @@ class ClassesAlone(torch.utils.data.Dataset):
     corrupt = ()  # nothing is decoded
 
     def __init__(self, teacher):
-        self.num_classes, self.id2label, self.corrupt = teacher.denoiser.config.num_classes, teacher.id2label, []
+        self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
 
     def __len__(self):
         return self.num_classes or 1
