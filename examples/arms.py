@@ -8,15 +8,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 import distill
 import train_dual_rate
 import train_single_rate
+import train_unet
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.scheduler import refresh_plan
 from rivals import FeatureReuseTrunk
@@ -32,6 +34,7 @@ class Data:
         preset: Name of the preset.
         dataset_name: What the training scripts call the data set.
         sized: Shape of the single-rate network that costs per step what the pair does on average at N = 64, K = 8.
+        unet: Shape of the `UNet2DModel` that costs what the heavy network does.
         num_samples: n, images of a point and of the floor.
         num_references: Images that both are held against; `None` for all there are.
         max_evaluations: Largest N.
@@ -40,9 +43,25 @@ class Data:
     preset: str
     dataset_name: str
     sized: dict
+    unet: dict
     num_samples: int
     num_references: int | None = None
     max_evaluations: int = 256
+
+
+def _unet(sample_size, channels, *widths):
+    """Arguments of a `UNet2DModel` of plain convolutional levels, with attention in the middle."""
+    return {
+        "sample_size": sample_size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * len(widths),
+        "up_block_types": ("UpBlock2D",) * len(widths),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
 
 
 DATA = {
@@ -50,6 +69,7 @@ DATA = {
         "letters16",
         "letters",
         {"level_channels": [20, 56], "level_blocks": [1, 1], "attention_head_dim": 28, "embedding_dim": 96},
+        _unet(16, 1, 8, 16, 28),
         num_samples=2000,
         num_references=10_000,
     ),
@@ -57,12 +77,14 @@ DATA = {
         "digits8",
         "digits",
         {"level_channels": [16, 40], "level_blocks": [1, 1], "attention_head_dim": 20, "embedding_dim": 96},
+        _unet(8, 1, 12, 32),
         num_samples=898,
     ),
     "emoji32": Data(
         "emoji32",
         str(EXAMPLES / "data/emoji32"),
         {"level_channels": [24, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
+        _unet(32, 3, 16, 24, 48, 64),
         num_samples=500,
         max_evaluations=64,
     ),
@@ -71,16 +93,21 @@ DATA = {
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is made: the training script, its flags, and what is laid over the sections of the data's preset.
+    """How a model is made.
 
-    A distillation follows the preset's other recipe and starts from trained models: `starts` names for each flag of the
-    script the training whose model it is given.
+    Args:
+        script: The training script.
+        flags: Its flags.
+        changes: What is laid over sections of the data's preset.
+        shape: Field of `Data` that is laid over the preset too, and the section that it is laid over.
+        starts: For each flag of the script that names a model, the training whose model it is given: so a distillation,
+            which follows the preset's other recipe.
     """
 
     script: ModuleType
     flags: tuple[str, ...] = ()
     changes: dict[str, dict] = field(default_factory=dict)
-    is_sized: bool = False
+    shape: tuple[str, str] | None = None
     starts: dict[str, str] = field(default_factory=dict)
 
 
@@ -89,8 +116,9 @@ TRAININGS = {
     "pair": Training(train_dual_rate),
     # A pair whose encoder always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
     "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
-    "sized": Training(train_single_rate, ("--network", "light"), is_sized=True),
+    "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
+    "unet": Training(train_unet, shape=("unet", "unet")),
     "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
     "pair-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "pair"}),
 }
@@ -163,13 +191,44 @@ def sample_with_reuse(folder: Path, solver: str, n: int, k: int) -> Sampler:
     return make_sampler(pipe, n, deep_levels=(pipe.denoiser.trunk.trunk.middle, k))
 
 
+def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """A `UNet2DModel` whose deep features the DeepCache package computes K times, in every (N / K)-th step."""
+    from DeepCache import DeepCacheSDHelper
+
+    pipe = DDIMPipeline.from_pretrained(folder)
+    unet, scheduler = pipe.unet, pipe.scheduler
+    if solver == "dpmsolver++":
+        process = {name: scheduler.config[name] for name in ("trained_betas", "prediction_type")}
+        scheduler = DPMSolverMultistepScheduler(**process, use_lu_lambdas=True)
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=scheduler))
+    helper.set_params(cache_interval=n // k, cache_branch_id=0)
+
+    @torch.no_grad()
+    def draw(labels, generators):
+        shape = (len(labels), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        z, class_labels = randn_tensor(shape, generators), torch.tensor(labels)
+        scheduler.set_timesteps(n)
+        helper.enable()
+        for t in scheduler.timesteps:
+            v = unet(z, t, class_labels=class_labels).sample
+            z = scheduler.step(v, t, z, return_dict=False)[0]
+        helper.disable()
+        return z
+
+    return Sampler(draw, {"denoiser": (unet.conv_in, n), "deep_levels": (unet.mid_block.resnets[0], k)})
+
+
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: how to train (a name in TRAININGS), how to sample, and the (N, K) of every solver."""
+    """What is compared: how to train (a name in TRAININGS), how to sample, and the (N, K) of every solver.
+
+    An arm that requires a package which is not installed is left out.
+    """
 
     training: str
     sample: Callable[[Path, str, int, int | None], Sampler]
     steps: dict[str, tuple[tuple[int, int | None], ...]]
+    requires: str | None = None
 
 
 def _single(*counts):
@@ -208,6 +267,15 @@ ARMS = {
         },
     ),
     "encoder-sharing": Arm("fresh-pair", sample_as_trained, _SHARED),
+    "deepcache": Arm(
+        "unet",
+        sample_with_deepcache,
+        {
+            "ddim": ((64, 64), (32, 32), (64, 32), (32, 16), (32, 8), (16, 8)),
+            "dpmsolver++": ((16, 16), (8, 8), (16, 8), (12, 6), (8, 4)),
+        },
+        requires="DeepCache",
+    ),
     # Students have the steps that they were distilled for.
     "single-rate-mmd": Arm("heavy-mmd", sample_as_trained, {"ancestral": _single(8)}),
     "dual-rate-mmd": Arm("pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),

@@ -18,22 +18,25 @@ Configuration = tuple  # (arm, solver, N, K)
 def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configuration, tuple[float, list[float]]]:
     """FLOPs and the distances over training seeds of every configuration, sampling seeds averaged.
 
-    The heavy network's own training is the measure of both budgets, so its points belong to either.
+    At equal training FLOPs the heavy network's own training is the measure, so whatever samples it belongs there too.
     """
-    with_budget = {arm for arm in (p["arm"] for p in study["points"]) if _has(study, data, arm, budget)}
+    points = [point for point in study["points"] if point["data"] == data]
+    measure = {point["training_flops"] for point in points if point["arm"] == "single-rate"}
     found = defaultdict(lambda: defaultdict(list))
     flops = {}
-    for point in study["points"]:
-        belongs = point["budget"] == (budget if point["arm"] in with_budget else "steps")
-        if point["data"] == data and belongs and point["solver"] in solvers:
+    for point in points:
+        belongs = point["budget"] == budget or (budget == "flops" and point["training_flops"] in measure)
+        if belongs and point["solver"] in solvers:
             key = (point["arm"], point["solver"], point["N"], point["K"])
             found[key][point["seed"]].append(point["fd"])
             flops[key] = point["flops"]
     return {key: (flops[key], [fmean(values) for values in seeds.values()]) for key, seeds in found.items()}
 
 
-def _has(study, data, arm, budget):
-    return any(p["data"] == data and p["arm"] == arm and p["budget"] == budget for p in study["points"])
+def budgets_of(study: dict, data: str) -> list[str]:
+    """Budgets at which Dual-Rate was trained on a data set."""
+    trained = {p["budget"] for p in study["points"] if p["data"] == data and is_ours(p["arm"])}
+    return [budget for budget in BUDGETS if budget in trained]
 
 
 def is_ours(arm: str) -> bool:
@@ -86,14 +89,14 @@ def _write_section(study, data):
         "| equal training | held against | arm, solver, N/K | MFLOP | fd | front there | others need, MFLOP | ratio | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for budget in BUDGETS:
+    for budget in budgets_of(study, data):
         for title, solvers in (("all solvers", SOLVERS), ("ancestral", SOLVERS[:1])):
             compared = comparisons(study, data, budget, solvers)
             own = front_of(group(study, data, budget, solvers), is_ours)
             for key, flops, _ in own:
                 if key in compared:
                     lines.append(_write_row(budget, title, key, flops, compared[key]))
-    for budget in BUDGETS:
+    for budget in budgets_of(study, data):
         grouped = group(study, data, budget)
         rivals = front_of(grouped, is_rival)
         listed = "; ".join(f"{_name(key)} {fd:.3f} @ {flops / 1e6:.0f}" for key, flops, fd in rivals)
@@ -149,6 +152,9 @@ def plot(study: dict, path: Path) -> None:
     for row, data in zip(axes, names, strict=True):
         for axis, budget in zip(row, BUDGETS, strict=True):
             grouped = group(study, data, budget)
+            if not grouped:
+                axis.set_axis_off()
+                continue
             for arm in arms:
                 for solver in SOLVERS:
                     own = sorted(value for key, value in grouped.items() if key[:2] == (arm, solver))

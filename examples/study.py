@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import report
 import train_single_rate
+import train_unet
 from arms import ARMS, DATA, EXAMPLES, TRAININGS, Sampler
 from diffusers_dualrate.data import Augmentation, LabelledImages, load_images
 from diffusers_dualrate.evaluation import FeatureStatistics, ImageClassifier, fd_local, file_hash
@@ -80,19 +82,24 @@ def make_preset(data: str, training: str, max_train_steps: int | None) -> dict:
     preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
     for section, changes in TRAININGS[training].changes.items():
         preset[section] |= changes
+    if shape := TRAININGS[training].shape:
+        field, section = shape
+        preset[section] = preset.get(section, {}) | getattr(DATA[data], field)
     if max_train_steps is not None:
         preset["training"]["max_train_steps"] = max_train_steps
-    if TRAININGS[training].is_sized:
-        preset["denoiser"] |= DATA[data].sized
     return preset
 
 
 def configuration_of(training: str, preset: dict) -> dict:
     """What of a preset decides the trained model: a single-rate network has no context and no second network."""
-    if TRAININGS[training].script is not train_single_rate:
+    if TRAININGS[training].script not in (train_single_rate, train_unet):
         return preset
-    shape = preset["context_encoder" if "heavy" in TRAININGS[training].flags else "denoiser"]
-    sections = {"network": shape, "scheduler": preset["scheduler"], "training": preset["training"]}
+    network = "context_encoder" if "heavy" in TRAININGS[training].flags else "denoiser"
+    sections = {
+        "network": preset.get("unet", preset[network]),
+        "scheduler": preset["scheduler"],
+        "training": preset["training"],
+    }
     alone = ("context", "hand_over")
     return {
         name: {key: value for key, value in section.items() if not any(word in key for word in alone)}
@@ -354,6 +361,9 @@ def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
 
 
 def main(args):
+    for name in [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]:
+        args.arms.remove(name)
+        print(f"The arm {name} is left out: pip install {ARMS[name].requires}.")
     if not args.report_only:
         needed = {ARMS[name].training for name in args.arms}
         starts = {start for training in needed for start in TRAININGS[training].starts.values()}

@@ -24,7 +24,13 @@ def make_study(**fds):
         for seed, value in enumerate(values):
             points.append(
                 {"data": "letters", "arm": arm, "budget": budget, "solver": "ddim", "N": n, "K": k, "flops": flops}
-                | {"fd": value, "n": 5000, "seed": seed, "sampling_seed": 0}
+                | {
+                    "training_flops": 7 if arm == "single-rate" else 3,
+                    "fd": value,
+                    "n": 5000,
+                    "seed": seed,
+                    "sampling_seed": 0,
+                }
             )
     return {"points": points, "floors": {"letters": {"fd": 0.123, "n": 5000}}}
 
@@ -35,6 +41,15 @@ def test_the_heavy_network_belongs_to_both_budgets_and_other_arms_to_their_own()
         grouped = report.group(study, "letters", budget)
         assert grouped["single-rate", "ddim", 4, None] == (10e6, [4.0])
         assert grouped["dual-rate", "ddim", 8, 2] == (100e6, [ours])
+
+
+def test_an_arm_that_was_not_trained_at_equal_flops_is_not_held_against_those_that_were():
+    study = make_study()
+    study["points"] = [p for p in study["points"] if (p["arm"], p["budget"]) != ("single-rate-sized", "flops")]
+    assert {key[0] for key in report.group(study, "letters", "flops")} == {"single-rate", "dual-rate"}
+    assert report.budgets_of(study, "letters") == ["steps", "flops"]
+    study["points"] = [p for p in study["points"] if p["budget"] == "steps"]
+    assert report.budgets_of(study, "letters") == ["steps"] and "| flops |" not in report.write_table(study)
 
 
 def test_sampling_seeds_are_averaged_and_training_seeds_are_not():
@@ -92,4 +107,6 @@ def test_the_table_takes_its_place_between_the_markers_and_nowhere_else(tmp_path
 def test_the_plot_is_drawn_from_the_json_alone(tmp_path):
     study = json.loads(json.dumps(make_study(pair=[2.4, 2.6])))
     report.plot(study, tmp_path / "study.png")
+    report.plot({**study, "points": study["points"][:1]}, tmp_path / "one.png")  # nothing trained at equal FLOPs
+    report.plot({**study, "points": [p for p in study["points"] if p["arm"] == "dual-rate"][:1]}, tmp_path / "one.png")
     assert len(Image.open(tmp_path / "study.png").convert("L").getcolors(1 << 16)) > 10

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDIMPipeline, UNet2DModel
 
 import arms
 import study
-from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
+import train_unet
+from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.scheduler import log_snr_of_steps
@@ -29,6 +31,57 @@ def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     mean = image_flops(denoiser, encoder, num_inference_steps=64, num_context_steps=8) / 64
     assert network_flops(sized) == pytest.approx(mean, rel=0.03)
+
+
+@pytest.mark.parametrize("data", arms.DATA)
+def test_the_unet_costs_what_the_heavy_network_costs(data):
+    preset = study.make_preset(data, "unet", None)
+    shape = {key: value for key, value in preset["context_encoder"].items() if "context" not in key}
+    heavy = network_flops(UViTDenoiser(**{key: value for key, value in shape.items() if "hand_over" not in key}))
+    size, channels = preset["unet"]["sample_size"], preset["unet"]["in_channels"]
+    assert (size, channels) == (shape["sample_size"], shape["in_channels"])
+    with torch.device("meta"), study.FlopCounterMode(display=False) as counter:
+        UNet2DModel(**preset["unet"])(torch.empty(1, channels, size, size), torch.empty(1))
+    assert counter.get_total_flops() == pytest.approx(heavy, rel=0.06)
+
+
+def test_the_unet_is_told_the_timestep_that_its_schedulers_name():
+    ours = DualRateScheduler()
+    timesteps = torch.tensor([0.0, 250.5, 998.0, 999.0], dtype=torch.float64)
+    torch.testing.assert_close(train_unet.timesteps_of(ours.log_snr(timesteps + 1), ours), timesteps)
+
+
+@pytest.fixture
+def unet(tmp_path):
+    preset = study.make_preset("digits", "unet", 2)
+    study.run_training("digits", "unet", preset, tmp_path / "unet", "--seed", "0")
+    return tmp_path / "unet"
+
+
+@pytest.mark.slow
+def test_the_unet_trains_and_samples_with_deepcache_where_that_is_installed(unet):
+    pytest.importorskip("DeepCache")
+    plain, cached = arms.sample_with_deepcache(unet, "ddim", 8, 8), arms.sample_with_deepcache(unet, "ddim", 8, 4)
+    first, again = (study.draw_checked(cached, [1, 2], [3, 4]) for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first, study.draw_checked(plain, [1, 2], [3, 4]))
+    study.draw_checked(arms.sample_with_deepcache(unet, "dpmsolver++", 6, 3), [0], [0])
+
+
+@pytest.mark.slow
+def test_a_trained_unet_loads_as_its_pipeline_and_predicts_velocities(unet):
+    pipe = DDIMPipeline.from_pretrained(unet)
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.config.num_class_embeds == 11
+    z = torch.randn(1, 1, 8, 8)
+    assert pipe.unet(z, 999, class_labels=torch.tensor([3])).sample.abs().max() > 0
+
+
+def test_an_arm_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    (tmp_path / "study.json").write_text('{"points": [], "floors": {}}')
+    monkeypatch.setattr(study.report, "plot", lambda *_: None)
+    args = study.parse_args(["--report_only", "--output", str(tmp_path / "study.json")])
+    study.main(args)
+    assert "deepcache is left out: pip install DeepCache" in capsys.readouterr().out and "deepcache" not in args.arms
 
 
 @pytest.mark.parametrize("solver", study.report.SOLVERS)
@@ -101,7 +154,9 @@ def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     """The digits as the networks of the preset `tiny` see them, enlarged and in colour."""
-    monkeypatch.setitem(arms.DATA, "digits", arms.Data("tiny", "digits", {"level_channels": [8, 24]}, num_samples=20))
+    monkeypatch.setitem(
+        arms.DATA, "digits", arms.Data("tiny", "digits", {"level_channels": [8, 24]}, {}, num_samples=20)
+    )
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
         ["--data", "digits", "--max_train_steps", "12", "--max_evaluations", "8", "--solvers", "ddim", "dpmsolver++"]
@@ -157,7 +212,7 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
 
 @pytest.mark.slow
 def test_students_are_distilled_from_models_of_the_study_whose_training_counts_as_theirs(tmp_path, monkeypatch):
-    monkeypatch.setitem(arms.DATA, "digits", arms.Data("tiny", "digits", {}, num_samples=20))
+    monkeypatch.setitem(arms.DATA, "digits", arms.Data("tiny", "digits", {}, {}, num_samples=20))
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
         ["--data", "digits", "--max_train_steps", "2", "--solvers", "ancestral", "--budgets", "flops"]

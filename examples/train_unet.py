@@ -1,0 +1,96 @@
+"""Train diffusers' `UNet2DModel` as a single-rate model that predicts v: the network that the DeepCache package works on.
+
+    python examples/train_unet.py --preset runs/unet.json --dataset_name digits --label_column label --output_dir runs/unet
+
+The preset is one of ours with a section `unet`, the arguments of `UNet2DModel`. Process, loss and recipe are those of
+`train_single_rate.py`, so that the study can compare; without its checkpoints and trackers, on one process. The result
+is a folder that `DDIMPipeline.from_pretrained` loads, holding the EMA weights.
+"""
+
+import math
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from diffusers_dualrate import DualRateScheduler, training
+from diffusers_dualrate.batches import ShuffledIndices
+from diffusers_dualrate.losses import denoising_loss, draw
+
+
+def parse_args(argv=None):
+    return training.argument_parser(__doc__).parse_args(argv)
+
+
+def timesteps_of(log_snr, scheduler):
+    """Timesteps as in-tree schedulers count them, from 0, of log-SNRs on the plain cosine schedule."""
+    low, high = (math.atan(math.exp(-scheduler.config[name] / 2)) for name in ("log_snr_max", "log_snr_min"))
+    return (torch.atan(torch.exp(-log_snr / 2)) - low) / (high - low) * len(scheduler) - 1
+
+
+def main(args):
+    preset = training.read_preset(args)
+    recipe = preset["training"]
+    images = training.open_images(args, preset)
+
+    set_seed(args.seed)
+    # One more row than classes: the null label.
+    unet = UNet2DModel(
+        **preset["unet"], num_class_embeds=None if images.num_classes is None else images.num_classes + 1
+    )
+    scheduler = DualRateScheduler(**preset["scheduler"])
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=recipe["learning_rate"],
+        betas=(recipe["adam_beta1"], recipe["adam_beta2"]),
+        weight_decay=recipe["adam_weight_decay"],
+    )
+    lr_scheduler = get_scheduler(
+        recipe["lr_scheduler"],
+        optimizer,
+        num_warmup_steps=recipe["lr_warmup_steps"],
+        num_training_steps=recipe["max_train_steps"],
+    )
+    batch_size, steps = recipe["train_batch_size"], recipe["max_train_steps"]
+    loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), args.seed, 0, steps * batch_size))
+    ema = EMAModel(unet.parameters(), decay=recipe["ema_decay"])
+
+    def denoise(z, log_snr, class_labels, context, context_log_snr):
+        return unet(z, timesteps_of(log_snr, scheduler), class_labels=class_labels).sample
+
+    for step, batch in enumerate(tqdm(loader, unit="step")):
+        x, class_labels = batch["pixel_values"], batch.get("class_labels")
+        result = denoising_loss(
+            denoise,
+            None,
+            x,
+            class_labels,
+            draw(args.seed, step, range(len(x)), x.shape[1:]),
+            log_snr=lambda t: scheduler.log_snr(t * len(scheduler)),
+            log_snr_rate=lambda t: scheduler.log_snr_rate(t * len(scheduler)),
+            bias=recipe["bias"],
+            label_dropout=recipe["label_dropout"],
+            null_label=images.num_classes,
+        )
+        result.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe["max_grad_norm"])
+        if not norm.isfinite():
+            raise ValueError(f"The training diverged at step {step}.")
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        ema.step(unet.parameters())
+
+    ema.copy_to(unet.parameters())
+    process = DDIMScheduler(
+        trained_betas=scheduler.betas.tolist(), prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    DDIMPipeline(unet.eval(), process).save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main(parse_args())
