@@ -121,7 +121,7 @@ def main(args):
                     log_snr_rate=log_snr_rate,
                     bias=recipe["bias"],
                     context_steps=recipe["context_steps"],
-                    context_dropout=recipe["context_dropout"],
+                    context_dropout=run.share_of_first(part, recipe["context_dropout"]),
                     label_dropout=recipe["label_dropout"],
                     null_label=images.num_classes,
                     encoder_prediction=averaged.denoiser.handed_over_prediction,

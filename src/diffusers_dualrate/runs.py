@@ -80,7 +80,7 @@ class Run:
 
     Raises:
         ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
-            not exist, is damaged or belongs to another run; if the batch cannot be divided.
+            not exist, is damaged or belongs to another run; if a count is below 1, or the batch cannot be divided.
     """
 
     def __init__(
@@ -93,6 +93,10 @@ class Run:
     ):
         self.accelerator, self.args, self.preset, self.images = accelerator, args, preset, images
         self.recipe, self.output_dir = preset["training"], Path(args.output_dir)
+        counts = ("gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "train_batch_size")
+        for name, count in ((name, getattr(args, name)) for name in counts):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         if args.train_batch_size is not None:
             self.recipe["train_batch_size"] = args.train_batch_size * self.parts
@@ -122,6 +126,8 @@ class Run:
             "gradient_accumulation_steps": self.accelerator.gradient_accumulation_steps,
             "mixed_precision": self.accelerator.mixed_precision,
             "data": args.dataset_name or args.train_data_dir,
+            "data_config": args.dataset_config_name,
+            "shuffle_buffer": args.shuffle_buffer if args.streaming else None,
             "images": self._count,
             "seed": args.seed,
         }
@@ -155,6 +161,20 @@ class Run:
         """Numbers in the global batch of the rows that this process holds in a part of a step."""
         first = part * self.accelerator.num_processes + self.accelerator.process_index
         return range(first, self.recipe["train_batch_size"], self.parts)
+
+    def share_of_first(self, part: int, share: float) -> float:
+        """Share of the rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
+
+        So a split of the batch falls on the same images however the batch is dealt out.
+
+        Raises:
+            ValueError: If a share above 0 comes to no row.
+        """
+        size, rows = self.recipe["train_batch_size"], self.rows(part)
+        first = round(share * size)
+        if first == 0 < share:
+            raise ValueError(f"A share of {share} of {size} images is none: use larger batches, or 0.")
+        return sum(row < first for row in rows) / len(rows)
 
     @contextlib.contextmanager
     def watch(self, ema: EMAModel, averaged: nn.Module, pipeline: DualRatePipeline) -> Iterator[None]:

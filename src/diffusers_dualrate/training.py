@@ -117,6 +117,7 @@ def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict
     missing = {"context_encoder", "denoiser", "scheduler", recipe_name} - preset.keys()
     if missing:
         raise ValueError(f"The preset {args.preset} lacks {', '.join(sorted(missing))}.")
+    recipe = preset["training"] = preset[recipe_name]
     for override in args.override:
         key, _, value = override.partition("=")
         part, _, name = key.partition(".")
@@ -126,7 +127,6 @@ def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict
             preset[part][name] = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"The value of the override {override!r} is no JSON: {error}.") from error
-    recipe = preset["training"] = preset[recipe_name]
     # The batch is the global one in the preset and a part of it in the flag: the run multiplies.
     recipe |= {
         key: value
