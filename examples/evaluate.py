@@ -20,6 +20,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from diffusers.utils import make_image_grid
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate import DualRatePipeline, __version__
 from diffusers_dualrate.data import Augmentation, LabelledImages, load_images
 from diffusers_dualrate.evaluation import (
     FeatureStatistics,
@@ -71,7 +72,12 @@ def parse_args(argv=None):
     parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     parser.add_argument("--image_column", default="image")
+    parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
     parser.add_argument("--label_column")
+    parser.add_argument("--num_classes", type=int, help="Number of classes, if the training was given it.")
+    parser.add_argument(
+        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
+    )
     parser.add_argument("--reference_split", default="train", help="Split of the data set that samples are held to.")
     parser.add_argument("--floor_split", help="Split of the floor; default: the reference's, augmented again.")
     parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as the set has.")
@@ -105,15 +111,18 @@ def open_images(args, size, augmentation, split=None, *, channels=3):
         image_column=args.image_column,
         label_column=args.label_column,
         split=split or args.reference_split,
+        config_name=args.dataset_config_name,
     )
     return LabelledImages(
         dataset,
         size,
         image_column=args.image_column,
         label_column=args.label_column,
+        num_classes=args.num_classes,
         augmentation=augmentation,
         channels=channels,
         seed=_FRESH_SEED,
+        on_corrupt=args.on_corrupt,
     )
 
 
@@ -175,14 +184,14 @@ class Measured:
     first: torch.Tensor | None = None
 
 
+@torch.no_grad()
 def measure(batches, extractors, judges, accelerator):
     """Pass batches of images through feature extractors, and through judges: functions (images, classes) → [B] truths."""
     streamed = {name: FeatureStatistics() for name in extractors}
     kept, right, first = [], dict.fromkeys(judges, 0), []
     for positions, x, labels in batches:
         on_device = x.to(accelerator.device)
-        with torch.no_grad():
-            features = {name: extract(on_device) for name, extract in extractors.items()}
+        features = {name: extract(on_device) for name, extract in extractors.items()}
         for name in extractors:
             streamed[name].update(features[name])
         if positions.start < _PRECISION_LIMIT:
@@ -220,7 +229,9 @@ def measure_reference(images, extractors, args, accelerator):
             response = extract(noise.to(accelerator.device)).cpu().numpy().tobytes()
         key = hashlib.sha256(f"{name} {content:x} {len(chosen)}".encode() + response).hexdigest()
         paths[name] = Path(args.cache_dir) / f"{key}.safetensors"
-    (missing,) = broadcast_object_list([[name for name in extractors if not paths[name].is_file()]])
+    # Another device may respond with other last digits: the main process says where everything is.
+    missing = [name for name in extractors if not paths[name].is_file()]
+    paths, missing = broadcast_object_list([paths, missing])
     if missing:
         batches = real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator)
         fresh = measure(batches, {name: extractors[name] for name in missing}, {}, accelerator)
@@ -351,16 +362,33 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
 
 def environment(accelerator):
     """What the figures were measured with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    packages = ("diffusers-dualrate", "diffusers", "torch", "accelerate", "torchmetrics", "transformers", "numpy")
+    commit = ""
+    if git := shutil.which("git"):  # of these scripts, wherever they are called from
+        command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    packages = ("diffusers", "torch", "accelerate", "torchmetrics", "transformers", "numpy")
+    versions = {name: version(name) for name in packages if find_spec(name)}
     on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or None,
-        "versions": {name: version(name) for name in packages if find_spec(name.replace("-", "_"))},
+        "versions": {"diffusers-dualrate": __version__} | versions,
         "hardware": on_cpu if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device),
         "processes": accelerator.num_processes,
     }
+
+
+def check_classes(name, pipe, images):
+    """Refuse a model whose classes are not those of the data."""
+    ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
+    if ours != theirs:
+        raise ValueError(
+            f"{name} has {theirs or 'no'} classes and the data {ours or 'no'}: see --label_column, --num_classes."
+        )
+    differing = [i for i in range(ours or 0) if pipe.id2label.get(i, images.id2label[i]) != images.id2label[i]]
+    if differing:
+        i = differing[0]
+        raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
 
 
 def read_record(model, name):
@@ -373,6 +401,8 @@ def main(args):
     for name in ("num_samples", "num_reference"):
         if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
             raise ValueError(f"{name} must be at least 4, got {getattr(args, name)}.")
+    for path in filter(None, (args.output, args.grid)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
     augmentation = Augmentation(**json.loads(Path(args.preset).read_text())["training"]["augmentation"])
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
@@ -389,6 +419,7 @@ def main(args):
     images = floor_images = open_images(args, size, augmentation, channels=channels)
     if args.floor_split:
         floor_images = open_images(args, size, augmentation, args.floor_split, channels=channels)
+    check_classes(args.model, pipe, images)
     if classifier is not None and images.num_classes:
         judges["class_accuracy"] = lambda x, labels: (
             classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
@@ -398,6 +429,8 @@ def main(args):
 
     n = args.num_inference_steps or pipe.config.num_inference_steps
     k = None if pipe.context_encoder is None else args.num_context_steps or pipe.config.num_context_steps or n
+    if k is not None and k > n:
+        raise ValueError(f"num_context_steps must not exceed num_inference_steps={n}, got {k}.")
     guidance_scale = args.guidance_scale or (pipe.config.guidance_scale if images.num_classes else 1.0)
     networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
     report = {
@@ -408,7 +441,7 @@ def main(args):
             "name": Path(args.dataset_name or args.train_data_dir).name,
             "arguments": " ".join(
                 f"--{name} {getattr(args, name)}"
-                for name in ("dataset_name", "train_data_dir", "label_column")
+                for name in ("dataset_name", "train_data_dir", "dataset_config_name", "label_column", "num_classes")
                 if getattr(args, name)
             ),
             "images": len(images),
@@ -429,6 +462,7 @@ def main(args):
     for name in ("heavy", "light"):
         if path := getattr(args, name):
             rival = DualRatePipeline.from_pretrained(path).to(accelerator.device)
+            check_classes(path, rival, images)
             v_loss[f"single_rate_{name}"] = measure_v_loss(rival, floor_images, args, 1, accelerator)
             measured = read_record(path, "evaluation.json") or {}
             is_alike = all(measured.get(key) == report.get(key, args.seeds) for key in ("data", "classifier", "seeds"))

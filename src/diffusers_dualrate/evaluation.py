@@ -12,6 +12,7 @@ shrinks, so it is read beside its floor: real images against other real ones, sa
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -73,9 +74,9 @@ class FeatureStatistics:
         """Write into a safetensors file, with what else belongs there, under its name only when complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write the same
         save_file({"moments": self.moments.cpu(), **tensors}, partial)
-        partial.rename(path)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "FeatureStatistics":
