@@ -195,6 +195,15 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_a_run_that_goes_back_sets_the_checkpoints_after_that_aside(folder, tmp_path):
+    every = ["--checkpointing_steps", 1]
+    train("single", folder, tmp_path, *every, "--max_train_steps", 3)
+    back = ["--resume_from_checkpoint", tmp_path / "checkpoint-1", "--checkpoints_total_limit", 1]
+    train("single", folder, tmp_path, *every, *back, "--max_train_steps", 2)
+    kept = {path.name for path in tmp_path.glob("*checkpoint*")}
+    assert kept == {"checkpoint-2", "abandoned-checkpoint-2", "abandoned-checkpoint-3"}
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder, tmp_path):
     train("single", folder, tmp_path, "--max_train_steps", 1)
     kept = weights(tmp_path)

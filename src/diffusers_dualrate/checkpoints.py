@@ -68,8 +68,7 @@ def find_newest(output_dir: Path) -> Path | None:
         damage = find_damage(checkpoint)
         if damage is None:
             for bad in found[:i]:
-                shutil.rmtree(bad.with_name(f"damaged-{bad.name}"), ignore_errors=True)
-                bad.rename(bad.with_name(f"damaged-{bad.name}"))
+                _set_aside(bad, "damaged")
             return checkpoint
         warnings.warn(f"The checkpoint {checkpoint} cannot be read: {damage}.", stacklevel=2)
     if found:
@@ -120,6 +119,11 @@ def claim_folder(
         (output_dir / _RECORD).write_text(json.dumps(configuration, indent=2) + "\n")
         if resume_from_checkpoint == "latest":
             chosen = find_newest(output_dir)
+        elif chosen is not None and chosen.resolve().parent == output_dir.resolve():
+            # Else newer ones would count as the newest, and those still to come be removed before them.
+            for newer in list_checkpoints(output_dir):
+                if step_of(newer) > step_of(chosen):
+                    _set_aside(newer, "abandoned")
         keep_newest(output_dir, None)
     return broadcast_object_list([chosen])[0]
 
@@ -211,6 +215,13 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
 
 def _spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
+    """Renames a checkpoint, so that it no longer counts."""
+    other = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    shutil.rmtree(other, ignore_errors=True)
+    checkpoint.rename(other)
 
 
 def _remove(path: Path) -> None:
