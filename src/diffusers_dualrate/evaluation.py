@@ -164,8 +164,8 @@ class ImageClassifier(nn.Module):
         self.levels = nn.ModuleList()
         for before, width in pairwise([in_channels, *level_channels]):
             size, step = (3, 1) if self.levels else (stride + 2, stride)
-            first = (nn.Conv2d(before, width, size, step, padding=1), nn.GroupNorm(8, width), nn.SiLU())
-            second = (nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
+            first = (nn.Conv2d(before, width, size, step, padding=1), nn.BatchNorm2d(width), nn.SiLU())
+            second = (nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU())
             self.levels.append(nn.Sequential(*first, *second))
         self.penultimate = nn.Linear(level_channels[-1], num_features)
         self.head = nn.Linear(num_features, num_classes)

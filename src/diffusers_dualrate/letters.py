@@ -28,11 +28,11 @@ _CANVAS, _CAPITAL = 96, 40  # pixels of a rendered glyph's canvas, and of its le
 _OVERSAMPLING = 2
 
 # Ranges of what is drawn, lengths as shares of the image's side.
-_HEIGHT = (0.45, 0.70)
-_SHIFT = (-0.10, 0.10)
-_ROTATION = (-math.radians(15), math.radians(15))
-_PAPER = (-1.0, -0.5)
-_INK = (0.2, 1.0)
+_HEIGHT = (0.55, 0.75)
+_SHIFT = (-0.06, 0.06)
+_ROTATION = (-math.radians(8), math.radians(8))
+_PAPER = (-1.0, -0.8)
+_INK = (0.5, 1.0)
 
 
 class Letters(torch.utils.data.Dataset):
