@@ -23,7 +23,6 @@ from diffusers_dualrate.runs import Run
 def parse_args(argv=None):
     parser = training.argument_parser(__doc__)
     parser.add_argument("--context_dropout", type=float, help="Share of each batch that sees no context.")
-    parser.add_argument("--targets_per_context", type=int, help="Noisy images that the denoiser sees for one context.")
     parser.add_argument(
         "--pretrained_model_name_or_path",
         help="Trained model to start from: a pair, or a single-rate model that becomes the encoder.",
@@ -107,8 +106,7 @@ def main(args):
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch["pixel_values"], batch.get("class_labels")
-            targets = recipe["targets_per_context"]
-            draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device, targets)
+            draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(pair):

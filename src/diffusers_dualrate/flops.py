@@ -112,19 +112,16 @@ def target_flops(
     context_encoder: UViTContextEncoder | None = None,
     *,
     context_dropout: float = 0.0,
-    targets_per_context: int = 1,
     size: tuple[int, int] | None = None,
 ) -> float:
     """FLOPs of a forward pass in training for each denoising target, a noisy image at one t; a whole step is thrice that.
 
-    Of a row that sees no context the encoder is spared, and a context may serve several targets, so with shares p and
-    1 − p and J targets it is L + (1 − p)(H + projection)/(p + (1 − p) J): what a pair costs beside its heavy network H.
+    Rows that see no context, a share p, spare the encoder, so it is L + (1 − p)(H + projection).
 
     Args:
         denoiser: The network that sees every target.
         context_encoder: The network that makes the contexts; `None` for a single-rate model.
         context_dropout: Share p of the rows of a batch that see no context.
-        targets_per_context: J.
         size: Height and width; default: the denoiser's `sample_size`.
     """
     size = _size(denoiser, size)
@@ -132,7 +129,7 @@ def target_flops(
     if context_encoder is None:
         return light
     heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
-    return light + heavy * (1 - context_dropout) / (context_dropout + (1 - context_dropout) * targets_per_context)
+    return light + heavy * (1 - context_dropout)
 
 
 def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:

@@ -29,16 +29,11 @@ class Draws:
         uniforms: Numbers in [0, 1) [B, 4] that become t, the window, the lag of τ and the dropping of the label.
         eps: Standard normal noise of z_t [B, C, H, W].
         eps_tau: Standard normal noise of the transition from z_t to z_τ [B, C, H, W].
-        further_uniforms: Numbers in [0, 1) that become the times of further targets for the same context [B, J − 1];
-            `None` for no further ones.
-        further_eps: Standard normal noise of those [B, J − 1, C, H, W].
     """
 
     uniforms: Tensor
     eps: Tensor
     eps_tau: Tensor
-    further_uniforms: Tensor | None = None
-    further_eps: Tensor | None = None
 
 
 def seed_of(*numbers: int) -> int:
@@ -47,14 +42,7 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def draw(
-    seed: int,
-    step: int,
-    rows: Sequence[int],
-    shape: Sequence[int],
-    device: torch.device | str = "cpu",
-    targets_per_context: int = 1,
-) -> Draws:
+def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
     """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
 
     Args:
@@ -63,23 +51,15 @@ def draw(
         rows: Row numbers in the global batch.
         shape: Shape [C, H, W] of one image.
         device: Where the result goes; the drawing itself is on the CPU, so that devices agree.
-        targets_per_context: Number J of targets that share a context. It does not change the draws of the first.
     """
-    if targets_per_context < 1:
-        raise ValueError(f"targets_per_context must be at least 1, got {targets_per_context}.")
     generator = torch.Generator()
-    uniforms = torch.empty(len(rows), 4)
-    noise = torch.empty(len(rows), 2, *shape)
-    further_uniforms = torch.empty(len(rows), targets_per_context - 1)
-    further_noise = torch.empty(len(rows), targets_per_context - 1, *shape)
+    uniforms, noise = torch.empty(len(rows), 4), torch.empty(len(rows), 2, *shape)
     for i, row in enumerate(rows):
         generator.manual_seed(seed_of(seed, step, row))
         uniforms[i].uniform_(generator=generator)
         noise[i].normal_(generator=generator)
-        further_uniforms[i].uniform_(generator=generator)
-        further_noise[i].normal_(generator=generator)
     eps, eps_tau = noise.to(device).unbind(1)
-    return Draws(uniforms.to(device), eps, eps_tau, further_uniforms.to(device), further_noise.to(device))
+    return Draws(uniforms.to(device), eps, eps_tau)
 
 
 def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -92,27 +72,8 @@ def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor
         context_steps: The set that K is drawn from.
     """
     t, which, lag = uniforms.unbind(1)
-    return t, torch.clamp(t + lag / _choose(context_steps, which), max=1.0)
-
-
-def further_times(tau: Tensor, uniforms: Tensor, further_uniforms: Tensor, context_steps: Sequence[int]) -> Tensor:
-    """Times [B, J − 1] that share τ with the t of [`window_times`] and have the same law given τ.
-
-    Below τ = 1 that is uniform on [max(0, τ − 1/K), τ]. At τ = 1, where all longer lags end, it is 1 − (1 − √u)/K.
-
-    Args:
-        tau: τ [B].
-        uniforms: The numbers that t and τ were made of [B, 3].
-        further_uniforms: Numbers in [0, 1) [B, J − 1].
-        context_steps: The set that K was drawn from.
-    """
-    tau, steps = tau[:, None], _choose(context_steps, uniforms[:, 1])[:, None]
-    inside = tau - further_uniforms * (1 / steps).minimum(tau)
-    return torch.where(tau < 1, inside, 1 - (1 - further_uniforms.sqrt()) / steps)
-
-
-def _choose(context_steps: Sequence[int], which: Tensor) -> Tensor:
-    return torch.tensor(context_steps, device=which.device)[(which * len(context_steps)).long()]
+    steps = torch.tensor(context_steps, device=t.device)[(which * len(context_steps)).long()]
+    return t, torch.clamp(t + lag / steps, max=1.0)
 
 
 def coupled_pair(
@@ -130,20 +91,6 @@ def coupled_pair(
     z_t = diffusion.add_noise(x, eps, log_snr_t)
     ratio, std = diffusion.transition(log_snr_t, log_snr_tau)
     return z_t, ratio * z_t + std * eps_tau
-
-
-def bridge(x: Tensor, z_tau: Tensor, eps: Tensor, log_snr_t: Tensor, log_snr_tau: Tensor) -> Tensor:
-    """Noisy image z_t ~ q(z_t | z_τ, x): a further image on a trajectory whose z_τ is known.
-
-    Args:
-        x: Clean images [B, C, H, W].
-        z_tau: Their noisy images at τ.
-        eps: Standard normal noise of the same shape.
-        log_snr_t: Log-SNR at t ≤ τ, broadcastable against x.
-        log_snr_tau: Log-SNR at τ.
-    """
-    factor_z, factor_x, std = diffusion.posterior(log_snr_tau, log_snr_t)
-    return factor_z * z_tau + factor_x * x + std * eps
 
 
 def sigmoid_weight(log_snr: Tensor, log_snr_rate: Tensor, bias: float) -> Tensor:
@@ -191,12 +138,11 @@ def denoising_loss(
 
     The batch is split: its first round(p B) rows see no context, and the encoder runs on the others only. Where p B is
     whole, that equals in expectation dropping each row's context with probability p, and the dropped rows cost nothing
-    heavy. A context may serve several targets, of further times and noises, each on a trajectory with its z_τ.
+    heavy.
 
     Args:
         denoise: (z_t, λ_t, labels, context, λ_τ) → v̂, context and λ_τ being `None` in the context-free part.
-        encode: (z_τ, λ_τ, labels) → context, a tuple of tensors where it serves several targets; `None` for a
-            single-rate network, all rows then being context-free.
+        encode: (z_τ, λ_τ, labels) → context; `None` for a single-rate network, all rows then being context-free.
         x: Clean images [B, C, H, W] in [-1, 1].
         class_labels: [B] integers, or `None`.
         draws: Randomness of the step.
@@ -233,17 +179,8 @@ def denoising_loss(
         x, z_tau, lambda_tau, tau = x[free:], z_tau[free:], lambda_tau[free:], tau[free:]
         labels = None if class_labels is None else class_labels[free:]
         context = encode(z_tau, lambda_tau, labels)
-        served = [(t[free:], lambda_t[free:], z_t[free:], target[free:])]
-        if draws.further_uniforms is not None:
-            further = further_times(tau, draws.uniforms[free:, :3], draws.further_uniforms[free:], context_steps)
-            for t_j, eps in zip(further.unbind(1), draws.further_eps[free:].unbind(1), strict=True):
-                lambda_j = log_snr(t_j).maximum(lambda_tau)  # rounding may put it an ulp below
-                z_j = bridge(x, z_tau, eps, _column(lambda_j, x), _column(lambda_tau, x))
-                served.append((t_j, lambda_j, z_j, diffusion.v_from_x(z_j, x, _column(lambda_j, x))))
-        judged = [
-            judge(denoise(z, level, labels, context, lambda_tau), v, level, time) for time, level, z, v in served
-        ]
-        parts.append(tuple(torch.stack(values).mean(0) for values in zip(*judged, strict=True)))
+        denoised = denoise(z_t[free:], lambda_t[free:], labels, context, lambda_tau)
+        parts.append(judge(denoised, target[free:], lambda_t[free:], t[free:]))
         prediction = None if encoder_prediction is None else encoder_prediction(context)
         if prediction is not None:
             v_hat, v = (diffusion.v_from_x(z_tau, image, _column(lambda_tau, x)) for image in (prediction, x))

@@ -224,10 +224,11 @@ class Run:
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
         # Distillation has costs of its own.
         if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            shares = {
-                key: self.recipe[key] for key in ("context_dropout", "targets_per_context") if key in self.recipe
-            }
-            flops = 3 * target_flops(self.averaged.denoiser, self.averaged.context_encoder, **shares)
+            flops = 3 * target_flops(
+                self.averaged.denoiser,
+                self.averaged.context_encoder,
+                context_dropout=self.recipe.get("context_dropout", 0.0),
+            )
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(
             f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
