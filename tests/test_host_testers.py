@@ -2,8 +2,8 @@
 
 They are in the tests folder of its repository, which no package holds, so they run where a checkout is given:
 
-    git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers /tmp/diffusers
-    DIFFUSERS_CHECKOUT=/tmp/diffusers pytest tests/test_host_testers.py
+    git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers ../diffusers
+    DIFFUSERS_CHECKOUT=../diffusers pytest tests/test_host_testers.py
 
 Choose the tag of the installed version, or the nearest: only `tests` is imported, the library stays as installed.
 Below are the adapters that the testers ask for and, with the reason for each, what of them does not apply to us.

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -211,6 +212,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder, tmp_path):
         train("single", folder, tmp_path)
     with pytest.raises(ValueError, match="another configuration"):
         train("single", folder, tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", 0.1)
+    for checkpoint in list_checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="holds a trained model, but no checkpoint"):
+        train("single", folder, tmp_path, "--resume_from_checkpoint", "latest")
     assert_equal_weights(kept, weights(tmp_path))
 
 

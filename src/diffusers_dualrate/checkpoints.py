@@ -105,6 +105,10 @@ def claim_folder(
         raise ValueError(
             f"{output_dir} already holds a run: give --resume_from_checkpoint latest, or another --output_dir."
         )
+    if holds_run and chosen is None and not list_checkpoints(output_dir):
+        raise ValueError(
+            f"{output_dir} holds a trained model, but no checkpoint to go on from: give another --output_dir."
+        )
     for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
         record = folder / _RECORD
         known = json.loads(record.read_text()) if record.is_file() else {}
