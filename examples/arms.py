@@ -83,7 +83,7 @@ DATA = {
     "emoji32": Data(
         "emoji32",
         str(EXAMPLES / "data/emoji32"),
-        {"level_channels": [24, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
+        {"level_channels": [27, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
         _unet(32, 3, 16, 24, 48, 64),
         num_samples=500,
         max_evaluations=64,

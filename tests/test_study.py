@@ -26,11 +26,11 @@ def fresh_accelerate():
 @pytest.mark.parametrize("data", arms.DATA)
 def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
     preset = study.make_preset(data, "sized", None)
-    sized = UViTDenoiser(**preset["denoiser"] | {"context_channels": None})
+    sized = UViTDenoiser(**preset["denoiser"] | {"context_channels": None, "prediction_hand_over": False})
     preset = study.make_preset(data, "pair", None)
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     mean = image_flops(denoiser, encoder, num_inference_steps=64, num_context_steps=8) / 64
-    assert network_flops(sized) == pytest.approx(mean, rel=0.03)
+    assert network_flops(sized) == pytest.approx(mean, rel=0.04)
 
 
 @pytest.mark.parametrize("data", arms.DATA)
