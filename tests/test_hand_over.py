@@ -125,6 +125,47 @@ def test_a_pair_with_hand_over_samples_saves_and_reloads_bit_equal(make_pair, tm
     assert len(alone.images) == 1
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+@pytest.mark.parametrize("log_snrs", [(9.9, 9.9), (9.9, 6.0)])
+def test_a_prediction_keeps_its_digits_in_half_precision(make_pair, dtype, tolerance, log_snrs):
+    """Divided by a small σ, what rounding takes from x̂ or z_τ is an eighth of the velocity."""
+    level, level_tau = torch.tensor(log_snrs)
+    ratio, std = diffusion.transition(level, level_tau)
+    z = diffusion.add_noise(0.4 * torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), level)
+    z_tau = ratio * z + std * torch.randn(4, 3, 8, 8)
+    z, z_tau = (image.to(dtype).float() for image in (z, z_tau))  # what both networks see in either precision
+    encoder, denoiser = make_pair()
+    torch.nn.init.zeros_(denoiser.proj_out.weight)
+    torch.nn.init.zeros_(denoiser.proj_out.bias)
+    velocities = []
+    for precision in (torch.float32, dtype):
+        pipe = DualRatePipeline(denoiser.to(precision), DualRateScheduler(), encoder.to(precision))
+        with torch.no_grad():
+            context = pipe.encode_context(z_tau, level_tau, None, False)
+            velocities.append(pipe.denoise(z.to(precision), level, None, context, level_tau, False).float())
+        assert context[0].dtype == precision and {part.dtype for part in context[-3:]} == {torch.float32}
+    assert (velocities[0] - velocities[1]).norm() < tolerance * velocities[0].norm()
+
+
+def test_compiled_networks_that_hand_over_have_one_graph_each_for_a_whole_run(make_pair):
+    """Kills: z_τ handed over as the very tensor that the denoiser sees at a refresh."""
+    encoder, denoiser = make_pair()
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample():
+        return pipe([0, 1], 4, 2, generator=torch.Generator().manual_seed(0), output_type="latent").images
+
+    expected = sample()
+    torch._dynamo.reset()
+    denoiser.compile(backend="eager", fullgraph=True)
+    encoder.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = sample()
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled, expected)
+
+
 def test_without_context_the_handed_over_parts_are_zero(make_pair):
     _, denoiser = make_pair()
     z, log_snr = torch.randn(2, 3, 8, 8), torch.zeros(2)

@@ -276,7 +276,8 @@ class UViTContextEncoder(_UViTModel):
             x = diffusion.x_from_v(sample.float(), self.proj_out(hidden_states).float(), level)
             log_variance = self.variance_out(hidden_states) + self.variance_embedding(embedding)[:, :, None, None]
             variance = torch.sigmoid(-level) * torch.exp(log_variance.float())
-            context = (*context, sample.float(), x, variance)
+            # A copy: at a refresh the denoiser's own sample, given twice, would be another graph to a compiler.
+            context = (*context, sample.to(torch.float32, copy=True), x, variance)
         return UViTContextEncoderOutput(context=context) if return_dict else (context,)
 
 

@@ -177,8 +177,9 @@ class DualRatePipeline(DiffusionPipeline):
         z, class_labels = self._with_null_branch(z, class_labels) if both else (z, class_labels)
         with self._cache_context(self.context_encoder, both):
             encoded = self.context_encoder(z.to(self.context_encoder.dtype), log_snr, class_labels)
-        dtype = self.denoiser.dtype
-        return self.denoiser.project_context(tuple(part.to(dtype) for part in encoded.context))
+        dtype, levels = self.denoiser.dtype, len(self.denoiser.config.level_channels)
+        maps, handed_over = encoded.context[:levels], encoded.context[levels:]  # a prediction stays in float32
+        return self.denoiser.project_context((*(part.to(dtype) for part in maps), *handed_over))
 
     def denoise(
         self,
