@@ -352,6 +352,18 @@ def test_a_rollout_over_the_whole_grid_is_the_sampler():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_under_autocast_the_prediction_has_its_gradient_after_a_rollout_without():
+    """Before 2.11, torch's autocast used weights again that it had cast without gradient."""
+    layer = torch.nn.Conv2d(1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = sample_student(
+            lambda z, *_: layer(z), None, None, None, draw(0, 0, range(4), (1, 4, 4), 4), log_snr=cosine_log_snr,
+            num_inference_steps=4, num_context_steps=4,
+        )  # fmt: skip
+    sample.x.sum().backward()
+    assert layer.weight.grad.abs() > 0
+
+
 MEANS = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]])
 SHARES, SPREAD = torch.tensor([0.6, 0.3, 0.1]), 0.3
 

@@ -157,6 +157,8 @@ def roll_out(
         x = _predict(denoise, z, log_snrs[n], class_labels, context, context_log_snr)
         moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], noise[torch.arange(len(z)), n + 1])
         z = torch.where(_column(first + i < last, z), moved, z)
+    # Before 2.11 torch's autocast kept weights that it cast here, without gradient, for the prediction with gradient.
+    torch.clear_autocast_cache()
     return z
 
 
