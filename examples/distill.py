@@ -179,7 +179,7 @@ def main(args):
     steps["min_variance"] = recipe["min_variance"]
 
     teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
-    guidance_scale = recipe["guidance_scale"]
+    guidance_scale = recipe["guidance_scale"] if images.num_classes else 1.0
 
     def predict_teacher(z, log_snr, class_labels, context, context_log_snr):
         v = teacher.denoiser(z, log_snr, class_labels).sample

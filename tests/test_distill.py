@@ -169,6 +169,14 @@ def test_the_guidance_of_the_teacher_reaches_the_student(root, tmp_path):
     assert DualRatePipeline.from_pretrained(tmp_path / "guided").config.guidance_scale == 1.0
 
 
+def test_a_teacher_without_classes_is_distilled_without_guidance(root, tmp_path):
+    """A preset's guidance is for data with classes; without them the teacher's pipeline would refuse it."""
+    save(tmp_path / "teacher", num_classes=None)
+    images = ["--train_data_dir", root / "images", "--cache_dir", root / "cache"]
+    options = ["--student", tmp_path / "teacher", "--guidance_scale", 2, "--max_train_steps", 1]
+    assert run(root, tmp_path / "student", *images, *options, teacher=tmp_path / "teacher") == 0
+
+
 @pytest.mark.parametrize("steps", [(8, 3), (2, 4), (4, 0)])
 def test_refreshes_that_do_not_divide_the_steps_are_refused(root, tmp_path, steps):
     options = ["--num_inference_steps", steps[0], "--num_context_steps", steps[1]]
