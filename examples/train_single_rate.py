@@ -51,6 +51,8 @@ def main(args):
     denoiser = UViTDenoiser(**{**shape, **alone})
     start = training.start_from(args, images)
     if start is not None:
+        if start.context_encoder is not None:
+            raise ValueError(f"{args.pretrained_model_name_or_path} must be a single-rate model, but it is a pair.")
         denoiser.load_state_dict(start.denoiser.state_dict())
         recipe["pretrained"] = args.pretrained_model_name_or_path
     scheduler = DualRateScheduler(**preset["scheduler"])

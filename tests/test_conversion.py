@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import train_dual_rate
 import train_single_rate
 from diffusers_dualrate import DualRatePipeline
 from test_training import folder, fresh_accelerator, train  # noqa: F401 (fixtures)
@@ -27,8 +26,10 @@ def test_a_single_rate_model_becomes_the_encoder_of_a_pair(frozen, single_rate, 
     before, after = weights(single_rate, "denoiser"), weights(tmp_path / "pair", "context_encoder")
     trunk = [name for name in after if name.startswith(("trunk", "noise_embedding", "class_embedding"))]
     assert trunk and all(torch.equal(before[name], after[name]) for name in trunk) == frozen
-    heads = train_dual_rate.UViTContextEncoder.from_pretrained(tmp_path / "pair", subfolder="context_encoder")
-    assert heads.context_heads[0][1].weight.abs().sum() > 0
+    train("dual", folder, tmp_path / "start", *options[:2], "--max_train_steps", 0)
+    start = weights(tmp_path / "start", "context_encoder")
+    heads = [name for name in after if name.startswith("context_heads")]
+    assert heads and not any(torch.equal(start[name], after[name]) for name in heads)
     # What was trained says what it started from, and another start is another run.
     with pytest.raises(ValueError, match="another configuration: .*training"):
         train("dual", folder, tmp_path / "pair", "--max_train_steps", 9, "--resume_from_checkpoint", "latest")
@@ -51,4 +52,7 @@ def test_a_model_that_does_not_fit_the_images_is_refused(single_rate, folder, tm
     options = ["--pretrained_model_name_or_path", single_rate, "--max_train_steps", 1]
     with pytest.raises(ValueError, match="sample_size is .* there and \\(24, 24\\) here"):
         train("dual", folder, tmp_path / "pair", *options, "--resolution", 24)
+    train("dual", folder, tmp_path / "pair", "--max_train_steps", 0)
+    with pytest.raises(ValueError, match="must be a single-rate model, but it is a pair"):
+        train("single", folder, tmp_path / "single", "--pretrained_model_name_or_path", tmp_path / "pair")
     assert train_single_rate.parse_args(["--preset", "x", "--output_dir", "y"]).pretrained_model_name_or_path is None
