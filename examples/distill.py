@@ -63,6 +63,8 @@ class Distillation(training.TrainablePair):
 class ClassesAlone(torch.utils.data.Dataset):
     """What stands for the data set where a student learns without data: the teacher's classes, all alike."""
 
+    corrupt = ()  # nothing is decoded
+
     def __init__(self, teacher):
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
 
