@@ -3,7 +3,8 @@
     accelerate launch examples/train_single_rate.py --preset examples/presets/emoji32.json \\
         --dataset_name examples/data/emoji32 --label_column label --output_dir runs/single-rate-emoji32
 
-With the heavy network this is the baseline, and later the teacher, of a Dual-Rate pair of the same preset. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
+With the heavy network this is the baseline, and later the teacher, of a Dual-Rate pair of the same preset. The result
+is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
 import copy

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
+from diffusers_dualrate.flops import network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.training import TrainablePair
 
@@ -164,6 +165,14 @@ def test_compiled_networks_that_hand_over_have_one_graph_each_for_a_whole_run(ma
         compiled = sample()
     torch._dynamo.reset()
     torch.testing.assert_close(compiled, expected)
+
+
+def test_what_is_handed_over_costs_an_output_in_the_encoder_and_a_wider_input_in_the_denoiser(make_networks):
+    plain, handing = (make_networks(prediction_hand_over=both) for both in (False, True))
+    encoder, denoiser = (network_flops(b) - network_flops(a) for a, b in zip(plain, handing, strict=True))
+    pixels, config = 8 * 8, plain[0].config
+    assert encoder == 2 * (pixels * config.level_channels[0] * (3 + 1) + config.embedding_dim)
+    assert denoiser == 2 * pixels * plain[1].config.level_channels[0] * 3 * 3
 
 
 def test_without_context_the_handed_over_parts_are_zero(make_pair):

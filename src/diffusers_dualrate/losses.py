@@ -65,7 +65,8 @@ def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device
 def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Times (t, τ) as sampling with K refreshes on a uniform grid has them, its offset being random.
 
-    Near t = 1 the two differ: a sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere. t is uniform on [0, 1], K one of `context_steps`, and τ = min(1, t + U(0, 1/K)).
+    t is uniform on [0, 1], K one of `context_steps`, and τ = min(1, t + U(0, 1/K)). Near t = 1 the two differ: a
+    sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere.
 
     Args:
         uniforms: Numbers in [0, 1) [B, 3] for t, K and the lag.
