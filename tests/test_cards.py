@@ -92,7 +92,7 @@ def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
         del evaluation["v_loss"][name]
     evaluation["floor"] = {"fid_50k": {"values": [2.5], "mean": 2.5, "std": None}}
     evaluation["samples"][0]["fid_50k"] = {"values": [3.5], "mean": 3.5, "std": None}
-    del notes["example_label"]
+    del notes["example_label"], notes["arguments"]
     text = make_card.make_card(*parts)
     assert "image = pipe().images[0]" in text and "class_labels" not in text and "recovers" not in text
     assert row_of(text, "this pair, anc")[-1] == "3.500" and "- fid\n" in text and "class-conditional" not in text

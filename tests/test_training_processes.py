@@ -82,9 +82,10 @@ def run(script, argv, world_size=1, at_step=None, happening=None):
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(240)
         if child.is_alive():
             child.kill()
+            child.join()
     return [child.exitcode for child in children]
 
 
