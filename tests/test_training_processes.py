@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -67,7 +68,13 @@ def work(script, argv, rank, world_size, port, at_step, happening):
         return denoising_loss(*args, **kwargs)
 
     script.denoising_loss = loss_function
-    raise SystemExit(script.main(script.parse_args(argv)))
+    try:
+        status = script.main(script.parse_args(argv))
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # At once: tearing down a forked interpreter is not what is tested, and has been seen to hang.
+    os._exit(status)
 
 
 def run(script, argv, world_size=1, at_step=None, happening=None):
