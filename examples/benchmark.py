@@ -57,7 +57,9 @@ def main(args):
     torch.set_num_threads(1)
     preset = json.loads(Path(args.preset).read_text())
     scheduler = DualRateScheduler(**preset["scheduler"])
-    heavy = UViTDenoiser(**{**preset["context_encoder"], "context_channels": None}).eval()
+    heavy = UViTDenoiser(
+        **{**preset["context_encoder"], "context_channels": None, "prediction_hand_over": False}
+    ).eval()
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     arms = {
         "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval()),
