@@ -62,6 +62,11 @@ def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device
     return Draws(uniforms.to(device), eps, eps_tau)
 
 
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the rows [B] in the shape [B, 1, ...] that broadcasts against `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Times (t, τ) as sampling with K refreshes on a uniform grid has them, its offset being random.
 
@@ -159,8 +164,8 @@ def denoising_loss(
     """
     t, tau = window_times(draws.uniforms[:, :3], context_steps)
     lambda_t, lambda_tau = log_snr(t), log_snr(tau)
-    z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, _column(lambda_t, x), _column(lambda_tau, x))
-    target = diffusion.v_from_x_eps(x, draws.eps, _column(lambda_t, x))
+    z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, column(lambda_t, x), column(lambda_tau, x))
+    target = diffusion.v_from_x_eps(x, draws.eps, column(lambda_t, x))
     if class_labels is not None and null_label is not None:
         class_labels = torch.where(draws.uniforms[:, 3] < label_dropout, null_label, class_labels)
 
@@ -184,11 +189,7 @@ def denoising_loss(
         parts.append(judge(denoised, target[free:], lambda_t[free:], t[free:]))
         prediction = None if encoder_prediction is None else encoder_prediction(context)
         if prediction is not None:
-            v_hat, v = (diffusion.v_from_x(z_tau, image, _column(lambda_tau, x)) for image in (prediction, x))
+            v_hat, v = (diffusion.v_from_x(z_tau, image, column(lambda_tau, x)) for image in (prediction, x))
             encoder_loss = judge(v_hat, v, lambda_tau, tau)[1].sum() / len(target)
     v_loss, loss = (torch.cat(values) for values in zip(*parts, strict=True))
     return DenoisingLoss(loss=loss.mean() + encoder_loss, v_loss=v_loss.detach())
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import diffusion, losses
-from .losses import Denoise, Encode, Schedule
+from .losses import Denoise, Encode, Schedule, column
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,13 @@ def clipped_weight(log_snr: Tensor, min_variance: float) -> Tensor:
     return 1 / torch.sigmoid(-log_snr).clamp(min=min_variance)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
 def _predict(denoise: Denoise, z: Tensor, log_snr: Tensor, class_labels, context=None, context_log_snr=None) -> Tensor:
     v = denoise(z, log_snr, class_labels, context, context_log_snr)
-    return diffusion.x_from_v(z, v.to(z.dtype), _column(log_snr, z))
+    return diffusion.x_from_v(z, v.to(z.dtype), column(log_snr, z))
 
 
 def _draw_posterior(z: Tensor, x: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, noise: Tensor) -> Tensor:
-    factor_z, factor_x, std = diffusion.posterior(_column(log_snr_t, z), _column(log_snr_s, z))
+    factor_z, factor_x, std = diffusion.posterior(column(log_snr_t, z), column(log_snr_s, z))
     return factor_z * z + factor_x * x + std * noise
 
 
@@ -156,7 +152,7 @@ def roll_out(
             context, context_log_snr = encode(z, log_snrs[n], class_labels), log_snrs[n]
         x = _predict(denoise, z, log_snrs[n], class_labels, context, context_log_snr)
         moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], noise[torch.arange(len(z)), n + 1])
-        z = torch.where(_column(first + i < last, z), moved, z)
+        z = torch.where(column(first + i < last, z), moved, z)
     # Before 2.11 torch's autocast kept weights that it cast here, without gradient, for the prediction with gradient.
     torch.clear_autocast_cache()
     return z
@@ -202,7 +198,7 @@ def sample_student(
             denoise, encode, noise[:, 0], first=start, last=refresh, num_steps=num_inference_steps - interval, **steps
         )
     else:
-        z_tau = diffusion.add_noise(x, noise[:, 0], _column(log_snrs[refresh], x))
+        z_tau = diffusion.add_noise(x, noise[:, 0], column(log_snrs[refresh], x))
     context = context_log_snr = None
     if encode is not None:
         context, context_log_snr = encode(z_tau, log_snrs[refresh], class_labels), log_snrs[refresh]
@@ -237,7 +233,7 @@ def judge_sample(
     with torch.no_grad():
         target = _predict(teacher, sample.z_s, sample.log_snr_s, class_labels)
     midpoint = _predict(auxiliary, sample.z_s, sample.log_snr_s, class_labels)
-    weight = _column(clipped_weight(sample.log_snr_s, min_variance), target)
+    weight = column(clipped_weight(sample.log_snr_s, min_variance), target)
     direction = midpoint.detach() - target
     squares = (sample.x.detach() - midpoint).square() + (target - midpoint).square()
     return MomentLosses(
@@ -296,8 +292,8 @@ def grid_denoising_loss(
     n = (draws.uniforms[:, 0] * num_inference_steps).long()
     log_snr_t, log_snr_tau = log_snrs[n], log_snrs[n - n % interval]
     eps, eps_tau = draws.noise[:, 0], draws.noise[:, 1]
-    z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, _column(log_snr_t, x), _column(log_snr_tau, x))
+    z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, column(log_snr_t, x), column(log_snr_tau, x))
     context = encode(z_tau, log_snr_tau, class_labels)
     prediction = _predict(denoise, z_t, log_snr_t, class_labels, context, log_snr_tau)
-    weight = _column(clipped_weight(log_snr_t, min_variance), x)
+    weight = column(clipped_weight(log_snr_t, min_variance), x)
     return (weight * (x - prediction).square()).mean()
