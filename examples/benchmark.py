@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.flops import image_flops
+from diffusers_dualrate.models import SINGLE_RATE
 
 
 def parse_args(argv=None):
@@ -57,9 +58,7 @@ def main(args):
     torch.set_num_threads(1)
     preset = json.loads(Path(args.preset).read_text())
     scheduler = DualRateScheduler(**preset["scheduler"])
-    heavy = UViTDenoiser(
-        **{**preset["context_encoder"], "context_channels": None, "prediction_hand_over": False}
-    ).eval()
+    heavy = UViTDenoiser(**{**preset["context_encoder"], **SINGLE_RATE}).eval()
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     arms = {
         "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval()),

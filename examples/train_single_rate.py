@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, training
 from diffusers_dualrate.losses import denoising_loss, draw, seed_of
+from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.runs import Run
 
 
@@ -48,8 +49,7 @@ def main(args):
     # The network. One seed for the weights; the randomness of a step comes from (seed, step, row).
     set_seed(args.seed)
     shape = preset["context_encoder"] if args.network == "heavy" else preset["denoiser"]
-    alone = {"num_classes": images.num_classes, "context_channels": None, "prediction_hand_over": False}
-    denoiser = UViTDenoiser(**{**shape, **alone})
+    denoiser = UViTDenoiser(**{**shape, **SINGLE_RATE, "num_classes": images.num_classes})
     start = training.start_from(args, images)
     if start is not None:
         if start.context_encoder is not None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from safetensors.torch import load_file
 
 import distill
 from conftest import PRESET
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.checkpoints import list_checkpoints
 from diffusers_dualrate.moment_matching import MomentLosses, moment_matching_losses
+from test_training import assert_equal_weights, weights
 
 CLASSES = {0: "cat", 1: "dog"}
 
@@ -87,19 +87,6 @@ def run(root, output_dir, *more, teacher="teacher"):
     status = distill.main(distill.parse_args([str(argument) for argument in arguments]))
     reset()
     return status
-
-
-def weights(path):
-    return {
-        f"{file.parent.name}.{key}": value
-        for file in sorted(path.glob("*/diffusion_pytorch_model.safetensors"))
-        for key, value in load_file(file).items()
-    }
-
-
-def assert_equal_weights(a, b):
-    assert a.keys() == b.keys() and a
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("student", [None, "pair", "teacher"])

@@ -34,6 +34,9 @@ from .uvit import NoiseLevelEmbedding, UViTTrunk
 # What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
 _INITIAL_VARIANCE = 0.2
 
+SINGLE_RATE = {"context_channels": None, "prediction_hand_over": False}
+"""What of a denoiser's configuration makes it a single-rate network: laid over a pair's, it leaves the shape."""
+
 
 @dataclass
 class UViTContextEncoderOutput(BaseOutput):
