@@ -39,7 +39,7 @@ from diffusers_dualrate.evaluation import FeatureStatistics, ImageClassifier, fd
 from diffusers_dualrate.flops import count_evaluations
 from diffusers_dualrate.letters import Letters
 from diffusers_dualrate.losses import seed_of
-from evaluate import environment
+from evaluate import choose, environment
 
 # Far from the seeds that trainings use, so that reference and floor are images that no training saw.
 _REFERENCE_SEED, _FLOOR_SEED = 2_000_003, 3_000_017
@@ -227,23 +227,21 @@ def open_reference(args, data: str):
     augmentation = make_preset(data, "heavy", None)["training"]["augmentation"]
     stem = Path(args.work_dir, data, f"reference-{digest([facts, augmentation])}")
 
-    def batches(images, rows):
-        for first in range(0, len(rows), args.batch_size):
-            yield torch.stack([images[0, row]["pixel_values"] for row in rows[first : first + args.batch_size]])
+    def batches(images, indices):
+        for first in range(0, len(indices), args.batch_size):
+            yield torch.stack(
+                [images[tuple(index)]["pixel_values"] for index in indices[first : first + args.batch_size]]
+            )
 
     if not stem.with_suffix(".safetensors").exists():
-        measure(classifier, batches(reference, range(num_references))).save(stem.with_suffix(".safetensors"))
+        indices = [(0, row) for row in range(num_references)]
+        measure(classifier, batches(reference, indices)).save(stem.with_suffix(".safetensors"))
     statistics = FeatureStatistics.load(stem.with_suffix(".safetensors"))
     if not stem.with_suffix(".json").exists():
-        floor_statistics = measure(classifier, batches(floor, spread(n, len(floor))))
+        floor_statistics = measure(classifier, batches(floor, choose(floor, n, 0)))
         write_json(stem.with_suffix(".json"), facts | {"fd": fd_local(floor_statistics, statistics)})
-    labels = reference.class_labels[spread(n, num_references)].tolist()
+    labels = reference.class_labels[[row for _, row in choose(reference, n, 0)]].tolist()
     return classifier, statistics, labels, json.loads(stem.with_suffix(".json").read_text())
-
-
-def spread(count: int, size: int) -> list[int]:
-    """Rows spread evenly over a data set, or its beginning repeated: classes keep their shares."""
-    return [row * size // count for row in range(count)] if count < size else [row % size for row in range(count)]
 
 
 def draw_checked(sampler: Sampler, labels: list[int], seeds: list[int]) -> Tensor:

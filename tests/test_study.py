@@ -1,5 +1,6 @@
 """The study on untrained and hardly trained models: counts, engagement, and that it stops and goes on."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -134,8 +135,22 @@ def test_a_method_that_does_nothing_is_an_error(make_pipe):
         )
 
 
-def test_rows_are_spread_evenly_over_a_set_that_is_larger_and_repeat_one_that_is_smaller():
-    assert study.spread(3, 9) == [0, 3, 6] and study.spread(5, 2) == [0, 1, 0, 1, 0]
+@pytest.mark.parametrize("data", ["letters", "digits"])
+def test_samples_and_floor_have_the_classes_in_the_shares_of_the_data(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(arms.DATA, data, dataclasses.replace(arms.DATA[data], num_references=60))
+    measured = []
+    images_of = type(study.open_images(data, "floor"))
+    load = images_of.__getitem__
+    monkeypatch.setattr(
+        images_of, "__getitem__", lambda self, index: measured.append(load(self, index)) or measured[-1]
+    )
+    args = study.parse_args(["--data", data, "--num_samples", "130", "--work_dir", str(tmp_path)])
+    *_, labels, _ = study.open_reference(args, data)
+    floor = [item["class_labels"].item() for item in measured[60:]]
+    classes = study.open_images(data, "floor").num_classes
+    for found in (labels, floor):
+        assert len(found) == 130
+        assert all(abs(found.count(label) - 130 / classes) < 2 for label in range(classes))
 
 
 def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
