@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import distill
 import report
 import train_single_rate
 import train_unet
@@ -52,6 +53,13 @@ def parse_args(argv=None):
     parser.add_argument("--solvers", nargs="+", choices=report.SOLVERS, default=list(report.SOLVERS))
     parser.add_argument("--budgets", nargs="+", choices=report.BUDGETS, default=list(report.BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of training.")
+    parser.add_argument(
+        "--first_seed_only",
+        nargs="+",
+        choices=[*ARMS, *report.BUDGETS],
+        default=[],
+        help="What has one training seed.",
+    )
     parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
@@ -78,7 +86,7 @@ def parse_args(argv=None):
 def make_preset(data: str, training: str, max_train_steps: int | None) -> dict:
     """The preset of a data set as one training changes it."""
     preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
-    recipe = preset["distillation" if TRAININGS[training].starts else "training"]
+    recipe = preset["distillation" if TRAININGS[training].script is distill else "training"]
     preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
     for section, changes in TRAININGS[training].changes.items():
         preset[section] |= changes
@@ -110,7 +118,7 @@ def configuration_of(training: str, preset: dict) -> dict:
 def run_training(data: str, training: str, preset: dict, folder: Path, *flags: str) -> None:
     """Train with the script that a user calls."""
     folder.mkdir(parents=True, exist_ok=True)
-    if TRAININGS[training].starts:
+    if TRAININGS[training].script is distill:
         preset = preset | {"distillation": preset["training"]}
     (folder / f"{DATA[data].preset}.json").write_text(json.dumps(preset, indent=2) + "\n")
     script = TRAININGS[training].script
@@ -121,9 +129,14 @@ def run_training(data: str, training: str, preset: dict, folder: Path, *flags: s
 
 
 def start_flags(args, data: str, training: str, seed: int) -> list[str]:
-    """The trained models that a distillation starts from, as flags."""
+    """The trained models that a training starts from, as flags."""
     starts = TRAININGS[training].starts.items()
     return [part for flag, start in starts for part in (flag, str(find_model(args, data, start, "steps", seed)[0]))]
+
+
+def lineage(training: str) -> set[str]:
+    """A training and all that it starts from."""
+    return {training}.union(*(lineage(start) for start in TRAININGS[training].starts.values()))
 
 
 def training_flops(args, data: str, training: str) -> int:
@@ -147,7 +160,7 @@ def training_flops(args, data: str, training: str) -> int:
 def budgets_of(training: str, budgets: list[str]) -> list[str]:
     """Budgets that a model is trained for: the heavy network's is the measure of both, so it is trained once.
 
-    A distillation comes on top of what it starts from, for which there is no measure: it is run once as well.
+    A conversion or distillation comes on top of what it starts from, for which there is no measure: it is run once, too.
     """
     return ["steps"] if training == "heavy" or TRAININGS[training].starts else budgets
 
@@ -269,19 +282,22 @@ def measure_point(args, key: dict, folder: Path, reference) -> dict:
             seeds = [seed_of(key["sampling_seed"], first + i) for i in range(len(chunk))]
             yield draw_checked(sampler, chunk, seeds)
 
-    def spent(training, budget, unit):
-        """In all steps of a training and of those that it started from."""
-        preset = find_model(args, data, training, budget, key["seed"])[1]["training"]
-        before = sum(spent(start, "steps", unit) for start in set(TRAININGS[training].starts.values()))
-        return before + preset["max_train_steps"] * unit(training, preset)
+    def spent(unit):
+        """In all steps of the training and of those that it started from."""
+        total = 0
+        for training in lineage(arm.training):
+            budget = key["budget"] if training == arm.training else "steps"
+            preset = find_model(args, data, training, budget, key["seed"])[1]["training"]
+            total += preset["max_train_steps"] * unit(training, preset)
+        return total
 
     return key | {
         "flops": counter.get_total_flops(),
         "evaluations": {name: times for name, (_, times) in sampler.evaluations.items()},
         "fd": fd_local(measure(classifier, batches()), statistics),
         "n": len(labels),
-        "training_flops": spent(arm.training, key["budget"], lambda training, _: training_flops(args, data, training)),
-        "training_images": spent(arm.training, key["budget"], lambda _, preset: preset["train_batch_size"]),
+        "training_flops": spent(lambda training, _: training_flops(args, data, training)),
+        "training_images": spent(lambda _, preset: preset["train_batch_size"]),
     }
 
 
@@ -363,28 +379,9 @@ def main(args):
         args.arms.remove(name)
         print(f"The arm {name} is left out: pip install {ARMS[name].requires}.")
     if not args.report_only:
-        needed = {ARMS[name].training for name in args.arms}
-        starts = {start for training in needed for start in TRAININGS[training].starts.values()}
-        models = [
-            (data, training, budget, seed)
-            for data in args.data
-            for seed in args.seeds
-            for training in TRAININGS
-            for budget in ("steps", "flops")
-            if (training in needed and budget in budgets_of(training, args.budgets))
-            or (training in starts and budget == "steps")
-        ]
-        # Distillations after what they start from.
-        run_jobs(args, train_model, [key for key in models if not TRAININGS[key[1]].starts])
-        run_jobs(args, train_model, [key for key in models if TRAININGS[key[1]].starts])
-        series = [
-            (data, name, budget, solver, seed)
-            for data in args.data
-            for seed in args.seeds
-            for name in args.arms
-            for budget in budgets_of(ARMS[name].training, args.budgets)
-            for solver in args.solvers
-        ]
+        series = list_series(args)
+        for models in list_models(series):
+            run_jobs(args, train_model, models)
         run_jobs(args, sample_arm, series)
         write_json(Path(args.output), collect(args, series))
     study = json.loads(Path(args.output).read_text())
@@ -394,6 +391,37 @@ def main(args):
         report.insert(table, Path(args.readme))
     print(table)
     return study
+
+
+def list_series(args) -> list[tuple]:
+    """What is sampled by one job each: data set, arm, budget, solver and training seed."""
+    return [
+        (data, name, budget, solver, seed)
+        for data in args.data
+        for seed in args.seeds
+        for name in args.arms
+        for budget in budgets_of(ARMS[name].training, args.budgets)
+        for solver in args.solvers
+        if seed == args.seeds[0] or not {name, budget} & set(args.first_seed_only)
+    ]
+
+
+def list_models(series: list[tuple]) -> list[list[tuple]]:
+    """What is trained for that: groups of data set, training, budget and seed, each after those that it starts from."""
+    wanted = [(data, ARMS[name].training, budget, seed) for data, name, budget, _, seed in series]
+    groups = []
+    while wanted:
+        groups.insert(0, list(dict.fromkeys(wanted)))
+        wanted = [
+            (data, start, "steps", seed)
+            for data, training, _, seed in wanted
+            for start in TRAININGS[training].starts.values()
+        ]
+    earlier = set()
+    for group in groups:
+        group[:] = [model for model in group if model not in earlier]
+        earlier |= set(group)
+    return groups
 
 
 def collect(args, series: list[tuple]) -> dict:

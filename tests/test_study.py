@@ -244,3 +244,26 @@ def test_students_are_distilled_from_models_of_the_study_whose_training_counts_a
     # Auxiliary and student forward and backward, the teacher forward: seven forwards of the heavy network, nearly.
     assert 2 < flops["heavy-mmd"] / flops["heavy"] < 2.5
     assert single["training_images"] == 2 * 2 * 8 and dual["training_images"] == 3 * 2 * 8
+
+
+def test_models_are_trained_once_and_after_all_that_they_start_from():
+    args = study.parse_args(["--data", "digits", "--seeds", "0", "1", "--first_seed_only", "dual-rate-mmd", "flops"])
+    series = study.list_series(args)
+    assert {seed for _, name, _, _, seed in series if name == "dual-rate-mmd"} == {0}
+    assert {budget for _, _, budget, _, seed in series if seed == 1} == {"steps"}
+    groups = study.list_models(series)
+    models = [model for group in groups for model in group]
+    assert len(models) == len(set(models))
+    for i, group in enumerate(groups):
+        before = {model for earlier in groups[:i] for model in earlier}
+        for data, training, _, seed in group:
+            starts = arms.TRAININGS[training].starts.values()
+            assert before >= {(data, start, "steps", seed) for start in starts}
+    assert {(data, arms.ARMS[name].training, budget, seed) for data, name, budget, _, seed in series} <= set(models)
+
+
+def test_what_a_distillation_spent_counts_each_training_that_led_to_it_once(monkeypatch):
+    chain = {"a": (), "b": ("a",), "c": ("a", "b")}
+    trainings = {name: SimpleNamespace(starts=dict(enumerate(starts))) for name, starts in chain.items()}
+    monkeypatch.setattr(study, "TRAININGS", trainings)
+    assert study.lineage("c") == {"a", "b", "c"} and study.lineage("a") == {"a"}
