@@ -5,8 +5,9 @@
 
 Without `--student` a Dual-Rate student is made: its encoder starts from the teacher and, frozen, lets a new denoiser learn
 by denoising first. With it the student starts from a trained model: a pair, or a single-rate model such as the teacher
-itself. With `--full_rollout` as well no data is needed. The result is a folder that `DualRatePipeline.from_pretrained`
-loads, holding the EMA weights and the student's N and K.
+itself. With `--full_rollout` as well no data is needed. Then steps of an auxiliary and of the student alternate, and
+`max_train_steps` counts both. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA
+weights and the student's N and K.
 """
 
 import copy
@@ -20,12 +21,13 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextE
 from diffusers_dualrate.checkpoints import list_checkpoints
 from diffusers_dualrate.losses import seed_of
 from diffusers_dualrate.moment_matching import (
+    auxiliary_loss,
     draw,
     grid_denoising_loss,
     grid_log_snr,
-    moment_matching_losses,
     refresh_interval,
     roll_out,
+    student_loss,
 )
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
 
@@ -93,8 +95,9 @@ def check_fit(teacher, **others):
 def main(args):
     preset = training.read_preset(args, "distillation")
     recipe = preset["training"]
-    num_steps = recipe["num_inference_steps"]
-    interval = refresh_interval(num_steps, recipe["num_context_steps"])
+    for name in ("learning_rate", "pretraining_learning_rate"):
+        if not recipe[name] > 0:
+            raise ValueError(f"{name} must be above 0, got {recipe[name]}.")
     has_data = bool(args.dataset_name or args.train_data_dir)
     if not has_data and not (args.student and recipe["full_rollout"]):
         raise ValueError("Without data, both --student and --full_rollout are needed.")
@@ -104,7 +107,7 @@ def main(args):
         log_with=args.report_to,
         project_dir=args.output_dir,
         step_scheduler_with_optimizer=False,  # else the schedule would depend on the number of processes
-        # While a new denoiser learns alone, the other networks have no gradient.
+        # A step trains some of the networks, and the others have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     teacher = DualRatePipeline.from_pretrained(args.teacher)
@@ -114,7 +117,11 @@ def main(args):
         size = {"sample_size": args.resolution} if args.resolution else {}
         preset["denoiser"], preset["scheduler"] = {**student.denoiser.config, **size}, {**student.scheduler.config}
         recipe["pretraining_steps"] = 0
+        if student.context_encoder is None:  # every step of a single-rate student is heavy
+            recipe["num_context_steps"] = recipe["num_inference_steps"]
         check_fit(teacher, student={**student.denoiser.config, **student.scheduler.config})
+    num_steps, num_context_steps = recipe["num_inference_steps"], recipe["num_context_steps"]
+    interval = refresh_interval(num_steps, num_context_steps)
     images = training.open_images(args, preset) if has_data else ClassesAlone(teacher)
     classes = {"num_classes": images.num_classes}
     check_fit(teacher, preset={**preset["denoiser"], **preset["scheduler"], **classes}, data=classes)
@@ -130,8 +137,6 @@ def main(args):
         )
     else:
         denoiser, context_encoder = student.denoiser, student.context_encoder
-    if context_encoder is None:  # every step of a single-rate student is heavy
-        interval = 1
     auxiliary = copy.deepcopy(teacher.denoiser)
     if args.gradient_checkpointing:
         for network in filter(None, (context_encoder, denoiser, auxiliary)):
@@ -175,9 +180,9 @@ def main(args):
         averaged.context_encoder,
         id2label=images.id2label,
         num_inference_steps=num_steps,
-        num_context_steps=num_steps // interval if context_encoder else None,
+        num_context_steps=num_context_steps if context_encoder else None,
     )
-    steps = {"log_snr": log_snr, "num_inference_steps": num_steps, "num_context_steps": num_steps // interval}
+    steps = {"log_snr": log_snr, "num_inference_steps": num_steps, "num_context_steps": num_context_steps}
     steps["min_variance"] = recipe["min_variance"]
 
     teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
@@ -189,6 +194,8 @@ def main(args):
             return v
         v_null = teacher.denoiser(z, log_snr).sample
         return v_null + guidance_scale * (v - v_null)
+
+    judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
 
     # A collapsed student samples ever the same: a fixed few of its samples are held against the teacher's.
     labels = torch.arange(PROBES) % images.num_classes if images.num_classes else None
@@ -231,28 +238,26 @@ def main(args):
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
+            start = None if recipe["full_rollout"] else x
             draws = draw(args.seed, step, run.rows(part), shape, num_steps, accelerator.device)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe["pretraining_steps"]
+            # The auxiliary comes first: while it equals the teacher it has nothing to tell the student.
+            is_auxiliary_step = not is_pretraining and (step - recipe["pretraining_steps"]) % 2 == 0
             for parameter in waiting:
                 parameter.requires_grad_(not is_pretraining)
 
+            # What has no part in a step's loss has no gradient, so that clip and optimizer pass over it.
             with accelerator.accumulate(networks):
                 if is_pretraining:
                     loss = networks(grid_denoising_loss, x, class_labels, draws, **steps)
                     run.note(loss=loss)
+                elif is_auxiliary_step:
+                    loss = networks(auxiliary_loss, start, class_labels, draws, **judges, **steps)
+                    run.note(auxiliary=loss)
                 else:
-                    result = networks(
-                        moment_matching_losses,
-                        None if recipe["full_rollout"] else x,
-                        class_labels,
-                        draws,
-                        auxiliary=trained.predict_midpoint,
-                        teacher=predict_teacher,
-                        **steps,
-                    )
-                    loss = result.auxiliary + result.student
-                    run.note(auxiliary=result.auxiliary, student=result.student, distance=result.distance)
+                    loss, distance = networks(student_loss, start, class_labels, draws, **judges, **steps)
+                    run.note(student=loss, distance=distance)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     run.agree(accelerator.clip_grad_norm_(networks.parameters(), recipe["max_grad_norm"]))

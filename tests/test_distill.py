@@ -8,12 +8,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
 
 import distill
 from conftest import PRESET
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.checkpoints import list_checkpoints
-from diffusers_dualrate.moment_matching import MomentLosses, moment_matching_losses
 from test_training import assert_equal_weights, weights
 
 CLASSES = {0: "cat", 1: "dog"}
@@ -147,8 +147,22 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(root, whole
     assert_equal_weights(weights(whole), weights(tmp_path))
 
 
+def test_auxiliary_and_student_take_turns_and_whichever_rests_keeps_its_weights_and_its_moments(whole):
+    """Kills: both in one step; a turn missed; weight decay or moments of what rests."""
+    states = [torch.load(whole / f"checkpoint-{i}/optimizer.bin", weights_only=True)["state"] for i in range(2, 7)]
+    models = [load_file(whole / f"checkpoint-{i}/model.safetensors") for i in range(2, 7)]
+    for i in range(4):
+        is_auxiliary_step = i % 2 == 0
+        before, after = models[i : i + 2]
+        moved = {name.startswith("auxiliary.") for name in after if not torch.equal(before[name], after[name])}
+        assert moved == {is_auxiliary_step}
+        counts = [{key: value["step"].item() for key, value in state.items()} for state in states[i : i + 2]]
+        moved = {key for key, count in counts[1].items() if count != counts[0].get(key)}
+        assert 0 < len(moved) == sum(name.startswith("auxiliary.") == is_auxiliary_step for name in after)
+
+
 def test_the_guidance_of_the_teacher_reaches_the_student(root, tmp_path):
-    plain = ["--student", root / "teacher", "--ema_decay", 0, "--max_train_steps", 1]
+    plain = ["--student", root / "teacher", "--ema_decay", 0, "--max_train_steps", 2]
     run(root, tmp_path / "plain", *data(root), *plain)
     run(root, tmp_path / "guided", *data(root), *plain, "--guidance_scale", 3)
     plain, guided = weights(tmp_path / "plain"), weights(tmp_path / "guided")
@@ -169,6 +183,18 @@ def test_refreshes_that_do_not_divide_the_steps_are_refused(root, tmp_path, step
     options = ["--num_inference_steps", steps[0], "--num_context_steps", steps[1]]
     with pytest.raises(ValueError, match=f"must divide num_inference_steps={steps[0]}, got {steps[1]}"):
         run(root, tmp_path, *data(root), *options)
+
+
+def test_a_single_rate_student_has_no_refreshes_to_divide_its_steps(root, tmp_path):
+    options = ["--num_inference_steps", 3, "--max_train_steps", 1, "--student", root / "teacher"]
+    assert run(root, tmp_path, *data(root), *options) == 0
+    assert json.loads((tmp_path / "training.json").read_text())["recipe"]["num_context_steps"] == 3
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-3])
+def test_a_learning_rate_that_is_not_above_zero_is_refused(root, tmp_path, rate):
+    with pytest.raises(ValueError, match=f"learning_rate must be above 0, got {rate}"):
+        run(root, tmp_path, *data(root), "--learning_rate", rate)
 
 
 @pytest.mark.parametrize("options", [[], ["--student"], ["--full_rollout"]])
@@ -211,12 +237,14 @@ def test_a_student_whose_samples_become_alike_is_stopped_with_the_last_good_stat
     assert not (tmp_path / "model_index.json").exists()
 
 
-@pytest.mark.parametrize("part", ["auxiliary", "student"])
-def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, monkeypatch, part):
-    def diverge(*args, **kwargs):
-        losses = vars(moment_matching_losses(*args, **kwargs))
-        return MomentLosses(**losses | {part: losses[part] * float("nan")})
+@pytest.mark.parametrize(("part", "step"), [("auxiliary", 2), ("student", 3)])
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, monkeypatch, part, step):
+    function = getattr(distill, f"{part}_loss")
 
-    monkeypatch.setattr(distill, "moment_matching_losses", diverge)
-    with pytest.raises(ValueError, match=r"diverged at step 2; the last good state is .*checkpoint-2"):
+    def diverge(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return result * float("nan") if part == "auxiliary" else (result[0] * float("nan"), result[1])
+
+    monkeypatch.setattr(distill, f"{part}_loss", diverge)
+    with pytest.raises(ValueError, match=rf"diverged at step {step}; the last good state is .*checkpoint-{step}"):
         run(root, tmp_path, *data(root), "--checkpointing_steps", 1)

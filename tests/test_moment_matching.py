@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 
-from diffusers_dualrate import DualRateScheduler
+from diffusers_dualrate import DualRateScheduler, moment_matching
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
     Draws,
-    StudentSample,
+    auxiliary_loss,
     draw,
     grid_denoising_loss,
-    judge_sample,
-    moment_matching_losses,
     roll_out,
     sample_student,
+    student_loss,
 )
 
 STDS = (0.25, 1.0, 2.0)
@@ -138,82 +137,73 @@ def sampled_variance(gains, count=2**16):
     return z.var().item()
 
 
-def converged_auxiliary(sample, teacher, rows):
+SINGLE_RATE = {
+    "log_snr": cosine_log_snr, "num_inference_steps": N, "num_context_steps": N, "min_variance": FLOOR
+}  # fmt: skip
+
+
+def converged_auxiliary(student, x, draws, teacher, rows):
     """Auxiliary with one gain for every row, where its own loss, which is quadratic, has its minimum."""
     gains = torch.zeros(len(rows), dtype=torch.float64, requires_grad=True)
-    frozen = StudentSample(sample.x.detach(), sample.z_s, sample.log_snr_s)
-    slopes = []
+    auxiliary, slopes = linear_network(times_s(rows), gains), []
     for value in (0.0, 1.0):
         gains.data.fill_(value)
-        loss = judge_sample(linear_network(times_s(rows), gains), teacher, frozen, None, min_variance=FLOOR).auxiliary
+        loss = auxiliary_loss(student, None, x, None, draws, auxiliary=auxiliary, teacher=teacher, **SINGLE_RATE)
         slopes.append(torch.autograd.grad(loss, gains)[0])
     gains.data = slopes[0] / (slopes[0] - slopes[1])
     return gains.detach()
+
+
+def slope_of_student(gains, std):
+    """The student's own gradient, the auxiliary being converged, and the auxiliary's gains."""
+    rows, x, draws = exact_draws()
+    gains = gains.clone().requires_grad_()
+    teacher, student = gaussian_teacher(std**2), linear_network(GRID, gains)
+    midpoints = converged_auxiliary(student, std * x, draws, teacher, rows)
+    auxiliary = linear_network(times_s(rows), midpoints)
+    loss, _ = student_loss(student, None, std * x, None, draws, auxiliary=auxiliary, teacher=teacher, **SINGLE_RATE)
+    return torch.autograd.grad(loss, gains)[0], midpoints
 
 
 @pytest.mark.parametrize("std", STDS)
 def test_the_auxiliary_and_the_expected_student_gradient_are_those_of_the_closed_form(std):
     """Kills: a sign or a factor in either loss; the weight at t; s for t in the posterior; teacher and student swapped;
     noise of another step; a sum for a mean."""
-    rows, x, draws = exact_draws()
-    gains = (1.3 * best_gains(std**2) + 0.05).requires_grad_()
-    teacher, student = gaussian_teacher(std**2), linear_network(GRID, gains)
-    sample = sample_student(
-        student, None, std * x, None, draws, log_snr=cosine_log_snr, num_inference_steps=N, num_context_steps=N
-    )
-    auxiliary = converged_auxiliary(sample, teacher, rows)
-    losses = judge_sample(linear_network(times_s(rows), auxiliary), teacher, sample, None, min_variance=FLOOR)
-    slope = torch.autograd.grad(losses.student, gains)[0]
-    for row, (n, offset) in enumerate(rows):
+    gains = 1.3 * best_gains(std**2) + 0.05
+    slope, midpoints = slope_of_student(gains, std)
+    for row, (n, offset) in enumerate(exact_draws()[0]):
         s = 1 - (n + offset) / N
         _, v_s, with_x, _ = moments(n, s, gains[n].item(), std**2)
         expected = (with_x / v_s + best_gain(log_snr_at(s), std**2)) / 2
-        assert auxiliary[row].item() == pytest.approx(expected, rel=1e-6)
+        assert midpoints[row].item() == pytest.approx(expected, rel=1e-6)
     for n in range(N):
         assert N * slope[n].item() == pytest.approx(student_slope(n, gains[n].item(), std**2), rel=1e-6)
 
 
-def distilled_gains(std, make_sample):
-    """Gains where the student's own gradient vanishes, the auxiliary being converged: secant steps from the teacher."""
-    rows, x, draws = exact_draws()
-    teacher = gaussian_teacher(std**2)
-
-    def slope(gains):
-        gains = gains.clone().requires_grad_()
-        sample = make_sample(linear_network(GRID, gains), std * x, draws)
-        auxiliary = linear_network(times_s(rows), converged_auxiliary(sample, teacher, rows))
-        loss = judge_sample(auxiliary, teacher, sample, None, min_variance=FLOOR).student
-        return torch.autograd.grad(loss, gains)[0]
-
+def distilled_gains(std):
+    """Gains where the student's own gradient vanishes, and that gradient at the teacher's gains: by bisection."""
     low, high = best_gains(std**2), torch.full((N,), 8 * max(std, 1.0), dtype=torch.float64)
-    start = slope(low)
+    start, _ = slope_of_student(low, std)
     for _ in range(40):
         middle = (low + high) / 2
-        below = slope(middle) < 0
+        below = slope_of_student(middle, std)[0] < 0
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return start, middle
 
 
-def from_posterior(student, x, draws):
-    return sample_student(
-        student, None, x, None, draws, log_snr=cosine_log_snr, num_inference_steps=N, num_context_steps=N
-    )
-
-
-def from_fresh_noise(student, x, draws):
-    sample = from_posterior(student, x, draws)
-    fresh = SIGNS[:, N + 3].reshape(1, 1, 4, 4)
-    level = sample.log_snr_s.reshape(-1, 1, 1, 1)
-    return StudentSample(
-        sample.x, level.sigmoid().sqrt() * sample.x.detach() + (-level).sigmoid().sqrt() * fresh, sample.log_snr_s
-    )
+def add_fresh_noise(z, x, log_snr_t, log_snr_s, noise):
+    """What must not take the place of the posterior."""
+    level = log_snr_s.reshape(-1, 1, 1, 1)
+    return level.sigmoid().sqrt() * x + (-level).sigmoid().sqrt() * SIGNS[:, N + 3].reshape(1, 1, 4, 4)
 
 
 @pytest.mark.parametrize("std", STDS)
-def test_the_student_converges_to_the_closed_form_and_its_samples_have_nearly_the_variance_of_the_data(std):
+def test_the_student_converges_to_the_closed_form_and_its_samples_have_nearly_the_variance_of_the_data(
+    std, monkeypatch
+):
     """Undistilled samples at N = 8 are 37 to 58 % too narrow; fresh noise makes the student 60 to 81 % too wide.
     Kills: a student trained towards more distance; z_s with gradient; z_s from fresh noise."""
-    start, gains = distilled_gains(std, from_posterior)
+    start, gains = distilled_gains(std)
     assert (start < 0).all()  # a student equal to its teacher is widened
     for n, gain in enumerate(gains.tolist()):
         low = best_gain(log_snr_at(GRID[n]), std**2)
@@ -223,7 +213,8 @@ def test_the_student_converges_to_the_closed_form_and_its_samples_have_nearly_th
     distilled = sampled_variance(gains) / std**2
     assert 0.40 < undistilled < 0.65
     assert 0.875 < distilled < 1.02  # .882, .979 and .955 in closed form
-    _, fresh = distilled_gains(std, from_fresh_noise)
+    monkeypatch.setattr(moment_matching, "_draw_posterior", add_fresh_noise)
+    _, fresh = distilled_gains(std)
     assert 1.5 < sampled_variance(fresh) / std**2 < 1.9
 
 
@@ -264,12 +255,12 @@ def test_a_pair_is_judged_where_its_own_rollout_arrives_and_the_gradient_starts_
 
     student = linear_network(GRID, gains, context_gains)
     q = torch.full((len(rows),), 0.4, dtype=torch.float64)
-    losses = moment_matching_losses(
+    loss, _ = student_loss(
         student, encode, None if from_noise else std * x, None, draws,
         auxiliary=linear_network(times_s(rows), q), teacher=gaussian_teacher(std**2), log_snr=cosine_log_snr,
         num_inference_steps=N, num_context_steps=num_context_steps, min_variance=FLOOR,
     )  # fmt: skip
-    slopes = torch.autograd.grad(losses.student, (gains, context_gains, encoder_gain))
+    slopes = torch.autograd.grad(loss, (gains, context_gains, encoder_gain))
     expected = [torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64), 0.0]
     fixed = (gains.detach(), context_gains.detach(), encoder_gain.item())
     for n, offset in rows:
@@ -304,25 +295,29 @@ class Scale(torch.nn.Module):
 
 
 @pytest.mark.parametrize("from_noise", [False, True])
-def test_no_gradient_reaches_the_teacher_z_s_or_the_rollout_and_each_loss_serves_one_network(from_noise):
-    """Kills: z_s, the teacher or the auxiliary not detached; a rollout with gradient; more or fewer evaluations."""
-    student, encoder, auxiliary, teacher = (Scale(value) for value in (0.5, 0.3, 0.2, 0.1))
+def test_a_step_records_gradient_for_one_network_and_none_for_the_teacher_z_s_or_the_rollout(from_noise):
+    """Kills: z_s, the teacher, or the network that rests not detached; a rollout with gradient; more or fewer
+    evaluations."""
+    networks = student, encoder, auxiliary, teacher = [Scale(value) for value in (0.5, 0.3, 0.2, 0.1)]
     shape, steps = (1, 4, 4), {"log_snr": cosine_log_snr, "num_inference_steps": 8, "num_context_steps": 2}
-    draws = draw(0, 0, range(16), shape, 8)
-    sample = sample_student(
-        student.denoise, encoder.encode, None if from_noise else torch.randn(16, *shape), None, draws, **steps
-    )
+    inputs = student.denoise, encoder.encode, None if from_noise else torch.randn(16, *shape), None
+    inputs += (draw(0, 0, range(16), shape, 8),)
+    sample = sample_student(*inputs, **steps)
     assert sample.x.requires_grad and not sample.z_s.requires_grad and not sample.log_snr_s.requires_grad
-    # Rows go at most one refresh and three steps further; the full rollout first goes from noise to the last refresh.
-    assert encoder.calls == [False] * from_noise + [True]
-    assert student.calls == [False] * (4 * from_noise + 3) + [True]
-    losses = judge_sample(auxiliary.denoise, teacher.denoise, sample, None, min_variance=FLOOR)
-    everything = [network.weight for network in (student, encoder, auxiliary, teacher)]
-    of_student = torch.autograd.grad(losses.student, everything, retain_graph=True, allow_unused=True)
-    of_auxiliary = torch.autograd.grad(losses.auxiliary, everything, allow_unused=True)
-    assert [gradient is not None for gradient in of_student] == [True, True, False, False]
-    assert [gradient is not None for gradient in of_auxiliary] == [False, False, True, False]
-    assert teacher.calls == [False] and not losses.distance.requires_grad
+    steps |= {"auxiliary": auxiliary.denoise, "teacher": teacher.denoise, "min_variance": FLOOR}
+    for step, learns in ((auxiliary_loss, [auxiliary]), (student_loss, [student, encoder])):
+        for network in networks:
+            network.calls, network.weight.grad = [], None
+        result = step(*inputs, **steps)
+        loss, rest = (result, []) if step is auxiliary_loss else (result[0], result[1:])
+        loss.backward()
+        assert not any(value.requires_grad for value in rest)
+        assert [network.weight.grad is not None for network in networks] == [net in learns for net in networks]
+        # Rows go at most one refresh and three steps further; the full rollout first goes from noise to the last
+        # refresh.
+        assert encoder.calls == [False] * from_noise + [encoder in learns]
+        assert student.calls == [False] * (4 * from_noise + 3) + [student in learns]
+        assert auxiliary.calls == [auxiliary in learns] and teacher.calls == [False]
 
 
 def test_a_rollout_over_the_whole_grid_is_the_sampler():
@@ -419,20 +414,23 @@ def test_distillation_brings_the_modes_and_the_covariance_of_a_mixture_nearer_to
     student, auxiliary = Corrected(), Corrected()
     networks = torch.nn.ModuleList([student, auxiliary])
     before = errors_of_mixture(student)
-    steps = 300
+    steps = 600
     optimizer = torch.optim.Adam(networks.parameters(), lr=3e-3, betas=(0.0, 0.99), eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 50, 1 - step / steps))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    for step in range(steps):
         modes = torch.multinomial(SHARES, 384, replacement=True, generator=generator)
         x = (MEANS[modes] + SPREAD * torch.randn(384, 2, generator=generator)).reshape(384, 2, 1, 1)
         draws = Draws(torch.rand(384, 2, generator=generator), torch.randn(384, N + 1, 2, 1, 1, generator=generator))
-        losses = moment_matching_losses(
-            student, None, x, None, draws, auxiliary=auxiliary, teacher=mixture_teacher, log_snr=cosine_log_snr,
-            num_inference_steps=N, num_context_steps=N, min_variance=FLOOR,
-        )  # fmt: skip
+        inputs = student, None, x, None, draws
+        models = {"auxiliary": auxiliary, "teacher": mixture_teacher}
+        loss = (
+            student_loss(*inputs, **models, **SINGLE_RATE)[0]
+            if step % 2
+            else auxiliary_loss(*inputs, **models, **SINGLE_RATE)
+        )
         optimizer.zero_grad()
-        (losses.auxiliary + losses.student).backward()
+        loss.backward()
         optimizer.step()
         schedule.step()
     after = errors_of_mixture(student)

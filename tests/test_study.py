@@ -241,8 +241,8 @@ def test_students_are_distilled_from_models_of_the_study_whose_training_counts_a
     }
     assert single["training_flops"] == flops["heavy"] + flops["heavy-mmd"]
     assert dual["training_flops"] == flops["heavy"] + flops["pair"] + flops["pair-mmd"]
-    # Auxiliary and student forward and backward, the teacher forward: seven forwards of the heavy network, nearly.
-    assert 2 < flops["heavy-mmd"] / flops["heavy"] < 2.5
+    # Three networks forward, one of them backward too: five forwards of the heavy network, nearly.
+    assert 1.5 < flops["heavy-mmd"] / flops["heavy"] < 1.8
     assert single["training_images"] == 2 * 2 * 8 and dual["training_images"] == 3 * 2 * 8
 
 

@@ -1,7 +1,8 @@
 """Moment Matching Distillation (arXiv 2406.04103): a student that samples in N steps, K of them heavy.
 
 On the grid t_n = 1 − n/N, n = 0 … N − 1, the student predicts x̃ from z_t and steps as the sampler does. The teacher and
-an auxiliary, both single-rate, see z_s ~ q(z_s | z_t, x̃) with t_{n+1} < s ≤ t_n, and with a weight w(s) minimise
+an auxiliary, both single-rate, see z_s ~ q(z_s | z_t, x̃) with t_{n+1} < s ≤ t_n. Steps of two kinds alternate, each on
+a batch of its own, and with a weight w(s) minimise
 
     auxiliary   w ( ‖x̃ − x̂_aux(z_s)‖² + ‖x̂_teacher(z_s) − x̂_aux(z_s)‖² )
     student     w x̃ᵀ stopgrad[ x̂_aux(z_s) − x̂_teacher(z_s) ]
@@ -13,6 +14,7 @@ afresh to x̃ would teach the student too wide a distribution. A single-rate stu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ class StudentSample:
     """What the student predicts at one of its steps, and the noisy image that teacher and auxiliary judge it by.
 
     Args:
-        x: Predicted clean image x̃ [B, C, H, W], with gradient.
+        x: Predicted clean image x̃ [B, C, H, W], with gradient where that is on.
         z_s: Noisy image drawn from q(z_s | z_t, x̃) [B, C, H, W], without gradient.
         log_snr_s: λ_s [B].
     """
@@ -70,21 +72,6 @@ class StudentSample:
     x: Tensor
     z_s: Tensor
     log_snr_s: Tensor
-
-
-@dataclass(frozen=True)
-class MomentLosses:
-    """Result of [`moment_matching_losses`].
-
-    Args:
-        auxiliary: Loss of the auxiliary, a scalar that has gradient for the auxiliary only.
-        student: Loss of the student, a scalar that has gradient for the student only. Its value means nothing.
-        distance: Mean square of x̂_aux(z_s) − x̂_teacher(z_s), detached: what the student's gradient is made of.
-    """
-
-    auxiliary: Tensor
-    student: Tensor
-    distance: Tensor
 
 
 def grid_log_snr(log_snr: Schedule, num_inference_steps: int, like: Tensor) -> Tensor:
@@ -218,32 +205,7 @@ def sample_student(
     return StudentSample(prediction, z_s, log_snr_s)
 
 
-def judge_sample(
-    auxiliary: Denoise, teacher: Denoise, sample: StudentSample, class_labels: Tensor | None, *, min_variance: float
-) -> MomentLosses:
-    """Both losses at one z_s. They share no gradient, so that one backward pass of their sum serves both networks.
-
-    Args:
-        auxiliary: (z_s, λ_s, labels, None, None) → v̂, the network that learns the midpoint.
-        teacher: The same for the frozen teacher, guided or not.
-        sample: What the student made.
-        class_labels: [B] integers, or `None`.
-        min_variance: Noise variance below which the weight 1/σ² stays what it is there.
-    """
-    with torch.no_grad():
-        target = _predict(teacher, sample.z_s, sample.log_snr_s, class_labels)
-    midpoint = _predict(auxiliary, sample.z_s, sample.log_snr_s, class_labels)
-    weight = column(clipped_weight(sample.log_snr_s, min_variance), target)
-    direction = midpoint.detach() - target
-    squares = (sample.x.detach() - midpoint).square() + (target - midpoint).square()
-    return MomentLosses(
-        auxiliary=(weight * squares).mean(),
-        student=(weight * sample.x * direction).mean(),
-        distance=direction.square().mean(),
-    )
-
-
-def moment_matching_losses(
+def auxiliary_loss(
     denoise: Denoise,
     encode: Encode | None,
     x: Tensor | None,
@@ -252,23 +214,48 @@ def moment_matching_losses(
     *,
     auxiliary: Denoise,
     teacher: Denoise,
-    log_snr: Schedule,
-    num_inference_steps: int,
-    num_context_steps: int,
     min_variance: float,
-) -> MomentLosses:
-    """Losses of student and auxiliary on one batch: [`sample_student`], then [`judge_sample`], with their arguments."""
-    sample = sample_student(
-        denoise,
-        encode,
-        x,
-        class_labels,
-        draws,
-        log_snr=log_snr,
-        num_inference_steps=num_inference_steps,
-        num_context_steps=num_context_steps,
-    )
-    return judge_sample(auxiliary, teacher, sample, class_labels, min_variance=min_variance)
+    **steps: Any,
+) -> Tensor:
+    """Loss of an auxiliary step, a scalar with gradient for the auxiliary only.
+
+    Args:
+        denoise: As for [`sample_student`], and so are the next four.
+        auxiliary: (z_s, λ_s, labels, None, None) → v̂, the network that learns the midpoint.
+        teacher: The same for the frozen teacher, guided or not.
+        min_variance: Noise variance below which the weight 1/σ² stays what it is there.
+        steps: The keyword arguments of [`sample_student`].
+    """
+    with torch.no_grad():
+        sample = sample_student(denoise, encode, x, class_labels, draws, **steps)
+        target = _predict(teacher, sample.z_s, sample.log_snr_s, class_labels)
+    midpoint = _predict(auxiliary, sample.z_s, sample.log_snr_s, class_labels)
+    weight = column(clipped_weight(sample.log_snr_s, min_variance), target)
+    return (weight * ((sample.x - midpoint).square() + (target - midpoint).square())).mean()
+
+
+def student_loss(
+    denoise: Denoise,
+    encode: Encode | None,
+    x: Tensor | None,
+    class_labels: Tensor | None,
+    draws: Draws,
+    *,
+    auxiliary: Denoise,
+    teacher: Denoise,
+    min_variance: float,
+    **steps: Any,
+) -> tuple[Tensor, Tensor]:
+    """Loss of a student step, a scalar with gradient for the student only, from the arguments of [`auxiliary_loss`].
+
+    Its value means nothing. Beside it comes what its gradient is made of, the mean square of x̂_aux(z_s) − x̂_teacher(z_s).
+    """
+    sample = sample_student(denoise, encode, x, class_labels, draws, **steps)
+    with torch.no_grad():
+        target = _predict(teacher, sample.z_s, sample.log_snr_s, class_labels)
+        direction = _predict(auxiliary, sample.z_s, sample.log_snr_s, class_labels) - target
+    weight = column(clipped_weight(sample.log_snr_s, min_variance), target)
+    return (weight * sample.x * direction).mean(), direction.square().mean()
 
 
 def grid_denoising_loss(
@@ -285,7 +272,7 @@ def grid_denoising_loss(
 ) -> Tensor:
     """Denoising loss w ‖x − x̂‖² at the times that a student meets: what a new denoiser learns before it is distilled.
 
-    Takes the arguments of [`moment_matching_losses`]; x cannot be `None`, and the pair (z_t, z_τ) is coupled.
+    Takes arguments of [`auxiliary_loss`]; x cannot be `None`, and the pair (z_t, z_τ) is coupled.
     """
     interval = refresh_interval(num_inference_steps, num_context_steps)
     log_snrs = grid_log_snr(log_snr, num_inference_steps, x)
