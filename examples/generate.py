@@ -115,8 +115,11 @@ def main(args):
     names = (
         [pipe.id2label.get(label, str(label)) for label in pipe.get_label_ids(class_labels)] if class_labels else []
     )
-    guidance_scale = args.guidance_scale or (pipe.config.guidance_scale if num_classes else 1.0)
-    steps = args.num_inference_steps or pipe.config.num_inference_steps
+    guidance_scale, steps = args.guidance_scale, args.num_inference_steps
+    if guidance_scale is None:
+        guidance_scale = pipe.config.guidance_scale if num_classes else 1.0
+    if steps is None:
+        steps = pipe.config.num_inference_steps
     common = (args, class_labels, guidance_scale)
     rows = [
         sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),

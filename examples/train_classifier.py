@@ -62,7 +62,8 @@ def main(args):
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
     preset = json.loads(Path(args.preset).read_text())
-    preset["denoiser"]["sample_size"] = args.resolution or preset["denoiser"]["sample_size"]
+    if args.resolution is not None:
+        preset["denoiser"]["sample_size"] = args.resolution
     images = training.open_images(args, preset)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
     num_held_out = round(args.held_out * len(order))

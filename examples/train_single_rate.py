@@ -12,7 +12,6 @@ import copy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, training
@@ -63,18 +62,8 @@ def main(args):
     averaged = copy.deepcopy(network).eval()  # will hold the EMA weights, to sample from and to save
     run = Run(accelerator, args, preset, network, images)
 
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=recipe["learning_rate"],
-        betas=(recipe["adam_beta1"], recipe["adam_beta2"]),
-        weight_decay=recipe["adam_weight_decay"],
-    )
-    lr_scheduler = get_scheduler(
-        recipe["lr_scheduler"],
-        optimizer,
-        num_warmup_steps=recipe["lr_warmup_steps"],
-        num_training_steps=recipe["max_train_steps"],
-    )
+    optimizer = training.make_optimizer(network.parameters(), recipe)
+    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
     network, optimizer, lr_scheduler, loader = accelerator.prepare(network, optimizer, lr_scheduler, run.make_loader())
     ema = EMAModel(network.parameters(), decay=recipe["ema_decay"])
     ema.to(accelerator.device)

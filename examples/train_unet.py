@@ -12,7 +12,6 @@ import math
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -43,18 +42,8 @@ def main(args):
         **preset["unet"], num_class_embeds=None if images.num_classes is None else images.num_classes + 1
     )
     scheduler = DualRateScheduler(**preset["scheduler"])
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=recipe["learning_rate"],
-        betas=(recipe["adam_beta1"], recipe["adam_beta2"]),
-        weight_decay=recipe["adam_weight_decay"],
-    )
-    lr_scheduler = get_scheduler(
-        recipe["lr_scheduler"],
-        optimizer,
-        num_warmup_steps=recipe["lr_warmup_steps"],
-        num_training_steps=recipe["max_train_steps"],
-    )
+    optimizer = training.make_optimizer(unet.parameters(), recipe)
+    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
     batch_size, steps = recipe["train_batch_size"], recipe["max_train_steps"]
     loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), args.seed, 0, steps * batch_size))
     ema = EMAModel(unet.parameters(), decay=recipe["ema_decay"])

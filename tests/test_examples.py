@@ -89,6 +89,15 @@ def test_generate_takes_named_classes_and_steps(models):
     assert [(row.heavy, row.light, len(row.images)) for row in rows] == [(3, 6, 2)]
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [("--guidance_scale", "guidance_scale must be at least 1, .* got 0"), ("--num_inference_steps", "got 0")],
+)
+def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(models, flag, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        generate.main(generate.parse_args(["--model", str(models / "pair"), flag, "0"]))
+
+
 @pytest.fixture
 def measure(models, data):
     """Runs evaluate.py on the pair, with a classifier that nobody trained; returns what it writes."""

@@ -97,6 +97,24 @@ def assert_equal_weights(a, b):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course():
+    """The first steps of AdamW on a constant gradient have a closed form: rate · (sign + decay · weight), decoupled."""
+    weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    recipe = {"learning_rate": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.8, "adam_weight_decay": 0.25}
+    recipe |= {"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6}
+    optimizer = training.make_optimizer([weight], recipe)
+    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
+    expected = 2.0
+    for rate in (0, 0.05, 0.1, 0.075, 0.05, 0.025, 0):
+        weight.grad = torch.tensor([3.0], dtype=torch.float64)
+        optimizer.step()
+        lr_scheduler.step()
+        expected -= rate * (1 + 0.25 * expected)
+        assert weight.item() == pytest.approx(expected, abs=1e-7)
+    assert optimizer.defaults["betas"] == (0.5, 0.8) and optimizer.defaults["eps"] == 1e-8
+    assert training.make_optimizer([weight], recipe | {"adam_epsilon": 1e-4}).defaults["eps"] == 1e-4
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tmp_path):
     train(script, folder, tmp_path, "--validation_steps", 2)

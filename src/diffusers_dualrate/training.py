@@ -1,14 +1,15 @@
-"""What the training examples share before and beside a run: flags and preset, data, one module for both networks, samples.
+"""What the training examples share before and beside a run: flags, preset, data, networks as one module, optimiser, samples.
 
 No loop and no mathematics: those are in the examples and in `losses.py`. The run itself is in `runs.py`.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -190,6 +191,27 @@ def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
                 f"{args.pretrained_model_name_or_path} does not fit the images: {name} is {theirs} there and {ours} here."
             )
     return pipeline
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: dict) -> torch.optim.AdamW:
+    """AdamW as a recipe has it."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=recipe["learning_rate"],
+        betas=(recipe["adam_beta1"], recipe["adam_beta2"]),
+        eps=recipe.get("adam_epsilon", 1e-8),
+        weight_decay=recipe["adam_weight_decay"],
+    )
+
+
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, recipe: dict) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's course over all steps of a recipe."""
+    return get_scheduler(
+        recipe["lr_scheduler"],
+        optimizer,
+        num_warmup_steps=recipe["lr_warmup_steps"],
+        num_training_steps=recipe["max_train_steps"],
+    )
 
 
 def sample_images(pipeline: DualRatePipeline, *, count: int = 32, seed: int = 0) -> list[Image.Image]:
