@@ -18,8 +18,8 @@ NOTES = ("license", "summary", "example_label", "intended_use", "training", "lim
 LEGEND = {
     "fd_local": "*fd_local*: Fréchet distance in the features of a small classifier of this data, scaled to mean variance 1 on "
     "the reference; it is comparable with itself only, at equal count.",
-    "fd_dinov2": "*fd_dinov2*: Fréchet distance in DINOv2's features.",
-    "fid": "*fid*: Fréchet distance in Inception's features.",
+    "fd_dinov2": "*fd_dinov2*: Fréchet distance in DINOv2's features from the images of the data as they are, not augmented.",
+    "fid": "*fid*: Fréchet distance in Inception's features from the images of the data as they are, not augmented.",
     "precision": "*precision*, *recall*: share of samples within the manifold of real images, and the reverse, by three neighbours.",
     "class_accuracy": "*class_accuracy*: how often that classifier sees the class that was asked for.",
     "class_of_nearest": "*class_of_nearest*: how often the nearest training image, over shifts and backgrounds, has the class that "

@@ -18,11 +18,13 @@ from transformers import Dinov2Config, Dinov2Model
 
 import benchmark
 import evaluate
+import figures
 import generate
+import image_sets
 import train_classifier
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.data import Augmentation, load_images
-from diffusers_dualrate.evaluation import ImageClassifier, file_hash
+from diffusers_dualrate.evaluation import ImageClassifier, file_hash, load_dinov2
 from diffusers_dualrate.flops import image_flops
 
 NUM_CLASSES = 8
@@ -151,9 +153,9 @@ def test_evaluate_writes_every_figure_with_what_it_was_measured_with(measure, mo
 
 def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
     args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--batch_size", "3"])
-    images = evaluate.open_images(args, 16, Augmentation(translation=2))
+    images = image_sets.open_images(args, 16, Augmentation(translation=2))
     pipe = DualRatePipeline.from_pretrained(models / "pair")
-    labels = images.class_labels[[index for _, index in evaluate.choose(images, 10, seed=0)]]
+    labels = images.class_labels[[index for _, index in image_sets.choose(images, 10, seed=0)]]
     steps = {"num_inference_steps": 2, "num_context_steps": 1, "guidance_scale": 1.0}
 
     def collect(num_processes, batches, *arguments):
@@ -165,12 +167,12 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
         assert sorted(found) == list(range(10))
         return torch.stack([found[i][0] for i in range(10)]), torch.stack([found[i][1] for i in range(10)])
 
-    sampled = [collect(count, evaluate.sampled_batches, pipe, labels, 10, 0, steps) for count in (1, 2, 7)]
-    real = [collect(count, evaluate.real_batches, images, 5, [(0, i) for i in range(10)]) for count in (1, 3)]
+    sampled = [collect(count, image_sets.sampled_batches, pipe, labels, 10, 0, steps) for count in (1, 2, 7)]
+    real = [collect(count, image_sets.real_batches, images, 5, [(0, i) for i in range(10)]) for count in (1, 3)]
     for x, classes in sampled[1:]:
         assert torch.equal(x, sampled[0][0]) and torch.equal(classes, labels)
     assert torch.equal(real[0][0], real[1][0]) and torch.equal(real[1][1], images.class_labels[:10])
-    others = collect(1, evaluate.sampled_batches, pipe, labels, 10, 1, steps)[0]
+    others = collect(1, image_sets.sampled_batches, pipe, labels, 10, 1, steps)[0]
     assert len(torch.cat([sampled[0][0], others]).flatten(1).unique(dim=0)) == 20  # no seed repeats another's image
 
 
@@ -191,12 +193,12 @@ def test_classes_are_chosen_in_proportion_to_the_data():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20).roll(7)
     images = type("Images", (), {"class_labels": labels, "__len__": lambda self: 100})()
     for count, expected in ((10, [5, 3, 2]), (100, [50, 30, 20]), (250, [125, 75, 50])):
-        chosen = evaluate.choose(images, count, seed=3)
+        chosen = image_sets.choose(images, count, seed=3)
         assert labels[[index for _, index in chosen]].bincount().tolist() == expected
         assert len({tuple(pair) for pair in chosen}) == count  # no image comes twice in one augmentation
         assert len({index for _, index in chosen}) == min(count, 100)
         assert max(repeat for repeat, _ in chosen) == (count - 1) // 100
-    assert evaluate.choose(images, 10, seed=3) != evaluate.choose(images, 10, seed=4)
+    assert image_sets.choose(images, 10, seed=3) != image_sets.choose(images, 10, seed=4)
 
 
 @pytest.mark.slow
@@ -210,6 +212,29 @@ def test_a_reference_is_measured_once_and_again_where_the_images_or_the_classifi
     ImageClassifier(3, NUM_CLASSES, level_channels=(8, 16), num_features=6).save(models / "some.safetensors", steps=0)
     measure("--num_noises", 1, "--seeds", 0)
     assert len(list((models / "cache").iterdir())) == 3
+
+
+def test_published_distances_are_measured_from_the_images_as_they_are_and_those_of_this_data_as_augmented(tmp_path):
+    """The extractors are the pixels themselves, so that their statistics have a closed form."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    assert preset["training"]["augmentation"] == {"flip": True}
+    args = evaluate.parse_args(["--model", "", "--preset", "", "--train_data_dir", str(tmp_path / "images")])
+    args.cache_dir = tmp_path / "cache"
+    found = {}
+    for name, augmentation in (("inception", Augmentation()), ("local", Augmentation(flip=True))):
+        images = image_sets.open_images(args, 4, augmentation)
+        extractors = {name: lambda x: x.flatten(1)}
+        found[name] = figures.measure_reference(images, extractors, 10, args, Accelerator())
+    both = found["inception"] | found["local"]
+    plain = torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1).double() / 127.5 - 1
+    torch.testing.assert_close(both.statistics["inception"].mean, plain.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(both.statistics["inception"].covariance, plain.T.cov(), rtol=0, atol=1e-6)
+    assert (both.statistics["local"].mean - plain.mean(0)).abs().max() > 0.05
+    assert both.features.keys() == {"inception", "local"} and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.slow
@@ -235,6 +260,20 @@ def test_two_processes_measure_what_one_measures(measure, models, data):
 
 
 @pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--guidance_scale", "guidance_scale must be at least 1, which is none, got 0.0"),
+        ("--num_inference_steps", "num_inference_steps must be at least 1, got 0"),
+        ("--num_context_steps", "num_context_steps must lie between 1 and num_inference_steps=4, got 0"),
+        ("--num_reference", "num_reference must be at least 4, got 0"),
+    ],
+)
+def test_evaluate_refuses_a_zero_rather_than_taking_the_default_in_its_place(measure, flag, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        measure(flag, 0)
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--dinov2", "nobody/nothing"], "DINOv2 'nobody/nothing' are not at hand: `hf download"),
@@ -251,18 +290,26 @@ def test_an_extractor_that_is_not_at_hand_says_how_to_get_it(measure, arguments,
         measure(*arguments)
 
 
-def test_dinov2_of_a_folder_measures_a_distance(measure, models):
+def test_dinov2_of_a_folder_measures_a_distance_from_the_images_as_they_are(measure, models, data):
     config = Dinov2Config(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, intermediate_size=8
     )
     Dinov2Model(config).save_pretrained(models / "dinov2")
     report = measure("--dinov2", models / "dinov2", "--num_noises", 1)
     assert report["samples"][0]["fd_dinov2_20"]["mean"] > 0 and "precision_dinov2_20" in report["floor"]
+    assert report["references"] == {"fd_local": "images augmented as in training", "fd_dinov2": "images as they are"}
+
+    # A cached reference is named by its content, so only the same images and extractor have the same name.
+    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--cache_dir", str(models / "plain")])
+    plain, extract = image_sets.open_images(args, 16, Augmentation()), load_dinov2(models / "dinov2")
+    figures.measure_reference(plain, {"dinov2": extract}, len(plain), args, Accelerator())
+    (name,) = [path.name for path in (models / "plain").iterdir()]
+    assert name in [path.name for path in (models / "cache").iterdir()]
 
 
 def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_where_nothing_is_predicted(models, data):
     args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--num_noises", "640"])
-    images = evaluate.open_images(args, 16, Augmentation())
+    images = image_sets.open_images(args, 16, Augmentation())
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     first, second = (evaluate.measure_v_loss(pipe, images, args, 2, Accelerator()) for _ in range(2))
     assert first == second
@@ -314,7 +361,7 @@ def test_a_classifier_that_ships_is_small_and_knows_unseen_images_of_its_data(na
 
 def test_the_classifier_of_the_digits_reads_them():
     args = evaluate.parse_args(["--model", "", "--preset", "", "--dataset_name", "digits", "--label_column", "label"])
-    images = evaluate.open_images(args, 8, Augmentation(), "floor", channels=1)
+    images = image_sets.open_images(args, 8, Augmentation(), "floor", channels=1)
     x = torch.stack([images[i]["pixel_values"] for i in range(200)])
     with torch.no_grad():
         found = ImageClassifier.load("examples/classifiers/digits.safetensors")(x).argmax(1)

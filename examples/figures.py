@@ -1,0 +1,168 @@
+"""The figures of a set of images: what feature extractors and judges see in it, and its distances from a reference.
+
+What depends on the data, `fd_local`, is held to the reference augmented as the training was: that is the law a model
+learns. Published figures, FID and FD-DINOv2, are held to the images as they are, resized and cut at the centre alone.
+"""
+
+import hashlib
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file
+
+from diffusers_dualrate.data import Augmentation
+from diffusers_dualrate.evaluation import (
+    FeatureStatistics,
+    ImageClassifier,
+    fd_local,
+    frechet_distance,
+    load_dinov2,
+    load_inception,
+    nearest_training_image,
+    precision_recall,
+)
+from image_sets import choose, open_images, real_batches
+
+# An epoch of augmentation that nothing else takes.
+_REFERENCE_EPOCH = 1_000_000
+# Precision and recall compare every image with every other.
+_PRECISION_LIMIT = 10_000
+
+
+def load_extractors(args, device):
+    """The classifier, if any, and feature functions by name: of this data, and those that published figures use."""
+    own, published, classifier = {}, {}, None
+    if args.classifier:
+        classifier = ImageClassifier.load(args.classifier).to(device)
+        own["local"] = classifier.features
+    if args.dinov2:
+        published["dinov2"] = load_dinov2(args.dinov2, device)
+    if args.inception:
+        published["inception"] = load_inception(device)
+    return classifier, own, published
+
+
+@dataclass
+class Measured:
+    """What a set of images shows, gathered over processes: by extractor, features; and how many have their class."""
+
+    statistics: dict
+    features: dict
+    right: dict = field(default_factory=dict)
+    first: torch.Tensor | None = None
+
+    def __or__(self, other):
+        """Both as one, where each has seen the images with extractors of its own."""
+        return Measured(self.statistics | other.statistics, self.features | other.features)
+
+
+@torch.no_grad()
+def measure(batches, extractors, judges, accelerator):
+    """Pass batches of images through feature extractors, and through judges: functions (images, classes) → [B] truths."""
+    streamed = {name: FeatureStatistics() for name in extractors}
+    kept, right, first = [], dict.fromkeys(judges, 0), []
+    for positions, x, labels in batches:
+        on_device = x.to(accelerator.device)
+        features = {name: extract(on_device) for name, extract in extractors.items()}
+        for name in extractors:
+            streamed[name].update(features[name])
+        if positions.start < _PRECISION_LIMIT:
+            kept.append((positions.start, {name: value.cpu() for name, value in features.items()}))
+        for name, judge in judges.items():
+            right[name] += judge(x, labels).sum().item()
+        if positions.start < 64:
+            first.append((positions.start, x))
+    streamed = {name: FeatureStatistics(value.moments.cpu()) for name, value in streamed.items() if value.count}
+    parts = [part for part in gather_object([streamed]) if part]
+    kept, first = (sorted(gather_object(shares), key=lambda share: share[0]) for shares in (kept, first))
+    return Measured(
+        {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in extractors},
+        {name: torch.cat([features[name] for _, features in kept])[:_PRECISION_LIMIT] for name in extractors},
+        {name: sum(share[name] for share in gather_object([right])) for name in judges},
+        torch.cat([x for _, x in first])[:64],
+    )
+
+
+def measure_reference(images, extractors, count, args, accelerator):
+    """Measure the reference, or read what an earlier run has measured on the very same images and extractors."""
+    if not extractors:
+        return Measured({}, {})
+    chosen = choose(images, count, 0)
+    total = 0
+    for _, x, _ in real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator):
+        total += sum(int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()) for image in x)
+    content = sum(gather_object([total])) % 2**256  # the same in any order
+    paths = {}
+    for name, extract in extractors.items():
+        # What an extractor does to noise says which one it is.
+        shape = (2, images.channels, images.height, images.width)
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        with torch.no_grad():
+            response = extract(noise.to(accelerator.device)).cpu().numpy().tobytes()
+        key = hashlib.sha256(f"{name} {content:x} {len(chosen)}".encode() + response).hexdigest()
+        paths[name] = Path(args.cache_dir) / f"{key}.safetensors"
+    # Another device may respond with other last digits: the main process says where everything is.
+    missing = [name for name in extractors if not paths[name].is_file()]
+    paths, missing = broadcast_object_list([paths, missing])
+    if missing:
+        batches = real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator)
+        fresh = measure(batches, {name: extractors[name] for name in missing}, {}, accelerator)
+        for name in missing if accelerator.is_main_process else ():
+            fresh.statistics[name].save(paths[name], features=fresh.features[name])
+    accelerator.wait_for_everyone()
+    return Measured(
+        {name: FeatureStatistics.load(path) for name, path in paths.items()},
+        {name: load_file(path)["features"] for name, path in paths.items()},
+    )
+
+
+def make_nearest_judge(images, args, augmentation):
+    """Judge of whether the training image nearest to an image, over shifts and backgrounds, carries its class."""
+    black, white = (
+        open_images(
+            args, (images.height, images.width), Augmentation(background=(level, level)), channels=images.channels
+        )
+        for level in (0, 255)
+    )
+    black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (black, white))
+    return lambda x, labels: (
+        images.class_labels[nearest_training_image(x, black, white, augmentation.translation)] == labels
+    )
+
+
+def count_in_name(count):
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
+def distance_name(extractor):
+    """What the distance in an extractor's features is called."""
+    return "fid" if extractor == "inception" else f"fd_{extractor}"
+
+
+def figures_of(measured, reference, count):
+    """The figures of one set of images, with the count of those that each was taken on in its name."""
+    suffix = count_in_name(count)
+    found = {}
+    for name, found_statistics in measured.statistics.items():
+        distance = fd_local if name == "local" else frechet_distance
+        found[f"{distance_name(name)}_{suffix}"] = distance(found_statistics, reference.statistics[name])
+        features = measured.features[name]
+        precision, recall = precision_recall(features, reference.features[name][: len(features)])
+        compared = f"{name}_{count_in_name(len(features))}"
+        found |= {f"precision_{compared}": precision, f"recall_{compared}": recall}
+    return found | {f"{name}_{suffix}": right / count for name, right in measured.right.items()}
+
+
+def spread(per_seed):
+    """The values of each figure over seeds, with their mean and standard deviation."""
+    return {
+        name: {
+            "values": (values := [found[name] for found in per_seed]),
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+        }
+        for name in per_seed[0]
+    }
