@@ -425,6 +425,18 @@ def test_in_a_set_too_large_for_memory_the_next_image_replaces_a_corrupt_one(tmp
         LabelledImages(dataset, 8)[1]
 
 
+@pytest.mark.filterwarnings("ignore:The image:UserWarning")
+def test_what_several_workers_find_corrupt_is_counted_once(tmp_path, monkeypatch):
+    dataset = break_files(tmp_path)
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    images = LabelledImages(dataset, 8, label_column="label", on_corrupt="skip")
+    # Two batches an epoch, to each worker one, and each holds a corrupt image in one of the epochs.
+    order = [[(0, 0), (0, 1)], [(0, 3), (0, 3)], [(1, 0), (1, 0)], [(1, 2), (1, 1)]]
+    loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=2)
+    assert [len(batch["pixel_values"]) for batch in loader] == [2, 2, 2, 2]
+    assert [Path(name.split("'")[1]).name for name in images.corrupt] == ["1.png", "2.png"]
+
+
 def test_cached_and_uncached_images_are_the_same(monkeypatch):
     dataset = make_dataset([make_pixels(10, 12, 4)])
     cached = LabelledImages(dataset, 8, augmentation=EVERYTHING)[0]["pixel_values"]

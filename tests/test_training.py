@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train_dual_rate
 import train_single_rate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, training
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.losses import denoising_loss, draw
 
@@ -179,6 +179,20 @@ def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_
     assert "denoiser: 10,075 parameters, 0.5 MFLOP per image and evaluation" in printed
     first, second = (Image.open(tmp_path / "with/samples" / f"000000{step}.png") for step in (2, 4))
     assert first.size == (8 * 16, 4 * 16) and first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize("way", [["--dataloader_num_workers", 2], ["--streaming", "--dataloader_num_workers", 1]])
+@pytest.mark.filterwarnings("ignore:The image:UserWarning")
+def test_the_corrupt_images_that_data_workers_leave_out_are_counted_at_the_end(
+    folder, tmp_path, monkeypatch, capsys, way
+):
+    shutil.copytree(folder, tmp_path / "images")
+    for name in ("cat/3.png", "dog/9.png"):
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)  # so that the images are read as they are needed
+    train("single", tmp_path / "images", tmp_path / "run", "--on_corrupt", "skip", "--max_train_steps", 6, *way)
+    assert "2 corrupt images were left out." in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/training.json").read_text())["corrupt_images"] == 2
 
 
 def test_training_changes_both_networks(folder, tmp_path):

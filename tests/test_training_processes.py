@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,7 +125,10 @@ def test_a_run_killed_at_any_moment_loses_no_more_than_the_steps_since_its_last_
 
 
 def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path):
-    options = ["--learning_rate", 1e-4, "--override", "training.lr_warmup_steps=0"]
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images/a/12.png").write_bytes(b"no image")  # which both of two processes find
+    folder = tmp_path / "images"
+    options = ["--learning_rate", 1e-4, "--override", "training.lr_warmup_steps=0", "--on_corrupt", "skip"]
     assert run("train_dual_rate", arguments(folder, tmp_path / "one", *options)) == [0]
     assert run("train_dual_rate", arguments(folder, tmp_path / "two", *options), 2) == [0, 0]
     one, two = (load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("one", "two"))
@@ -132,7 +136,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
-    assert records[0] == records[1] and records[0]["images_seen"] == 4 * 8
+    assert records[0] == records[1] and records[0]["images_seen"] == 4 * 8 and records[0]["corrupt_images"] == 1
 
     # The signal reaches the second process alone.
     argv = arguments(folder, tmp_path / "parts", *options)

@@ -111,10 +111,7 @@ class ImageReader:
         channels: 3 for colour, 1 for grey.
         augmentation: What may happen to the images.
         seed: Seed of the augmentation.
-        on_corrupt: Whether an image that cannot be decoded ends the run or is left out, counted in `corrupt`.
-
-    Attributes:
-        corrupt: The files or rows that could not be decoded so far in this process.
+        on_corrupt: Whether an image that cannot be decoded ends the run or is left out, named in a warning and counted.
 
     Raises:
         ValueError: If an argument is not as described.
@@ -138,7 +135,7 @@ class ImageReader:
             raise ValueError(f"`on_corrupt` is {on_corrupt!r}, but must be 'raise' or 'skip'.")
         self.height, self.width = size
         self.channels, self.seed, self.augmentation = channels, seed, augmentation
-        self.on_corrupt, self.corrupt = on_corrupt, []
+        self.on_corrupt = on_corrupt
 
     def decode(self, file: dict | None, row: int) -> np.ndarray | None:
         """Premultiplied colours and alpha, uint8 [H, W, C + 1], or `None` for a corrupt image to skip.
@@ -159,16 +156,19 @@ class ImageReader:
                         raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
                     image = ImageOps.exif_transpose(image).convert("RGBA")
         except DECODING_ERRORS as error:
-            name = f"row {row}" if file["path"] is None else f"{file['path']!r} (row {row})"
+            name = name_image(file, row)
             reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
             if self.on_corrupt == "raise":
                 raise ValueError(f"The image {name} cannot be decoded: {reason}.") from error
-            if name not in self.corrupt:
+            if self.note_corrupt(row):
                 warnings.warn(f"The image {name} is left out, as it cannot be decoded: {reason}.", stacklevel=2)
-                self.corrupt.append(name)
             return None
         image = image.convert("RGBa") if self.channels == 3 else image.convert("LA").convert("La")
         return np.array(ImageOps.fit(image, (self.width, self.height), Image.Resampling.LANCZOS))
+
+    def note_corrupt(self, row: int) -> bool:
+        """Count the corrupt image of a row; returns whether it was not known before."""
+        raise NotImplementedError
 
     def augment(self, pixels: np.ndarray, epoch: int, index: int) -> torch.Tensor:
         """The image as a float32 tensor [C, H, W] in [-1, 1], augmented as (seed, epoch, index) say."""
@@ -192,6 +192,7 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
     Attributes:
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
+        corrupt: The files or rows found corrupt so far, by this process and all its data workers.
 
     Raises:
         ValueError: If an argument or a column is not as described, a label is outside of the classes, or an image is
@@ -213,6 +214,8 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         self._files, self._column = undecoded(dataset, image_column), image_column
         self._labels, self.id2label = _read_labels(dataset, label_column, num_classes)
         self.num_classes = None if self.id2label is None else len(self.id2label)
+        # In shared memory: data workers mark rows in it.
+        self._is_corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._pixels = None
         if len(dataset) * self.height * self.width * (self.channels + 1) <= CACHE_BYTES:
             self._decode_all()
@@ -224,6 +227,16 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
             raise ValueError(f"None of the {len(pixels)} images can be decoded, the first being {self.corrupt[0]}.")
         self._pixels = np.stack([pixels[row] for row in kept])
         self._labels = None if self._labels is None else self._labels[kept]
+
+    def note_corrupt(self, row: int) -> bool:
+        is_new = not self._is_corrupt[row]
+        self._is_corrupt[row] = True
+        return is_new
+
+    @property
+    def corrupt(self) -> list[str]:
+        rows = self._is_corrupt.nonzero().flatten().tolist()
+        return [name_image(self._files[row][self._column], row) for row in rows]
 
     def _decode(self, row):
         return self.decode(self._files[row][self._column], row)
@@ -257,6 +270,12 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         if self._labels is not None:
             item["class_labels"] = torch.tensor(self._labels[row])
         return item
+
+
+def name_image(file: dict | None, row: int) -> str:
+    """What to call an image, as `datasets` has it undecoded, in a message."""
+    path = file and file["path"]
+    return f"row {row}" if path is None else f"{path!r} (row {row})"
 
 
 def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label_column: str | None) -> None:

@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
@@ -110,6 +111,7 @@ class Run:
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         # How far a stream has been read; other sets need no memory of it.
         self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
+        self._num_corrupt = 0
         self.is_stopping, self._signal, self._noted = False, None, {}
         if args.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
@@ -241,6 +243,7 @@ class Run:
         for micro_step, batch in enumerate(loader, start=self.step * parts):
             if "position" in batch:
                 self._position = batch.pop("position")[-1].tolist()
+                self._num_corrupt = batch.pop("num_corrupt")[-1].item()
             yield *divmod(micro_step, parts), batch
             if self.is_stopping:
                 return
@@ -324,6 +327,12 @@ class Run:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": array}, step=self.step, **options)
 
+    def _count_corrupt(self):
+        """How many images of the set any process, or any data worker of one, found corrupt since this run was started."""
+        if isinstance(self.images, StreamedImages):  # one process reads for all, and its batches tell
+            return self._num_corrupt
+        return len(set(gather_object(list(self.images.corrupt))))
+
     def finish(self, network: str) -> int:
         """Save the model with the EMA weights where `from_pretrained` finds it, and a record of its training beside it.
 
@@ -341,6 +350,7 @@ class Run:
             )
             return 128 + (self._signal or signal.SIGTERM)
         self._update_averaged()
+        num_corrupt = self._count_corrupt()
         if self.accelerator.is_main_process:
             self.pipeline.save_pretrained(self.output_dir)
             record = {
@@ -348,6 +358,7 @@ class Run:
                 "network": network,
                 "data": Path(self.args.dataset_name or self.args.train_data_dir or "none").name,
                 "images_seen": self.step * self.recipe["train_batch_size"],
+                "corrupt_images": num_corrupt,
                 "seed": self.args.seed,
                 "recipe": self.recipe,
             }
@@ -356,7 +367,7 @@ class Run:
                 self.pipeline.push_to_hub(self._repo_id)
                 more = ["training.json", "samples/*"]
                 upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
-        if self.images.corrupt:
-            self.accelerator.print(f"{len(self.images.corrupt)} corrupt images were left out.")
+        if num_corrupt:
+            self.accelerator.print(f"{num_corrupt} corrupt images were left out.")
         self.accelerator.wait_for_everyone()
         return 0

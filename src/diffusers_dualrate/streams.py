@@ -1,7 +1,8 @@
 """Images of a data set that is read as a stream: rows come as they are needed, in a shuffle that can be gone on with.
 
 A position is (epoch, row): how many rows of the epoch's shuffle have been read. Together with the seed it is all that
-is needed to go on, by reading past them. Every item carries the position behind its global batch.
+is needed to go on, by reading past them. Every item carries the position behind its global batch, and how many corrupt
+images were met up to there: they may be read in another process.
 """
 
 import itertools
@@ -31,6 +32,8 @@ class StreamedImages(ImageReader):
     Attributes:
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
+        num_corrupt: Most corrupt images met so far in one epoch, in this process: each epoch meets the same ones, in
+            other places.
 
     Raises:
         ValueError: If an argument or a column is not as described, or there is no row.
@@ -55,7 +58,14 @@ class StreamedImages(ImageReader):
         self.num_classes = None if self.id2label is None else len(self.id2label)
         self._columns = [column for column in (image_column, label_column) if column is not None]
         rows = undecoded(dataset, *self._columns)
+        self.num_corrupt = self._num_met = 0
         self._rows = rows.shuffle(seed=self.seed, buffer_size=buffer_size) if buffer_size > 1 else rows
+
+    def note_corrupt(self, row: int) -> bool:
+        self._num_met += 1
+        is_new = self._num_met > self.num_corrupt
+        self.num_corrupt = max(self.num_corrupt, self._num_met)
+        return is_new
 
     def read_from(self, epoch: int, row: int) -> Iterator[tuple[dict[str, torch.Tensor], tuple[int, int]]]:
         """Yield each image from a position on, without end, with the position behind it.
@@ -64,7 +74,7 @@ class StreamedImages(ImageReader):
             ValueError: If a label is outside of the classes, an image corrupt, or all images of an epoch are.
         """
         while True:
-            first, count = row, 0
+            first, count, self._num_met = row, 0, 0
             rows = self._rows.skip(first)
             rows.set_epoch(epoch)
             for values in rows:
@@ -79,7 +89,7 @@ class StreamedImages(ImageReader):
                         item["class_labels"] = torch.tensor(*label)
                     yield item, (epoch, row)
             if first == 0 == count:
-                raise ValueError(f"None of the {row} images can be decoded, the first being {self.corrupt[0]}.")
+                raise ValueError(f"None of the {row} images can be decoded.")
             epoch, row = epoch + 1, 0
 
 
@@ -105,7 +115,7 @@ class Stretch(torch.utils.data.IterableDataset):
         stream = self.images.read_from(*self.position)
         for _ in range(self.batches):
             items, positions = zip(*itertools.islice(stream, self.batch_size), strict=True)
-            behind = torch.tensor(positions[-1])
+            behind = {"position": torch.tensor(positions[-1]), "num_corrupt": torch.tensor(self.images.num_corrupt)}
             for part in range(self.parts):
                 for item in items[part :: self.parts]:
-                    yield item | {"position": behind}
+                    yield item | behind
