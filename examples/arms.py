@@ -237,9 +237,12 @@ def _single(*counts):
 
 _FEW = {"ddim": _single(8, 16, 32, 64), "dpmsolver++": _single(4, 5, 6, 8, 12, 16, 32)}
 _SHARED = {
-    "ancestral": ((64, 32), (64, 16), (64, 8), (32, 16), (32, 8), (16, 8), (16, 4), (8, 4)),
-    "ddim": ((32, 16), (16, 8), (8, 4)),
-    "dpmsolver++": ((32, 16), (16, 8), (12, 6), (12, 4), (8, 4), (6, 3), (8, 2), (6, 2), (4, 2)),
+    "ancestral": (
+        *((64, 32), (64, 16), (64, 8), (32, 16), (32, 8), (32, 4), (16, 8), (16, 4), (16, 2)),
+        *((12, 6), (12, 3), (12, 2), (8, 4), (8, 2), (6, 3), (6, 2)),
+    ),
+    "ddim": ((32, 16), (16, 8), (16, 4), (8, 4), (8, 2)),
+    "dpmsolver++": ((16, 8), (12, 6), (8, 4), (8, 2), (6, 3), (6, 2), (4, 2)),
 }
 ARMS = {
     "single-rate": Arm(
@@ -251,8 +254,8 @@ ARMS = {
             "dpmsolver++": _single(3, 4, 5, 6, 8, 12, 16, 24, 32),
         },
     ),
-    "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(16, 64, 256), **_FEW}),
-    "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(16, 32, 64, 128), **_FEW}),
+    "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(8, 16, 64, 256), **_FEW}),
+    "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(8, 12, 16, 32, 64, 128), **_FEW}),
     "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), (64, 4), *_SHARED["ancestral"])}),
     "dual-rate-no-context": Arm(
         "pair", sample_without_context, {"ancestral": _single(64), "ddim": _single(16), "dpmsolver++": _single(8)}
@@ -261,7 +264,7 @@ ARMS = {
         "heavy",
         sample_with_reuse,
         {
-            "ancestral": ((64, 32), (64, 16), (64, 8), (32, 16), (32, 8)),
+            "ancestral": ((64, 16), (64, 8), (32, 16), (32, 8), (16, 8), (16, 4), (8, 4), (8, 2)),
             "ddim": ((32, 16), (16, 8), (8, 4)),
             "dpmsolver++": ((16, 8), (12, 6), (12, 4), (8, 4), (6, 3)),
         },
