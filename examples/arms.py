@@ -24,6 +24,7 @@ from diffusers_dualrate.scheduler import refresh_plan
 from rivals import FeatureReuseTrunk
 
 EXAMPLES = Path(__file__).parent
+DDIM_TIMESTEPS = 960
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,15 @@ class Sampler:
 
 def make_scheduler(solver: str, ours: DualRateScheduler) -> SchedulerMixin:
     """The scheduler of a solver, for the process of our own scheduler."""
-    process = {"trained_betas": ours.betas.tolist(), "prediction_type": "v_prediction"}
     if solver == "ancestral":
         return ours
     if solver == "ddim":
-        return DDIMScheduler(**process, timestep_spacing="trailing")
+        # Its steps are whole timesteps long, so N must divide their number: else every step ends at another noise level
+        # than the next one starts from.
+        ours = DualRateScheduler.from_config(ours.config, num_train_timesteps=DDIM_TIMESTEPS)
+    process = {"trained_betas": ours.betas.tolist(), "prediction_type": "v_prediction"}
+    if solver == "ddim":
+        return DDIMScheduler(**process, num_train_timesteps=DDIM_TIMESTEPS, timestep_spacing="trailing")
     assert solver == "dpmsolver++"
     return DPMSolverMultistepScheduler(**process, use_lu_lambdas=True)
 
@@ -274,7 +279,8 @@ ARMS = {
         "unet",
         sample_with_deepcache,
         {
-            "ddim": ((64, 64), (32, 32), (64, 32), (32, 16), (32, 8), (16, 8)),
+            # Divisors of the 1,000 timesteps that this network knows, see `make_scheduler`.
+            "ddim": ((50, 50), (20, 20), (10, 10), (50, 25), (40, 20), (40, 10), (20, 10), (10, 5)),
             "dpmsolver++": ((16, 16), (8, 8), (16, 8), (12, 6), (8, 4)),
         },
         requires="DeepCache",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DDIMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import arms
 import study
@@ -94,6 +94,26 @@ def test_every_solver_takes_n_steps_from_pure_noise_and_dpmsolver_uniformly_in_l
     if solver == "dpmsolver++":
         torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(7), rtol=0.02, atol=0)
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+def ddim_runs():
+    single_and_pair = {n for arm in arms.ARMS.values() if arm.requires is None for n, _ in arm.steps.get("ddim", ())}
+    unet = {n for n, _ in arms.ARMS["deepcache"].steps["ddim"]}
+    trained = {"trained_betas": DualRateScheduler().betas.tolist(), "prediction_type": "v_prediction"}
+    yield from ((arms.make_scheduler("ddim", DualRateScheduler()), n) for n in sorted(single_and_pair))
+    yield from ((DDIMScheduler(**trained, timestep_spacing="trailing"), n) for n in sorted(unet))
+
+
+@pytest.mark.parametrize(("scheduler", "n"), ddim_runs())
+def test_every_step_of_ddim_ends_at_the_noise_level_that_the_next_one_starts_from(scheduler, n):
+    scheduler.set_timesteps(n)
+    levels = log_snr_of_steps(scheduler).double()
+    x, eps = torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([[-0.8]], dtype=torch.float64)
+    z = [level.sigmoid().sqrt() * x + (-level).sigmoid().sqrt() * eps for level in levels]
+    for i in range(n - 1):
+        v = levels[i].sigmoid().sqrt() * eps - (-levels[i]).sigmoid().sqrt() * x
+        found = scheduler.step(v, scheduler.timesteps[i], z[i]).prev_sample
+        torch.testing.assert_close(found, z[i + 1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("solver", study.report.SOLVERS)
