@@ -3,7 +3,8 @@
     python examples/generate.py --model model_cards/dualrate-emoji32 --class_labels food-fruit animal-bird
 
 With `--compare`, a single-rate model makes the same images: from the same noise at equal N, and with DPM-Solver++ at few
-steps, the fast solver that every diffusers user has. What each costs is printed.
+steps, the fast solver that every diffusers user has. With `--distilled`, so does a student, at the few steps and the
+guidance that it was distilled for. What each costs is printed.
 """
 
 import argparse
@@ -23,13 +24,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub repository or folder of a pair.")
     parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
+    parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
     parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
     parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
     parser.add_argument("--num_images_per_class", type=int, default=2)
-    parser.add_argument("--num_inference_steps", type=int, help="N; default: the model's.")
-    parser.add_argument("--num_context_steps", type=int, help="K; default: the model's.")
+    parser.add_argument("--num_inference_steps", type=int, help="N, not of a student; default: the model's.")
+    parser.add_argument("--num_context_steps", type=int, help="K, not of a student; default: the model's.")
     parser.add_argument("--solver_steps", type=int, default=8, help="Steps of DPM-Solver++ in the comparison.")
-    parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
+    parser.add_argument("--guidance_scale", type=float, help="Not of a student; default: the model's.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="samples.png")
     parser.add_argument("--zoom", type=int, default=3, help="Pixels in the picture per pixel of an image.")
@@ -45,7 +47,7 @@ class Row:
     heavy: int
     light: int
     flops: int
-    guided: bool
+    guidance_scale: float
     seconds: float
 
 
@@ -75,9 +77,8 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     )
     # The network that runs at every step of a single-rate model is the heavy one.
     heavy, light = (steps_run, 0) if pipe.context_encoder is None else (refreshes, steps_run)
-    return Row(
-        f"{name}: {heavy} heavy + {light} light evaluations", images, heavy, light, flops, guidance_scale > 1, seconds
-    )
+    title = f"{name}: {heavy} heavy + {light} light evaluations"
+    return Row(title, images, heavy, light, flops, guidance_scale, seconds)
 
 
 def draw(rows, column_names, args):
@@ -95,8 +96,8 @@ def draw(rows, column_names, args):
         pen.text((gap + column * (width + gap), 2), name if len(name) <= limit else name[: limit - 1] + "…", "black")
     top = line
     for row in rows:
-        guided = " with guidance" if row.guided else ""
-        pen.text((gap, top + 1), f"{row.title}, {row.flops / 1e9:.2f} GFLOP per image{guided}", "black")
+        guidance = f"with guidance {row.guidance_scale:g}" if row.guidance_scale > 1 else "without guidance"
+        pen.text((gap, top + 1), f"{row.title} {guidance}, {row.flops / 1e9:.2f} GFLOP per image", "black")
         top += line
         for i, image in enumerate(row.images):
             column, below = divmod(i, per_column)
@@ -133,16 +134,19 @@ def main(args):
         rows.append(
             sample(single, "single-rate, DPM-Solver++", *common, num_inference_steps=args.solver_steps),
         )
+    if args.distilled:
+        student = DualRatePipeline.from_pretrained(args.distilled)
+        # N, K and guidance are those that it was distilled for, and no others.
+        rows.append(sample(student, "distilled", args, class_labels, student.config.guidance_scale))
     draw(rows, names, args).save(args.output)
 
-    guided = f" with guidance {guidance_scale:g}, which evaluates both branches" if guidance_scale > 1 else ""
-    print(f"\n{len(rows[0].images)} images a row{guided}; per image:\n")
-    print(f"{'':28}{'N':>5}{'K':>5}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
+    print(f"\n{len(rows[0].images)} images a row; per image, where guidance above 1 evaluates both branches:\n")
+    print(f"{'':28}{'N':>5}{'K':>5}{'guidance':>10}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
     for row in rows:
         name, count = row.title.partition(":")[0], len(row.images)
         n, k = (row.light, row.heavy) if row.light else (row.heavy, "-")
         print(
-            f"{name:28}{n:>5}{k:>5}{row.heavy:>7}{row.light:>7}{row.flops / 1e9:>8.2f}"
+            f"{name:28}{n:>5}{k:>5}{row.guidance_scale:>10g}{row.heavy:>7}{row.light:>7}{row.flops / 1e9:>8.2f}"
             f"{row.flops / rows[0].flops:>8.2f}{row.seconds / count:>9.3f}"
         )
     print(f"\nThe picture is {Path(args.output).resolve()}.")

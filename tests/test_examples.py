@@ -56,6 +56,8 @@ def models(make_networks, tmp_path):
         tmp_path / "pair"
     )
     DualRatePipeline(heavy, **options).save_pretrained(tmp_path / "heavy")
+    student = {**options, "num_inference_steps": 2, "num_context_steps": 1, "guidance_scale": 1.0}
+    DualRatePipeline(denoiser, context_encoder=encoder, **student).save_pretrained(tmp_path / "student")
     DualRatePipeline(light, **options).save_pretrained(tmp_path / "light")
     return tmp_path
 
@@ -79,6 +81,21 @@ def test_generate_draws_a_picture_and_reports_what_each_row_cost(models, capsys)
         assert f"{row.flops / 1e9:.2f}" in printed and f"{row.flops / rows[0].flops:.2f}" in printed
     picture = Image.open(output)
     assert picture.width == 3 * (32 + 4) + 4 and len(picture.getcolors(1 << 20)) > 100
+
+
+def test_generate_shows_a_student_at_its_own_steps_and_without_guidance_beside_guided_models(models, capsys):
+    rows = generate.main(
+        generate.parse_args(
+            ["--model", str(models / "pair"), "--compare", str(models / "heavy"), "--solver_steps", "3"]
+            + ["--distilled", str(models / "student"), "--output", str(models / "picture.png"), "--num_columns", "2"]
+            + ["--num_inference_steps", "6", "--num_context_steps", "3", "--guidance_scale", "5"]
+        )
+    )
+    assert [(row.heavy, row.light, row.guidance_scale) for row in rows] == [(3, 6, 5), (6, 0, 5), (3, 0, 5), (1, 2, 1)]
+    # A third of the pair's evaluations, and of each one branch instead of two.
+    assert rows[3].flops == rows[0].flops / 6
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("distilled")]
+    assert line.split()[1:6] == ["2", "1", "1", "1", "2"]
 
 
 def test_generate_takes_named_classes_and_steps(models):
