@@ -6,11 +6,15 @@
         --output model_cards/dualrate-emoji32/evaluation.json --grid model_cards/dualrate-emoji32/samples.png
 
 `v_loss`: the mean of (v − v̂)² on freshly augmented images with fixed noise, of the model, of the model with its context
-dropped, and of the single-rate networks it is compared with. `samples`: for each way to sample, what it cost, counted, and
+dropped, and of the single-rate networks it is compared with; a student has none, as it knows the times of its few steps
+only. `samples`: for each way to sample, what it cost, counted, and
 the distances, precision, recall and class accuracy of its images. `floor`: the same figures for as many real images that
 the reference does not hold, augmented as the training was: as good as a perfect model would be. Each name ends in the
 count of images, and each figure has a value for every seed. `references` says what each distance is measured from:
 `fd_local` from images augmented as the training was, `fid` and `fd_dinov2` from images as they are, as it is published.
+
+Of `--heavy`, `--light` and `--rivals` nothing is sampled: what their own evaluation.json holds is taken up, where data and
+classifier are the same, with the seeds it was measured with. `training_flops` is what each training cost by itself.
 
 Any number of processes measure the same images: `accelerate launch examples/evaluate.py ...`.
 """
@@ -37,8 +41,6 @@ from diffusers_dualrate import DualRatePipeline, __version__
 from diffusers_dualrate.data import Augmentation
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
-from diffusers_dualrate.losses import denoising_loss, draw
-from diffusers_dualrate.training import TrainablePair
 from figures import (
     distance_name,
     figures_of,
@@ -46,9 +48,11 @@ from figures import (
     make_nearest_judge,
     measure,
     measure_reference,
+    measure_v_loss,
     spread,
 )
-from image_sets import FRESH_SEED, batches_of, choose, open_images, real_batches, sampled_batches
+from image_sets import choose, open_images, real_batches, sampled_batches
+from training_cost import images_by_phase, is_student, training_flops
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -61,6 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--model", required=True, help="Hub repository or folder of the model to measure.")
     parser.add_argument("--heavy", help="Single-rate model of the encoder's shape, to compare with.")
     parser.add_argument("--light", help="Single-rate model of the denoiser's shape, to compare with.")
+    parser.add_argument("--rivals", nargs="*", default=[], help="Folders of more models that were measured so.")
     parser.add_argument("--preset", required=True, help="JSON file the model was trained with.")
     parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
@@ -121,37 +126,6 @@ def check_classes(name, pipe, images):
     if differing:
         i = differing[0]
         raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
-
-
-def measure_v_loss(pipe, images, args, context_steps, accelerator, drop_context=False):
-    """Mean of (v − v̂)² over fresh augmentations, at stratified times with noise fixed by the position."""
-    scheduler = pipe.scheduler
-    pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()
-    total = 0.0
-    for rows in batches_of(args.num_noises, args, accelerator):
-        batch = [images[row // len(order), order[row % len(order)]] for row in rows]
-        x = torch.stack([item["pixel_values"] for item in batch]).to(accelerator.device)
-        labels = None
-        if "class_labels" in batch[0]:
-            labels = torch.stack([item["class_labels"] for item in batch]).to(accelerator.device)
-        draws = draw(FRESH_SEED, 0, rows, x.shape[1:], accelerator.device)
-        # Times from a low-discrepancy sequence: far less spread for the same number of evaluations.
-        draws.uniforms[:, 0] = torch.tensor([(row * (math.sqrt(5) - 1) / 2) % 1 for row in rows])
-        with torch.no_grad():
-            result = pair(
-                denoising_loss,
-                x,
-                labels,
-                draws,
-                log_snr=lambda t: scheduler.log_snr(t * len(scheduler)),
-                log_snr_rate=lambda t: scheduler.log_snr_rate(t * len(scheduler)),
-                bias=0.0,
-                context_steps=[context_steps],
-                context_dropout=float(drop_context),
-            )
-        total += result.v_loss.double().sum().item()
-    return sum(gather_object([total])) / args.num_noises
 
 
 def measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator):
@@ -271,26 +245,40 @@ def main(args):
         "rivals": {},
     }
 
+    compared = {f"single_rate_{name}": path for name in ("heavy", "light") if (path := getattr(args, name))}
+    paths = compared | {Path(path).name: path for path in args.rivals}
+    rivals = {name: DualRatePipeline.from_pretrained(path).to(accelerator.device) for name, path in paths.items()}
+    for name, path in paths.items():
+        check_classes(path, rivals[name], images)
+        measured = read_record(path, "evaluation.json") or {}
+        is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
+        if path in args.rivals and not is_alike:
+            raise ValueError(f"{path} has no evaluation.json of the same data and classifier: measure it first.")
+        report["rivals"][name] = {
+            "model": Path(path).name,
+            "training": read_record(path, "training.json"),
+            "samples": measured["samples"] if is_alike else [],
+            "seeds": measured["seeds"] if is_alike else [],
+        }
+    by_name = {Path(path).name: rivals[name] for name, path in paths.items()}
+    for found, model in [(report, pipe), *((report["rivals"][name], rival) for name, rival in rivals.items())]:
+        record = found["training"]
+        teacher = by_name.get(Path(record["recipe"]["teacher"]).name) if is_student(record) else None
+        found["training_flops"] = training_flops(model, record, teacher)
+
     k = steps["num_context_steps"]
-    v_loss = {"images": args.num_noises, "model": measure_v_loss(pipe, floor_images, args, k or 1, accelerator)}
-    if pipe.context_encoder is not None:
-        v_loss["context_dropped"] = measure_v_loss(pipe, floor_images, args, k, accelerator, drop_context=True)
-    for name in ("heavy", "light"):
-        if path := getattr(args, name):
-            rival = DualRatePipeline.from_pretrained(path).to(accelerator.device)
-            check_classes(path, rival, images)
-            v_loss[f"single_rate_{name}"] = measure_v_loss(rival, floor_images, args, 1, accelerator)
-            measured = read_record(path, "evaluation.json") or {}
-            is_alike = all(measured.get(key) == report.get(key, args.seeds) for key in ("data", "classifier", "seeds"))
-            report["rivals"][f"single_rate_{name}"] = {
-                "model": Path(path).name,
-                "training": read_record(path, "training.json"),
-                "samples": measured["samples"] if is_alike else [],
-            }
-    if args.heavy and args.light:
-        gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
-        v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
-    report["v_loss"] = v_loss
+    if is_student(report["training"]):
+        report["images_by_phase"] = images_by_phase(report["training"])
+    else:
+        v_loss = {"images": args.num_noises, "model": measure_v_loss(pipe, floor_images, args, k or 1, accelerator)}
+        if pipe.context_encoder is not None:
+            v_loss["context_dropped"] = measure_v_loss(pipe, floor_images, args, k, accelerator, drop_context=True)
+        for name in compared:
+            v_loss[name] = measure_v_loss(rivals[name], floor_images, args, 1, accelerator)
+        if args.heavy and args.light:
+            gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
+            v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
+        report["v_loss"] = v_loss
 
     extractors = own | published
     reference = measure_reference(images, own, num_reference, args, accelerator)

@@ -1,10 +1,11 @@
-"""The figures of a set of images: what feature extractors and judges see in it, and its distances from a reference.
+"""The figures of a set of images: what feature extractors and judges see in it, its distances from a reference, and v-losses.
 
 What depends on the data, `fd_local`, is held to the reference augmented as the training was: that is the law a model
 learns. Published figures, FID and FD-DINOv2, are held to the images as they are, resized and cut at the centre alone.
 """
 
 import hashlib
+import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ from diffusers_dualrate.evaluation import (
     nearest_training_image,
     precision_recall,
 )
-from image_sets import choose, open_images, real_batches
+from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.training import TrainablePair
+from image_sets import FRESH_SEED, batches_of, choose, open_images, real_batches
 
 # An epoch of augmentation that nothing else takes.
 _REFERENCE_EPOCH = 1_000_000
@@ -166,3 +169,34 @@ def spread(per_seed):
         }
         for name in per_seed[0]
     }
+
+
+def measure_v_loss(pipe, images, args, context_steps, accelerator, drop_context=False):
+    """Mean of (v − v̂)² over fresh augmentations, at stratified times with noise fixed by the position."""
+    scheduler = pipe.scheduler
+    pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()
+    total = 0.0
+    for rows in batches_of(args.num_noises, args, accelerator):
+        batch = [images[row // len(order), order[row % len(order)]] for row in rows]
+        x = torch.stack([item["pixel_values"] for item in batch]).to(accelerator.device)
+        labels = None
+        if "class_labels" in batch[0]:
+            labels = torch.stack([item["class_labels"] for item in batch]).to(accelerator.device)
+        draws = draw(FRESH_SEED, 0, rows, x.shape[1:], accelerator.device)
+        # Times from a low-discrepancy sequence: far less spread for the same number of evaluations.
+        draws.uniforms[:, 0] = torch.tensor([(row * (math.sqrt(5) - 1) / 2) % 1 for row in rows])
+        with torch.no_grad():
+            result = pair(
+                denoising_loss,
+                x,
+                labels,
+                draws,
+                log_snr=lambda t: scheduler.log_snr(t * len(scheduler)),
+                log_snr_rate=lambda t: scheduler.log_snr_rate(t * len(scheduler)),
+                bias=0.0,
+                context_steps=[context_steps],
+                context_dropout=float(drop_context),
+            )
+        total += result.v_loss.double().sum().item()
+    return sum(gather_object([total])) / args.num_noises

@@ -56,19 +56,63 @@ def describe_solver(way):
     return f"{solver}, N = {way['num_inference_steps']}{k}"
 
 
-def sample_rows(evaluation, columns):
-    """Rows of the table of samples: this model, the networks it is compared with, the floor."""
-    sources = [("this pair" if "context_encoder" in evaluation["parameters"] else "this model", evaluation["samples"])]
-    for name, rival in evaluation["rivals"].items():
-        sources.append((f"{name.removeprefix('single_rate_')} network alone", rival["samples"]))
-    for source, ways in sources:
-        for way in ways:
+def name_rival(key, rival, recipe):
+    """What a model that stands beside is called: by its network, or by its name and its part in the training."""
+    if key.startswith("single_rate_"):
+        return f"{key.removeprefix('single_rate_')} network alone"
+    for part, role in (("teacher", "its teacher"), ("student", "its start")):
+        if Path(recipe.get(part) or "").name == rival["model"]:
+            return f"{rival['model']}, {role}"
+    return rival["model"]
+
+
+def sample_rows(evaluation, title, columns):
+    """Rows of the table of samples: this model, those it is compared with, the floor."""
+    sources = [(title, evaluation)]
+    recipe = evaluation["training"]["recipe"]
+    sources += [(name_rival(key, rival, recipe), rival) for key, rival in evaluation["rivals"].items()]
+    for source, model in sources:
+        is_light = bool(model["training"]) and model["training"]["network"] == "light"
+        for way in model["samples"]:
             heavy, light = way["evaluations"]["context_encoder"], way["evaluations"]["denoiser"]
-            if heavy == 0 and "light" not in source:  # the network of a single-rate model is the heavy one
+            if heavy == 0 and not is_light:  # the network of a single-rate model is the heavy one
                 heavy, light = light, 0
+            guidance = f"{way['guidance_scale']:g}" if way["guidance_scale"] > 1 else "none"
+            cost = [f"{heavy} + {light}", guidance, f"{way['flops_with_guidance'] / 1e9:.2f}"]
             cells = [show(name, way[name]) if name in way else "" for name in columns]
-            yield [f"{source}, {describe_solver(way)}", f"{heavy} + {light}", f"{way['flops'] / 1e9:.2f}", *cells]
-    yield ["floor", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
+            yield [f"{source}, {describe_solver(way)}", *cost, *cells]
+    yield ["floor", "", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
+
+
+def describe_images(evaluation):
+    """The images that a training took, and for a student in what kind of step."""
+    record, data = evaluation["training"], evaluation["data"]
+    images = record["images_seen"]
+    if record["recipe"].get("full_rollout"):
+        text = f"{images:,} samples of its own, from noise alone"
+    else:
+        text = (
+            f"{images:,} images, {images / data['images']:,.0f} passes over the {data['images']:,} of `{data['name']}`"
+        )
+    if phases := evaluation.get("images_by_phase"):
+        text += f", {phases['auxiliary']:,} of them in steps of the auxiliary and {phases['student']:,} in steps of the student"
+        if phases["pretraining"]:
+            text += f", after {phases['pretraining']:,} of denoising"
+    return f"{text}, with preset `{record['preset']}` and seed {record['seed']}."
+
+
+def describe_cost(evaluation):
+    """What the training took in FLOPs, beside the trainings of the models that are compared; empty where it is not known."""
+    own, recipe = evaluation.get("training_flops"), evaluation["training"]["recipe"]
+    if own is None:
+        return ""
+    text = f"The training itself took {own / 1e12:,.1f} TFLOP, forwards and backwards"
+    others = [
+        f"{name_rival(key, rival, recipe)}: {rival['training_flops'] / 1e12:,.1f}"
+        for key, rival in evaluation["rivals"].items()
+        if rival.get("training_flops") is not None
+    ]
+    return f"{text}; beside it, each without what it started from, {'; '.join(others)}." if others else f"{text}."
 
 
 def v_loss_rows(evaluation):
@@ -95,7 +139,7 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
     if missing := [name for name in NOTES if not notes.get(name) and name != "example_label"]:
         raise ValueError(f"notes.json lacks {', '.join(missing)}.")
     parameters, record, data = evaluation["parameters"], evaluation["training"], evaluation["data"]
-    is_pair = "context_encoder" in parameters
+    is_pair, is_student = "context_encoder" in parameters, record["network"].startswith("distilled")
     n, k = index["num_inference_steps"], index["num_context_steps"]
     if is_pair:
         networks = (
@@ -106,11 +150,6 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
         networks = f"One network of {parameters['denoiser']:,} parameters runs at every step."
     columns = list(evaluation["floor"])
     used = [text for name, text in LEGEND.items() if any(column.startswith(name) for column in columns)]
-    images = record["images_seen"]
-    training = (
-        f"{images:,} images, {images / data['images']:,.0f} passes over the {data['images']:,} of `{data['name']}`, with preset "
-        f"`{record['preset']}` and seed {record['seed']}. Recipe:"
-    )
     script = {
         "pair": "train_dual_rate.py",
         "heavy": "train_single_rate.py",
@@ -119,14 +158,23 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
     command = [f"accelerate launch examples/{script.get(record['network'], 'distill.py')}"]
     command += [f"--preset examples/presets/{record['preset']}.json", data["arguments"], notes.get("arguments", "")]
     command += [f"--output_dir runs/{evaluation['model']}"]
-    metrics = ["mse", "accuracy", *(["fid"] if any(column.startswith("fid_") for column in columns) else [])]
+    v_loss = evaluation.get("v_loss", {})
+    metrics = [
+        *(["mse"] if v_loss else []),
+        "accuracy",
+        *(["fid"] if any(column.startswith("fid_") for column in columns) else []),
+    ]
     tags = ["dual-rate-diffusion", "class-conditional" if data["classes"] else "unconditional", "pixel-space"]
-    share = evaluation["v_loss"].get("share_of_gap_recovered")
+    share = v_loss.get("share_of_gap_recovered")
+    defaults = f"N = {n}{f', K = {k}' if is_pair else ''}"
+    if data["classes"]:
+        defaults += f" and guidance {index['guidance_scale']}"
+    title = "this student" if is_student else "this pair" if is_pair else "this model"
     card_data = ModelCardData(
         license=notes["license"],
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=[*tags, "arxiv:2605.18190"],
+        tags=[*tags, "arxiv:2605.18190", *(["arxiv:2406.04103"] if is_student else [])],
         datasets=[data["name"]],
         metrics=metrics,
     )
@@ -135,20 +183,23 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
         template_path=TEMPLATE,
         model=evaluation["model"],
         notes=notes,
-        index=index,
         networks=networks,
+        defaults=defaults,
         is_pair=is_pair,
+        is_student=is_student,
+        teacher_guidance=record["recipe"]["guidance_scale"] if is_student else 1,
         classes=data["classes"],
         label=f'class_labels="{notes["example_label"]}"' if data["classes"] else "",
         hardware=evaluation["hardware"],
-        v_loss_images=f"{evaluation['v_loss']['images']:,}",
-        v_loss=list(v_loss_rows(evaluation)),
+        v_loss_images=f"{v_loss['images']:,}" if v_loss else "",
+        v_loss=list(v_loss_rows(evaluation)) if v_loss else [],
         share=None if share is None else percent(share),
         floor=f"real images ({data['floor']})",
         columns=columns,
-        rows=list(sample_rows(evaluation, columns)),
+        rows=list(sample_rows(evaluation, title, columns)),
         legend=" ".join(used),
-        training=training,
+        images=describe_images(evaluation),
+        cost=describe_cost(evaluation),
         recipe=[(name, json.dumps(value)) for name, value in record["recipe"].items()],
         command=" ".join(filter(None, command)),
     ).content

@@ -1,6 +1,5 @@
 """Model cards: each is what its JSON makes of it, and says every figure of it."""
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import make_card
 
 CARDS = sorted((Path(__file__).parents[1] / "model_cards").iterdir())
+PAIR = Path(__file__).parents[1] / "model_cards" / "dualrate-emoji32"
 
 
 def read(card):
@@ -19,7 +19,7 @@ def read(card):
 @pytest.fixture
 def parts():
     """Evaluation, index and notes of the pair, to be changed at will."""
-    return copy.deepcopy(read(CARDS[0]))
+    return read(PAIR)
 
 
 def row_of(text, start):
@@ -49,13 +49,18 @@ def test_the_evaluation_of_a_card_is_that_of_the_model_beside_it(card):
 def test_a_card_says_every_figure_of_its_evaluation(card):
     text, (evaluation, _, _) = (card / "README.md").read_text(), read(card)
     written = [f"{count:,}" for count in evaluation["parameters"].values()]
-    written += [f"{evaluation['training']['images_seen']:,}", f"{evaluation['v_loss']['images']:,}"]
-    v_loss = {name: value for name, value in evaluation["v_loss"].items() if name != "images"}
+    written += [f"{evaluation['training']['images_seen']:,}"]
+    written += [f"{images:,}" for images in evaluation.get("images_by_phase", {}).values() if images]
+    trained = [evaluation, *evaluation["rivals"].values()]
+    written += [f"{model['training_flops'] / 1e12:,.1f}" for model in trained if model.get("training_flops")]
+    v_loss = dict(evaluation.get("v_loss", {}))
+    assert bool(v_loss) != evaluation["training"]["network"].startswith("distilled")
+    written += [f"{v_loss.pop('images'):,}"] if v_loss else []
     written += [f"{value:.0%}"[:-1] + " %" if "share" in name else f"{value:.4f}" for name, value in v_loss.items()]
     rivals = [way for rival in evaluation["rivals"].values() for way in rival["samples"]]
     for way in [*evaluation["samples"], *rivals, evaluation["floor"]]:
         if "flops" in way:
-            written.append(f"| {way['flops'] / 1e9:.2f} |")
+            written.append(f"| {way['flops_with_guidance'] / 1e9:.2f} |")
         for name in evaluation["floor"].keys() & way.keys():
             mean = way[name]["mean"]
             written.append(f"{mean:.3f}" if name.startswith("f") else f"{100 * mean:.1f} %")
@@ -120,6 +125,65 @@ def test_a_card_gives_the_command_that_trained_the_model(parts, network, argumen
     parts[0]["training"]["network"], parts[2]["arguments"] = network, arguments
     text = make_card.make_card(*parts)
     assert expected in text and ("distill.py" in text) == network.startswith("distilled")
+
+
+@pytest.fixture
+def student(parts):
+    """The same for a student of that pair, whose teacher is guided."""
+    evaluation, index, notes = parts
+    recipe = {"teacher": "cards/single-rate-emoji32", "student": "cards/dualrate-emoji32", "guidance_scale": 3.0}
+    evaluation["training"] = {
+        "network": "distilled pair",
+        "preset": "emoji32",
+        "images_seen": 13920,
+        "seed": 0,
+        "recipe": recipe,
+    }
+    evaluation |= {
+        "images_by_phase": {"pretraining": 0, "auxiliary": 8000, "student": 5920},
+        "training_flops": 1.25e13,
+    }
+    heavy = evaluation["rivals"]["single_rate_heavy"]
+    start = {"model": PAIR.name, "samples": evaluation["samples"], "training": None, "training_flops": 5e12}
+    evaluation["rivals"] = {heavy["model"]: heavy | {"training_flops": 2.5e15}, PAIR.name: start}
+    own = {"num_inference_steps": 8, "num_context_steps": 2, "guidance_scale": 1.0, "flops_with_guidance": 5e8}
+    evaluation["samples"] = [{**start["samples"][0], **own, "evaluations": {"context_encoder": 2, "denoiser": 8}}]
+    index |= {"num_inference_steps": 8, "num_context_steps": 2, "guidance_scale": 1.0}
+    del evaluation["v_loss"]
+    return parts
+
+
+def test_the_card_of_a_student_tells_what_it_needs_and_where_it_came_from_and_no_v_loss(student):
+    text = make_card.make_card(*student)
+    assert "v-loss" not in text and "v_hat" not in text and "\n- mse" not in text and "arxiv:2406.04103" in text
+    assert "Its defaults are N = 8, K = 2 and guidance 1.0. It was distilled for these" in text
+    assert "Its teacher's guidance, 3.0, is distilled in" in text
+    rows = {
+        start: row_of(text, start)
+        for start in ("this student,", "single-rate-emoji32, its teacher, anc", "dualrate-emoji32,")
+    }
+    assert [cells[1:4] for cells in rows.values()] == [
+        ["2 + 8", "none", "0.50"],
+        ["64 + 0", "4", "16.63"],
+        ["16 + 64", "4", "7.43"],
+    ]
+    assert rows["dualrate-emoji32,"][0] == "dualrate-emoji32, its start, ancestral, N = 64, K = 16"
+    assert (
+        "13,920 images, 10 passes over the 1,392 of `emoji32`, 8,000 of them in steps of the auxiliary and 5,920 in"
+        in text
+    )
+    assert "took 12.5 TFLOP" in text and "its teacher: 2,500.0; dualrate-emoji32, its start: 5.0." in text
+    assert "of denoising" not in text and "DPMSolverMultistepScheduler(" not in text
+
+
+def test_the_card_of_a_single_rate_student_from_noise_shows_no_other_solver_and_no_passes_over_data(student):
+    evaluation, index, _ = student
+    evaluation["training"]["recipe"] |= {"full_rollout": True, "guidance_scale": 1.0}
+    evaluation["images_by_phase"] = {"pretraining": 320, "auxiliary": 6800, "student": 6800}
+    del evaluation["parameters"]["context_encoder"]
+    text = make_card.make_card(*student)
+    assert "13,920 samples of its own, from noise alone, 6,800 of them" in text and "after 320 of denoising" in text
+    assert "DPMSolverMultistepScheduler(" not in text and "distilled in" not in text
 
 
 @pytest.mark.parametrize("name", ["limits", "intended_use", "license"])

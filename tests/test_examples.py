@@ -25,7 +25,7 @@ import train_classifier
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.data import Augmentation, load_images
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash, load_dinov2
-from diffusers_dualrate.flops import image_flops
+from diffusers_dualrate.flops import image_flops, network_flops
 
 NUM_CLASSES = 8
 
@@ -166,6 +166,33 @@ def test_evaluate_writes_every_figure_with_what_it_was_measured_with(measure, mo
         (way["solver"], way["evaluations"]["denoiser"]) for way in report["rivals"]["single_rate_heavy"]["samples"]
     ]
     assert ways == [("ancestral", 4), ("dpmsolver++", 3)] and report["rivals"]["single_rate_light"]["samples"] == []
+
+
+@pytest.mark.slow
+def test_a_student_is_measured_at_its_own_steps_without_v_loss_beside_the_models_that_it_came_from(measure, models):
+    record = {"network": "heavy", "images_seen": 80, "recipe": {}}
+    (models / "heavy" / "training.json").write_text(json.dumps(record))
+    measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--seeds", 5)
+    recipe = {"teacher": "elsewhere/heavy", "guidance_scale": 2.0, "num_inference_steps": 2, "num_context_steps": 1}
+    recipe |= {"full_rollout": False, "pretraining_steps": 0, "max_train_steps": 5, "train_batch_size": 4}
+    record = {"network": "distilled pair", "images_seen": 20, "recipe": recipe}
+    (models / "student" / "training.json").write_text(json.dumps(record))
+
+    report = measure("--model", models / "student", "--rivals", models / "heavy")
+    assert "v_loss" not in report and report["images_by_phase"] == {"pretraining": 0, "auxiliary": 12, "student": 8}
+    (samples,), rival = report["samples"], report["rivals"]["heavy"]
+    assert samples["evaluations"] == {"context_encoder": 1, "denoiser": 2} and samples["guidance_scale"] == 1
+    assert samples["flops_with_guidance"] == samples["flops"] < rival["samples"][0]["flops_with_guidance"]
+    assert rival["seeds"] == [5] and report["seeds"] == [0, 1]
+    heavy = DualRatePipeline.from_pretrained(models / "heavy").denoiser
+    assert rival["training_flops"] == 3 * 80 * network_flops(heavy)
+    # A step costs from five to nine forward passes of the teacher, the student's own a part of them.
+    assert 5 < report["training_flops"] / (20 * network_flops(heavy)) < 9
+
+
+def test_a_rival_that_was_not_measured_so_is_refused(measure, models):
+    with pytest.raises(ValueError, match="heavy has no evaluation.json of the same data and classifier"):
+        measure("--rivals", models / "heavy")
 
 
 def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
@@ -328,13 +355,13 @@ def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_whe
     args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--num_noises", "640"])
     images = image_sets.open_images(args, 16, Augmentation())
     pipe = DualRatePipeline.from_pretrained(models / "pair")
-    first, second = (evaluate.measure_v_loss(pipe, images, args, 2, Accelerator()) for _ in range(2))
+    first, second = (figures.measure_v_loss(pipe, images, args, 2, Accelerator()) for _ in range(2))
     assert first == second
     for parameter in pipe.denoiser.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     # A network that predicts 0 has the mean square of v = α ε − σ x, which is E[α² + σ² x²].
     x = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
-    zero = evaluate.measure_v_loss(pipe, images, args, 2, Accelerator())
+    zero = figures.measure_v_loss(pipe, images, args, 2, Accelerator())
     assert zero == pytest.approx((1 + x.square().mean().item()) / 2, rel=0.02)
 
 

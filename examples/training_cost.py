@@ -1,0 +1,67 @@
+"""What the training of a model cost, by its record in training.json.
+
+FLOPs are those of the networks, forwards and backwards: a backward pass is two forward ones, one for the weights and one for
+what the network was given; at a frozen network it stops. Losses, checks and the optimiser are left out.
+"""
+
+from diffusers_dualrate.flops import context_flops, network_flops, target_flops
+
+
+def is_student(record):
+    """Whether a model was distilled, as far as its record tells."""
+    return record is not None and record["network"].startswith("distilled")
+
+
+def images_by_phase(record):
+    """Images that a student met, in the order of its phases: each step of either kind has a batch of its own."""
+    recipe = record["recipe"]
+    pretraining, size = recipe["pretraining_steps"], recipe["train_batch_size"]
+    alternating = recipe["max_train_steps"] - pretraining
+    steps = {"pretraining": pretraining, "auxiliary": (alternating + 1) // 2, "student": alternating // 2}
+    return {phase: count * size for phase, count in steps.items()}
+
+
+def distillation_flops(denoiser, context_encoder, teacher, recipe):
+    """FLOPs for each image of a batch in every phase of a distillation.
+
+    A step brings the student to its time without gradient (R), lets it predict there (P), and has the teacher, twice where
+    it is guided, and the auxiliary of its shape (T) judge that: R + P + (G + 3) T for the auxiliary, R + 3 P + (G + 1) T for
+    the student.
+    """
+    n, k = recipe["num_inference_steps"], recipe["num_context_steps"]
+    light, judge = network_flops(denoiser), network_flops(teacher)
+    encode, project = 0, 0
+    if context_encoder is not None:
+        encode, project = network_flops(context_encoder), context_flops(denoiser)
+    interval = n // k
+    rollout = (interval - 1) * light
+    if recipe["full_rollout"]:  # from noise to the segment, too
+        rollout += (n - interval) * light + (k - 1) * (encode + project)
+    predict = light + encode + project
+    judged = 2 if recipe["guidance_scale"] > 1 and teacher.config.num_classes else 1
+    return {
+        "pretraining": 3 * light + 2 * project + encode,  # with the encoder frozen
+        "auxiliary": rollout + predict + (judged + 3) * judge,
+        "student": rollout + 3 * predict + (judged + 1) * judge,
+    }
+
+
+def training_flops(pipe, record, teacher=None):
+    """FLOPs of a model's own training, without those of what it started from; `None` where they are not known.
+
+    Args:
+        pipe: The model.
+        record: Its training.json, or `None`.
+        teacher: Pipeline of the teacher, for a student.
+    """
+    if record is None or (is_student(record) and teacher is None):
+        return None
+    recipe = record["recipe"]
+    if is_student(record):
+        each = distillation_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
+        return sum(each[phase] * count for phase, count in images_by_phase(record).items())
+    dropout = recipe.get("context_dropout", 0.0)
+    each = 3 * target_flops(pipe.denoiser, pipe.context_encoder, context_dropout=dropout)
+    if recipe.get("freeze_encoder"):
+        each -= (1 - dropout) * (2 * network_flops(pipe.context_encoder) + context_flops(pipe.denoiser))
+    return round(each * record["images_seen"])

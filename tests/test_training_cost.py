@@ -1,0 +1,96 @@
+"""What a training cost, against the FLOPs that its losses run when they are called."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import PRESET
+from diffusers_dualrate import losses, moment_matching
+from diffusers_dualrate.training import TrainablePair
+from distill import Distillation
+from training_cost import distillation_flops, images_by_phase, training_flops
+
+ROWS, N, K = 2, 6, 2
+SCHEDULE = {"log_snr": lambda t: 1 - 2 * t}
+STEPS = SCHEDULE | {"num_inference_steps": N, "num_context_steps": K, "min_variance": 0.02}
+LABELS = torch.zeros(ROWS).long()
+
+
+@pytest.fixture
+def networks(make_networks):
+    """Encoder, denoiser, and a teacher of the encoder's shape."""
+    shape = {key: PRESET["context_encoder"][key] for key in ("level_channels", "level_blocks", "embedding_dim")}
+    teacher = make_networks(denoiser={**shape, "context_channels": None}, num_classes=2)[1]
+    return *make_networks(num_classes=2), teacher.requires_grad_(False)
+
+
+def count(run):
+    """FLOPs for each image, forwards and backwards."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run().backward()
+    return counter.get_total_flops() / ROWS
+
+
+@pytest.mark.parametrize(
+    ("is_pair", "full_rollout", "scale"), [(True, False, 2.0), (True, True, 1.0), (False, True, 2.0)]
+)
+def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks, is_pair, full_rollout, scale):
+    """But for gradients of what the first layers are given. Kills: 1 more or less in every factor; P for 3 P; a rollout left out."""
+    encoder, denoiser, teacher = networks
+    steps = STEPS
+    if not is_pair:
+        encoder, denoiser, steps = None, copy.deepcopy(teacher), STEPS | {"num_context_steps": N}
+    trained = Distillation(denoiser, encoder, copy.deepcopy(teacher)).train().requires_grad_(True)
+
+    def predict_teacher(z, log_snr, class_labels, context, context_log_snr):
+        for _ in range(2 if scale > 1 else 1):
+            v = teacher(z, log_snr, class_labels).sample
+        return v
+
+    x = torch.randn(ROWS, 3, 8, 8)
+    draws = moment_matching.draw(0, 0, range(ROWS), x.shape[1:], N)
+    judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
+    arguments = [None if full_rollout else x, LABELS, draws]
+    recipe = steps | {"full_rollout": full_rollout, "guidance_scale": scale}
+    cost = distillation_flops(denoiser, encoder, teacher, recipe)
+    counted = {
+        "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **judges, **steps)),
+        "student": count(lambda: trained(moment_matching.student_loss, *arguments, **judges, **steps)[0]),
+    }
+    if is_pair:
+        encoder.requires_grad_(False)
+        counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **steps))
+    for phase, flops in counted.items():
+        assert 0.96 < flops / cost[phase] < 1.001, phase
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_the_cost_of_a_pair_is_what_its_loss_runs(networks, freeze_encoder):
+    encoder, denoiser, _ = networks
+    pair = TrainablePair(denoiser, encoder.requires_grad_(not freeze_encoder)).train()
+    draws = losses.draw(0, 0, range(ROWS), (3, 8, 8))
+    more = {"log_snr_rate": lambda t: torch.full_like(t, 2.0), "bias": 0.0, "context_dropout": 0.5}
+    counted = count(
+        lambda: pair(losses.denoising_loss, torch.randn(ROWS, 3, 8, 8), LABELS, draws, **SCHEDULE, **more).loss
+    )
+    record = {
+        "network": "pair",
+        "images_seen": 100,
+        "recipe": {"context_dropout": 0.5, "freeze_encoder": freeze_encoder},
+    }
+    cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), record)
+    assert 0.96 < 100 * counted / cost < 1.001
+
+
+def test_the_auxiliary_has_the_odd_one_of_the_steps_that_alternate():
+    recipe = {"pretraining_steps": 2, "max_train_steps": 7, "train_batch_size": 8}
+    assert images_by_phase({"recipe": recipe}) == {"pretraining": 16, "auxiliary": 24, "student": 16}
+
+
+def test_a_cost_is_not_guessed_where_record_or_teacher_is_not_at_hand():
+    assert training_flops(None, None) is None
+    assert training_flops(None, {"network": "distilled pair"}) is None
