@@ -101,8 +101,8 @@ class Training:
         flags: Its flags.
         changes: What is laid over sections of the data's preset.
         shape: Field of `Data` that is laid over the preset too, and the section that it is laid over.
-        starts: For each flag of the script that names a model, the training whose model it is given: so a distillation,
-            which follows the preset's other recipe.
+        starts: For each flag of the script that names a model, the training whose model it is given: so a conversion, or a
+            distillation, which follows the preset's other recipe.
     """
 
     script: ModuleType
@@ -115,13 +115,24 @@ class Training:
 TRAININGS = {
     "heavy": Training(train_single_rate, ("--network", "heavy")),
     "pair": Training(train_dual_rate),
+    # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns.
+    "converted": Training(
+        train_dual_rate,
+        ("--freeze_encoder",),
+        changes={
+            "context_encoder": {"prediction_hand_over": True},
+            "denoiser": {"prediction_hand_over": True},
+            "training": {"max_train_steps": 1500, "context_dropout": 0.0, "context_steps": [2, 4, 8, 16]},
+        },
+        starts={"--pretrained_model_name_or_path": "heavy"},
+    ),
     # A pair whose encoder always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
     "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
     "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
     "unet": Training(train_unet, shape=("unet", "unet")),
     "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
-    "pair-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "pair"}),
+    "pair-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "converted"}),
 }
 
 
@@ -262,6 +273,7 @@ ARMS = {
     "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(8, 16, 64, 256), **_FEW}),
     "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(8, 12, 16, 32, 64, 128), **_FEW}),
     "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), (64, 4), *_SHARED["ancestral"])}),
+    "dual-rate-converted": Arm("converted", sample_as_trained, _SHARED),
     "dual-rate-no-context": Arm(
         "pair", sample_without_context, {"ancestral": _single(64), "ddim": _single(16), "dpmsolver++": _single(8)}
     ),
