@@ -96,6 +96,7 @@ def _write_section(study, data):
             for key, flops, _ in own:
                 if key in compared:
                     lines.append(_write_row(budget, title, key, flops, compared[key]))
+    lines += ["", _describe_trainings(study, data)]
     for budget in budgets_of(study, data):
         grouped = group(study, data, budget)
         rivals = front_of(grouped, is_rival)
@@ -106,6 +107,28 @@ def _write_section(study, data):
             sentence += " `single-rate-sized` alone matches the pair everywhere."
         lines += ["", sentence]
     return "\n".join(lines)
+
+
+def _describe_trainings(study, data):
+    """What the trainings of the arms cost, and which arms have fewer seeds than others."""
+    points = [point for point in study["points"] if point["data"] == data]
+    unit = {point["training_flops"] for point in points if point["arm"] == "single-rate"}
+    costs, seeds = defaultdict(set), defaultdict(set)
+    for point in points:
+        if point["budget"] == "steps":
+            costs[point["arm"]].add(point["training_flops"])
+            seeds[point["arm"]].add(point["seed"])
+    listed = [f"{arm} {max(costs[arm]) / max(unit):.2f}" for arm in costs] if unit else []
+    most = max(map(len, seeds.values()))
+    fewer = [f"{arm} {', '.join(map(str, sorted(own)))}" for arm, own in seeds.items() if len(own) < most]
+    sentences = [
+        "Training FLOPs at equal steps, all that an arm starts from included, against `single-rate`: "
+        + ", ".join(listed)
+        + "."
+    ]
+    if fewer:
+        sentences.append("Fewer training seeds: " + "; ".join(fewer) + ".")
+    return " ".join(sentences if unit else sentences[1:])
 
 
 def _name(key):

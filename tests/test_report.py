@@ -88,6 +88,13 @@ def test_the_table_says_what_the_comparison_found():
     assert f"2.500 ± {math.sqrt(0.02 / 3):.3f}" in seeds and "training seeds 0, 1" in seeds
 
 
+def test_the_table_says_what_the_trainings_cost_and_which_arms_have_fewer_seeds():
+    table = report.write_table(make_study(cheap=[4.0, 4.1], dear=[2.0, 2.1]))
+    assert "against `single-rate`: single-rate 1.00, dual-rate 0.43," in table
+    assert "Fewer training seeds: dual-rate 0; dual-rate-no-context 0; single-rate-sized 0." in table
+    assert "Fewer training seeds" not in report.write_table(make_study())
+
+
 def test_a_distance_that_no_other_arm_reaches_is_said_to_be_never_reached():
     assert "| never reached |  | below |" in report.write_table(make_study(pair=[1.0]))
 

@@ -257,7 +257,8 @@ def test_students_are_distilled_from_models_of_the_study_whose_training_counts_a
     single, dual = study.main(args)["points"]
     assert single["evaluations"] == {"denoiser": 8} and dual["evaluations"] == {"denoiser": 8, "context_encoder": 2}
     flops = {
-        name: 2 * study.training_flops(args, "digits", name) for name in ("heavy", "converted", "heavy-mmd", "pair-mmd")
+        name: 2 * study.training_flops(args, "digits", name)
+        for name in ("heavy", "converted", "heavy-mmd", "pair-mmd")
     }
     assert single["training_flops"] == flops["heavy"] + flops["heavy-mmd"]
     assert dual["training_flops"] == flops["heavy"] + flops["converted"] + flops["pair-mmd"]
