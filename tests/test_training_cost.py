@@ -39,7 +39,7 @@ def count(run):
     ("is_pair", "full_rollout", "scale"), [(True, False, 2.0), (True, True, 1.0), (False, True, 2.0)]
 )
 def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks, is_pair, full_rollout, scale):
-    """But for gradients of what the first layers are given. Kills: 1 more or less in every factor; P for 3 P; a rollout left out."""
+    """But for gradients of what the first layers are given. Kills: 1 more or less in every factor, but for that of the projection."""
     encoder, denoiser, teacher = networks
     steps = STEPS
     if not is_pair:
@@ -65,7 +65,7 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
         encoder.requires_grad_(False)
         counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **steps))
     for phase, flops in counted.items():
-        assert 0.96 < flops / cost[phase] < 1.001, phase
+        assert 0.985 < flops / cost[phase] < 1.001, (phase, flops / cost[phase])
 
 
 @pytest.mark.parametrize("freeze_encoder", [False, True])
