@@ -255,7 +255,7 @@ _FEW = {"ddim": _single(8, 16, 32, 64), "dpmsolver++": _single(4, 5, 6, 8, 12, 1
 _SHARED = {
     "ancestral": (
         *((64, 32), (64, 16), (64, 8), (32, 16), (32, 8), (32, 4), (16, 8), (16, 4), (16, 2)),
-        *((12, 6), (12, 3), (12, 2), (8, 4), (8, 2), (6, 3), (6, 2)),
+        *((12, 6), (12, 3), (12, 2), (8, 4), (8, 2), (6, 3), (6, 2), (5, 2), (4, 2)),
     ),
     "ddim": ((32, 16), (16, 8), (16, 4), (8, 4), (8, 2)),
     "dpmsolver++": ((16, 8), (12, 6), (8, 4), (8, 2), (6, 3), (6, 2), (4, 2)),
@@ -265,13 +265,13 @@ ARMS = {
         "heavy",
         sample_as_trained,
         {
-            "ancestral": _single(4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256),
+            "ancestral": _single(3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256),
             "ddim": _single(4, 8, 16, 32, 64),
             "dpmsolver++": _single(3, 4, 5, 6, 8, 12, 16, 24, 32),
         },
     ),
     "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(8, 16, 64, 256), **_FEW}),
-    "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(8, 12, 16, 32, 64, 128), **_FEW}),
+    "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(6, 8, 12, 16, 32, 64, 128), **_FEW}),
     "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), (64, 4), *_SHARED["ancestral"])}),
     "dual-rate-converted": Arm("converted", sample_as_trained, _SHARED),
     "dual-rate-no-context": Arm(
