@@ -71,7 +71,7 @@ DATA = {
         "letters",
         {"level_channels": [20, 56], "level_blocks": [1, 1], "attention_head_dim": 28, "embedding_dim": 96},
         _unet(16, 1, 8, 16, 28),
-        num_samples=2000,
+        num_samples=1000,
         num_references=10_000,
     ),
     "digits": Data(

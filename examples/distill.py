@@ -125,6 +125,7 @@ def main(args):
     images = training.open_images(args, preset) if has_data else ClassesAlone(teacher)
     classes = {"num_classes": images.num_classes}
     check_fit(teacher, preset={**preset["denoiser"], **preset["scheduler"], **classes}, data=classes)
+    training.check_classes(args.teacher, teacher, images)
     # The student samples as it learns to: along the posterior, its predictions as they are.
     scheduler = DualRateScheduler.from_config(preset["scheduler"], clip_sample=False, variance_interpolation=0.0)
 

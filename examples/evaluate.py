@@ -37,7 +37,7 @@ from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 
-from diffusers_dualrate import DualRatePipeline, __version__
+from diffusers_dualrate import DualRatePipeline, __version__, training
 from diffusers_dualrate.data import Augmentation
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
@@ -115,19 +115,6 @@ def choose_steps(args, pipe):
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
 
 
-def check_classes(name, pipe, images):
-    """Refuse a model whose classes are not those of the data."""
-    ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
-    if ours != theirs:
-        raise ValueError(
-            f"{name} has {theirs or 'no'} classes and the data {ours or 'no'}: see --label_column, --num_classes."
-        )
-    differing = [i for i in range(ours or 0) if pipe.id2label.get(i, images.id2label[i]) != images.id2label[i]]
-    if differing:
-        i = differing[0]
-        raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
-
-
 def measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator):
     """Sample a set of images for each seed; returns their figures beside what they cost, and the first images."""
     own_scheduler = pipe.scheduler
@@ -176,12 +163,16 @@ def environment(accelerator):
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     packages = ("diffusers", "torch", "accelerate", "torchmetrics", "transformers", "numpy")
     versions = {name: version(name) for name in packages if find_spec(name)}
-    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = accelerator.device.type
+    if hardware == "cpu":
+        hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    elif hardware == "cuda":
+        hardware = torch.cuda.get_device_name(accelerator.device)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit or None,
         "versions": {"diffusers-dualrate": __version__} | versions,
-        "hardware": on_cpu if accelerator.device.type == "cpu" else torch.cuda.get_device_name(accelerator.device),
+        "hardware": hardware,
         "processes": accelerator.num_processes,
     }
 
@@ -208,7 +199,7 @@ def main(args):
     if args.floor_split:
         floor_images = open_images(args, size, augmentation, args.floor_split, channels=channels)
     plain_images = open_images(args, size, Augmentation(), channels=channels) if published else None
-    check_classes(args.model, pipe, images)
+    training.check_classes(args.model, pipe, images)
     steps = choose_steps(args, pipe)
     judges = {}
     if classifier is not None and images.num_classes:
@@ -249,7 +240,7 @@ def main(args):
     paths = compared | {Path(path).name: path for path in args.rivals}
     rivals = {name: DualRatePipeline.from_pretrained(path).to(accelerator.device) for name, path in paths.items()}
     for name, path in paths.items():
-        check_classes(path, rivals[name], images)
+        training.check_classes(path, rivals[name], images)
         measured = read_record(path, "evaluation.json") or {}
         is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
         if path in args.rivals and not is_alike:

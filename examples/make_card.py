@@ -150,6 +150,10 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
         networks = f"One network of {parameters['denoiser']:,} parameters runs at every step."
     columns = list(evaluation["floor"])
     used = [text for name, text in LEGEND.items() if any(column.startswith(name) for column in columns)]
+    if "held_out_accuracy" in (evaluation.get("classifier") or {}):
+        used.append(
+            f"That classifier knows {percent(evaluation['classifier']['held_out_accuracy'])} of the images held out from its own training."
+        )
     script = {
         "pair": "train_dual_rate.py",
         "heavy": "train_single_rate.py",

@@ -68,9 +68,20 @@ def sized_matches(study: dict, data: str, budget: str) -> bool | None:
     grouped = group(study, data, budget)
     sized = [value for key, value in grouped.items() if key[0] == "single-rate-sized"]
     ours = [value for key, value in grouped.items() if is_ours(key[0])]
-    if not sized or not ours:
+    compared = [compare(point, sized) for point in ours] if sized else []
+    if not any(math.isfinite(result["front"]) for result in compared):
         return None
-    return not any(compare(point, sized)["verdict"] == "below" for point in ours)
+    return not any(result["verdict"] == "below" for result in compared)
+
+
+def training_of(study: dict, data: str, arm: str, budget: str) -> str:
+    """How an arm was trained beside the heavy network: for equal steps or FLOPs, or, started from a model, for more."""
+    points = [point for point in study["points"] if point["data"] == data]
+    own = next(point for point in points if (point["arm"], point["budget"]) == (arm, budget))
+    heavy = next((point for point in points if point["arm"] == "single-rate"), own)
+    if budget == "flops" or own["training_images"] <= heavy["training_images"]:
+        return budget
+    return f"more, {own['training_flops'] / heavy['training_flops']:.2f} × FLOPs"
 
 
 def write_table(study: dict) -> str:
@@ -86,7 +97,7 @@ def _write_section(study, data):
         f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
         + ("." if len(seeds) > 1 else "; without further seeds there is no margin, and the sign alone decides."),
         "",
-        "| equal training | held against | arm, solver, N/K | MFLOP | fd | front there | others need, MFLOP | ratio | |",
+        "| training | held against | arm, solver, N/K | MFLOP | fd | front there | others need, MFLOP | ratio | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for budget in budgets_of(study, data):
@@ -95,16 +106,24 @@ def _write_section(study, data):
             own = front_of(group(study, data, budget, solvers), is_ours)
             for key, flops, _ in own:
                 if key in compared:
-                    lines.append(_write_row(budget, title, key, flops, compared[key]))
+                    lines.append(
+                        _write_row(training_of(study, data, key[0], budget), title, key, flops, compared[key])
+                    )
     lines += ["", _describe_trainings(study, data)]
     for budget in budgets_of(study, data):
         grouped = group(study, data, budget)
         rivals = front_of(grouped, is_rival)
         listed = "; ".join(f"{_name(key)} {fd:.3f} @ {flops / 1e6:.0f}" for key, flops, fd in rivals)
-        below = sum(c["verdict"] == "below" for c in comparisons(study, data, budget).values())
-        sentence = f"Equal training {budget}: the pair lies below the front at {below} of its points. Front, fd @ MFLOP: {listed}."
+        verdicts = defaultdict(list)
+        for (arm, *_), result in comparisons(study, data, budget).items():
+            verdicts[arm].append(result["verdict"])
+        counts = [
+            f"{arm} (training: {training_of(study, data, arm, budget)}) at {own.count('below')} of {len(own)} points"
+            for arm, own in verdicts.items()
+        ]
+        sentence = f"At equal {budget}, below the front: {'; '.join(counts)}. Front, fd @ MFLOP: {listed}."
         if sized_matches(study, data, budget):
-            sentence += " `single-rate-sized` alone matches the pair everywhere."
+            sentence += " `single-rate-sized` alone matches every Dual-Rate arm."
         lines += ["", sentence]
     return "\n".join(lines)
 
@@ -119,7 +138,7 @@ def _describe_trainings(study, data):
             costs[point["arm"]].add(point["training_flops"])
             seeds[point["arm"]].add(point["seed"])
     listed = [f"{arm} {max(costs[arm]) / max(unit):.2f}" for arm in costs] if unit else []
-    most = max(map(len, seeds.values()))
+    most = max(map(len, seeds.values()), default=0)
     fewer = [f"{arm} {', '.join(map(str, sorted(own)))}" for arm, own in seeds.items() if len(own) < most]
     sentences = [
         "Training FLOPs at equal steps, all that an arm starts from included, against `single-rate`: "
@@ -128,6 +147,8 @@ def _describe_trainings(study, data):
     ]
     if fewer:
         sentences.append("Fewer training seeds: " + "; ".join(fewer) + ".")
+    if study.get("left_out"):
+        sentences.append(f"Left out, since a package was missing: {', '.join(study['left_out'])}.")
     return " ".join(sentences if unit else sentences[1:])
 
 
@@ -148,15 +169,21 @@ def _write_row(budget, title, key, flops, result):
     return "| " + " | ".join([*cells, needed, ratio, result["verdict"]]) + " |"
 
 
-def insert(table: str, path: Path) -> None:
-    """Replace what a file has between the study's markers.
+def check_markers(path: Path) -> str:
+    """The text of a file that holds the study's markers.
 
     Raises:
-        ValueError: If the file has no such markers.
+        ValueError: If it does not.
     """
     text = path.read_text(encoding="utf-8")
     if any(text.count(marker) != 1 for marker in MARKERS):
         raise ValueError(f"{path} must hold {MARKERS[0]} and {MARKERS[1]} once each.")
+    return text
+
+
+def insert(table: str, path: Path) -> None:
+    """Replace what a file has between the study's markers."""
+    text = check_markers(path)
     before, _, rest = text.partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
     path.write_text(f"{before}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{after}", encoding="utf-8")

@@ -63,21 +63,18 @@ def parse_args(argv=None):
     parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
-    parser.add_argument(
-        "--output", default=str(EXAMPLES / "study.json"), help="The JSON file; the plot lies beside it."
-    )
+    parser.add_argument("--output", help="The JSON file, the plot beside it; default: study.json in the work_dir.")
     parser.add_argument("--readme", help="A file whose part between the study's markers becomes the table.")
     parser.add_argument("--report_only", action="store_true", help="Make table and plot of the JSON file as it is.")
     parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
-    parser.add_argument(
-        "--trained", nargs="+", default=[], metavar="DATA/TRAINING=FOLDER", help="Models to take as they are."
-    )
     shrink = parser.add_argument_group("to shrink it")
     shrink.add_argument("--max_train_steps", type=int, help="Training steps at equal steps; default: the presets'.")
     shrink.add_argument("--num_samples", type=int, help="Images of each point; default: the data set's.")
     shrink.add_argument("--max_evaluations", type=int, help="Largest N; default: the data set's.")
     shrink.add_argument("--batch_size", type=int, default=250)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output = args.output or str(Path(args.work_dir, "study.json"))
+    return args
 
 
 # Training
@@ -175,9 +172,6 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
         steps = preset["training"]["max_train_steps"]
         ratio = training_flops(args, data, "heavy") / training_flops(args, data, training)
         preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
-    for name, folder in (entry.split("=", 1) for entry in args.trained):
-        if name == f"{data}/{training}":
-            return Path(folder), preset
     configuration = configuration_of(training, preset)
     if TRAININGS[training].starts:
         configuration = [configuration, *start_flags(args, data, training, seed)]
@@ -378,10 +372,15 @@ def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
 
 
 def main(args):
-    for name in [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]:
+    args.left_out = [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]
+    for name in args.left_out:
         args.arms.remove(name)
         print(f"The arm {name} is left out: pip install {ARMS[name].requires}.")
+    if args.readme:
+        report.check_markers(Path(args.readme))
     if not args.report_only:
+        for data in args.data:
+            ImageClassifier.load(Path(args.classifiers, f"{data}.safetensors"))  # missing ones before work, not after
         series = list_series(args)
         for models in list_models(series):
             run_jobs(args, train_model, models)
@@ -428,19 +427,15 @@ def list_models(series: list[tuple]) -> list[list[tuple]]:
 
 
 def collect(args, series: list[tuple]) -> dict:
-    """The study as one JSON-able object: these points, and those of other data sets that the file holds already."""
-    output = Path(args.output)
-    before = json.loads(output.read_text()) if output.exists() else {"points": [], "floors": {}}
-    points = [point for point in before["points"] if point["data"] not in args.data]
-    points += [json.loads(file.read_text()) for key in series for _, _, file in list_points(args, *key)]
-    floors = before["floors"] | {data: open_reference(args, data)[3] for data in args.data}
+    """The study as one JSON-able object."""
     facts = environment(Accelerator())
     return {
         "command": facts.pop("command"),
         "commit": facts.pop("commit"),
         "environment": facts,
-        "floors": floors,
-        "points": points,
+        "left_out": args.left_out,
+        "floors": {data: open_reference(args, data)[3] for data in args.data},
+        "points": [json.loads(file.read_text()) for key in series for _, _, file in list_points(args, *key)],
     }
 
 

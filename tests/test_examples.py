@@ -22,7 +22,7 @@ import figures
 import generate
 import image_sets
 import train_classifier
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, training
 from diffusers_dualrate.data import Augmentation, load_images
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash, load_dinov2
 from diffusers_dualrate.flops import image_flops, network_flops
@@ -223,14 +223,14 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
 def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     names = {i: f"class {i}" for i in range(NUM_CLASSES)}
-    evaluate.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
+    training.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
     for num_classes, id2label, sentence in (
         (None, None, "pair has 8 classes and the data no: see --label_column"),
         (9, names | {8: "class 8"}, "pair has 8 classes and the data 9"),
         (8, names | {3: "class 4", 4: "class 3"}, "Class 3 is 'class 3' in pair and 'class 4' in the data"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            evaluate.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
+            training.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
 
 
 def test_classes_are_chosen_in_proportion_to_the_data():

@@ -26,6 +26,7 @@ def make_study(**fds):
                 {"data": "letters", "arm": arm, "budget": budget, "solver": "ddim", "N": n, "K": k, "flops": flops}
                 | {
                     "training_flops": 7 if arm == "single-rate" else 3,
+                    "training_images": 64,
                     "fd": value,
                     "n": 5000,
                     "seed": seed,
@@ -70,10 +71,33 @@ def test_a_pair_is_held_against_every_arm_but_the_control():
 
 
 def test_the_sized_network_matches_where_no_point_lies_below_its_own_front_by_more_than_the_margin():
-    assert report.sized_matches(make_study(), "letters", "steps")  # there is none at the pair's FLOPs or below
+    assert report.sized_matches(make_study(), "letters", "steps") is None  # none at the pair's FLOPs or below
+    for distance, expected in ((9.0, False), (1.0, True)):
+        study = make_study(sized=[distance])
+        study["points"] += [p | {"N": 2, "flops": 50e6} for p in study["points"] if p["arm"] == "single-rate-sized"]
+        assert report.sized_matches(study, "letters", "steps") is expected
+
+
+def test_an_arm_that_was_trained_for_longer_than_the_heavy_network_is_not_called_equal():
     study = make_study()
-    study["points"] += [p | {"N": 2, "flops": 50e6} for p in study["points"] if p["arm"] == "single-rate-sized"]
-    assert not report.sized_matches(study, "letters", "steps")
+    assert report.training_of(study, "letters", "dual-rate", "steps") == "steps"
+    for point in study["points"]:
+        if point["arm"] == "dual-rate":
+            point |= {"training_images": 65, "training_flops": 14}
+    assert report.training_of(study, "letters", "dual-rate", "steps") == "more, 2.00 × FLOPs"
+    table = report.write_table(study)
+    assert (
+        "| steps | all solvers | dual-rate " not in table
+        and "| more, 2.00 × FLOPs | all solvers | dual-rate " in table
+    )
+    assert "dual-rate (training: more, 2.00 × FLOPs) at 1 of 1 points" in table
+
+
+def test_arms_that_were_left_out_and_a_study_at_equal_flops_alone_are_told():
+    study = make_study() | {"left_out": ["deepcache"]}
+    assert "since a package was missing: deepcache" in report.write_table(study)
+    study["points"] = [p for p in study["points"] if p["budget"] == "flops"]
+    assert "At equal flops" in report.write_table(study)
 
 
 def test_the_table_says_what_the_comparison_found():

@@ -169,6 +169,19 @@ def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | Stre
     )
 
 
+def check_classes(name: str, pipe: DualRatePipeline, images) -> None:
+    """Refuse a model whose classes are not those of the images, in number, name and order."""
+    ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
+    if ours != theirs:
+        raise ValueError(
+            f"{name} has {theirs or 'no'} classes and the data {ours or 'no'}: see --label_column, --num_classes."
+        )
+    differing = [i for i in range(ours or 0) if pipe.id2label.get(i, images.id2label[i]) != images.id2label[i]]
+    if differing:
+        i = differing[0]
+        raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
+
+
 def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
     """The trained model that `--pretrained_model_name_or_path` names, in float32, or `None`.
 
@@ -190,6 +203,7 @@ def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
             raise ValueError(
                 f"{args.pretrained_model_name_or_path} does not fit the images: {name} is {theirs} there and {ours} here."
             )
+    check_classes(args.pretrained_model_name_or_path, pipeline, images)
     return pipeline
 
 
