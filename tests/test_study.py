@@ -85,6 +85,15 @@ def test_an_arm_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys,
     assert "deepcache is left out: pip install DeepCache" in capsys.readouterr().out and "deepcache" not in args.arms
 
 
+def test_what_would_fail_after_the_work_is_refused_before_it(tmp_path):
+    (tmp_path / "page.md").write_text("no markers")
+    with pytest.raises(ValueError, match="must hold"):
+        study.main(study.parse_args(["--work_dir", str(tmp_path / "work"), "--readme", str(tmp_path / "page.md")]))
+    with pytest.raises(ValueError, match="There is no classifier"):
+        study.main(study.parse_args(["--work_dir", str(tmp_path / "work"), "--classifiers", str(tmp_path)]))
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("solver", study.report.SOLVERS)
 def test_every_solver_takes_n_steps_from_pure_noise_and_dpmsolver_uniformly_in_log_snr(solver, make_pipe):
     scheduler = arms.make_scheduler(solver, make_pipe().scheduler)
