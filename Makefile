@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test test-oldest lint format docs dist clean
 
 demo: $(VENV)/.train
-	$(PY) examples/generate.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32 --output demo.png
+	$(PY) examples/generate.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32 --distilled model_cards/dualrate-emoji32-distilled --output demo.png
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

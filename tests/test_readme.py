@@ -76,7 +76,11 @@ def test_a_shell_command_of_the_readme_runs(command, tmp_path, monkeypatch):
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
         result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert "single-rate, DPM-Solver++" in result.stdout and Image.open(tmp_path / "demo.png").width > 1000
+        assert (
+            "single-rate, DPM-Solver++" in result.stdout
+            and "distilled" in result.stdout
+            and Image.open(tmp_path / "demo.png").width > 1000
+        )
     elif command[:2] == ["pip", "install"]:
         offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(tmp_path / "site")]
         source = shutil.copytree(ROOT / "src", tmp_path / "source" / "src")  # builds leave files beside their source

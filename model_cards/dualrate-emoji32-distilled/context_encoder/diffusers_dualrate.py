@@ -1,0 +1,1 @@
+from diffusers_dualrate import UViTContextEncoder  # noqa: F401

@@ -1,0 +1,1 @@
+from diffusers_dualrate import UViTDenoiser  # noqa: F401

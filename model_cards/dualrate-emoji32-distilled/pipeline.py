@@ -1,0 +1,1 @@
+from diffusers_dualrate import DualRatePipeline  # noqa: F401

@@ -1,0 +1,1 @@
+from diffusers_dualrate import DualRateScheduler  # noqa: F401
