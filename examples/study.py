@@ -404,7 +404,7 @@ def list_series(args) -> list[tuple]:
         for name in args.arms
         for budget in budgets_of(ARMS[name].training, args.budgets)
         for solver in args.solvers
-        if seed == args.seeds[0] or not {name, budget} & set(args.first_seed_only)
+        if seed == args.seeds[0] or not {data, name, budget} & set(args.first_seed_only)
     ]
 
 
