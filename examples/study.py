@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--first_seed_only",
         nargs="+",
-        choices=[*ARMS, *report.BUDGETS],
+        choices=[*DATA, *ARMS, *report.BUDGETS],
         default=[],
         help="What has one training seed.",
     )
