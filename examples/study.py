@@ -18,6 +18,8 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -350,6 +352,13 @@ def run_job(args, function: Callable, *key) -> float:
     return time.monotonic() - start
 
 
+def stop_workers(pool: concurrent.futures.ProcessPoolExecutor) -> None:
+    """End the jobs of a study that is stopped: trainings save a checkpoint first, as they do whenever they are stopped."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+
+
 def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
     """Run jobs side by side; one that fails does not stop the others, but the study at the end."""
     failures = []
@@ -357,6 +366,7 @@ def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
     with contextlib.ExitStack() as stack:
         if args.jobs > 1:
             pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context))
+            stack.push(lambda error, *_: error is not None and stop_workers(pool))
             futures = {pool.submit(run_job, args, function, *key): key for key in keys}
             finished = ((futures[future], future.result) for future in concurrent.futures.as_completed(futures))
         else:
@@ -440,4 +450,5 @@ def collect(args, series: list[tuple]) -> dict:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that workers are stopped, too
     main(parse_args())

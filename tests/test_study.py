@@ -1,6 +1,11 @@
 """The study on untrained and hardly trained models: counts, engagement, and that it stops and goes on."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +118,7 @@ def ddim_runs():
     yield from ((DDIMScheduler(**trained, timestep_spacing="trailing"), n) for n in sorted(unet))
 
 
-@pytest.mark.parametrize(("scheduler", "n"), ddim_runs())
+@pytest.mark.parametrize(("scheduler", "n"), list(ddim_runs()))
 def test_every_step_of_ddim_ends_at_the_noise_level_that_the_next_one_starts_from(scheduler, n):
     scheduler.set_timesteps(n)
     levels = log_snr_of_steps(scheduler).double()
@@ -193,6 +198,51 @@ def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="1 jobs of 3 failed.*bad.*broken"):
         study.run_jobs(SimpleNamespace(work_dir=tmp_path, jobs=1), job, [("one",), ("bad",), ("two",)])
     assert done == ["one", "two"] and "failed: bad" in capsys.readouterr().out
+
+
+NAP = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+def nap(args, name):
+    Path(args.work_dir, name).write_text(str(os.getpid()))
+    time.sleep(60)
+
+if __name__ == "__main__":
+    import nap, study
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    study.run_jobs(SimpleNamespace(work_dir=sys.argv[1], jobs=2), nap.nap, [("first",), ("second",), ("third",)])
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_is_told_to_stop_leaves_no_worker_behind(tmp_path):
+    (tmp_path / "nap.py").write_text(NAP)
+    path = os.pathsep.join([str(tmp_path), str(Path(study.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "nap.py", tmp_path], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+    )
+    files = [tmp_path / "first", tmp_path / "second"]
+    until(lambda: all(file.exists() and file.read_text() for file in files), 120)
+    process.terminate()
+    assert process.wait(60) == 128 + 15 and not (tmp_path / "third").exists()
+    until(lambda: not any(is_alive(int(file.read_text())) for file in files), 30)
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
