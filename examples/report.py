@@ -147,8 +147,10 @@ def _describe_trainings(study, data):
     ]
     if fewer:
         sentences.append("Fewer training seeds: " + "; ".join(fewer) + ".")
-    if study.get("left_out"):
-        sentences.append(f"Left out, since a package was missing: {', '.join(study['left_out'])}.")
+    if left_out := [
+        arm for name, _, arm in (entry.partition("/") for entry in study.get("left_out", ())) if name == data
+    ]:
+        sentences.append(f"Left out here: {', '.join(left_out)}.")
     return " ".join(sentences if unit else sentences[1:])
 
 

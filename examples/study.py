@@ -62,6 +62,9 @@ def parse_args(argv=None):
         default=[],
         help="What has one training seed.",
     )
+    parser.add_argument(
+        "--leave_out", nargs="+", default=[], metavar="DATA/ARM", help="Arms that a data set goes without."
+    )
     parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
@@ -75,6 +78,8 @@ def parse_args(argv=None):
     shrink.add_argument("--max_evaluations", type=int, help="Largest N; default: the data set's.")
     shrink.add_argument("--batch_size", type=int, default=250)
     args = parser.parse_args(argv)
+    if unknown := set(args.leave_out) - {f"{data}/{name}" for data in DATA for name in ARMS}:
+        parser.error(f"argument --leave_out: there is no {', '.join(sorted(unknown))}")
     args.output = args.output or str(Path(args.work_dir, "study.json"))
     return args
 
@@ -382,9 +387,8 @@ def run_jobs(args, function: Callable, keys: list[tuple]) -> None:
 
 
 def main(args):
-    args.left_out = [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]
-    for name in args.left_out:
-        args.arms.remove(name)
+    for name in [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]:
+        args.leave_out += [f"{data}/{name}" for data in args.data]
         print(f"The arm {name} is left out: pip install {ARMS[name].requires}.")
     if args.readme:
         report.check_markers(Path(args.readme))
@@ -414,7 +418,8 @@ def list_series(args) -> list[tuple]:
         for name in args.arms
         for budget in budgets_of(ARMS[name].training, args.budgets)
         for solver in args.solvers
-        if seed == args.seeds[0] or not {data, name, budget} & set(args.first_seed_only)
+        if f"{data}/{name}" not in args.leave_out
+        and (seed == args.seeds[0] or not {data, name, budget} & set(args.first_seed_only))
     ]
 
 
@@ -443,7 +448,7 @@ def collect(args, series: list[tuple]) -> dict:
         "command": facts.pop("command"),
         "commit": facts.pop("commit"),
         "environment": facts,
-        "left_out": args.left_out,
+        "left_out": sorted(set(args.leave_out)),
         "floors": {data: open_reference(args, data)[3] for data in args.data},
         "points": [json.loads(file.read_text()) for key in series for _, _, file in list_points(args, *key)],
     }

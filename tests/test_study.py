@@ -87,7 +87,10 @@ def test_an_arm_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys,
     monkeypatch.setattr(study.report, "plot", lambda *_: None)
     args = study.parse_args(["--report_only", "--output", str(tmp_path / "study.json")])
     study.main(args)
-    assert "deepcache is left out: pip install DeepCache" in capsys.readouterr().out and "deepcache" not in args.arms
+    assert "deepcache is left out: pip install DeepCache" in capsys.readouterr().out
+    assert "deepcache" not in {name for _, name, *_ in study.list_series(args)}
+    with pytest.raises(SystemExit):
+        study.parse_args(["--leave_out", "digits/deepcach"])
 
 
 def test_what_would_fail_after_the_work_is_refused_before_it(tmp_path):
