@@ -147,9 +147,8 @@ def _describe_trainings(study, data):
     ]
     if fewer:
         sentences.append("Fewer training seeds: " + "; ".join(fewer) + ".")
-    if left_out := [
-        arm for name, _, arm in (entry.partition("/") for entry in study.get("left_out", ())) if name == data
-    ]:
+    entries = [entry.split("/") for entry in study.get("left_out", ())]
+    if left_out := [" at equal ".join(rest) for name, *rest in entries if name == data]:
         sentences.append(f"Left out here: {', '.join(left_out)}.")
     return " ".join(sentences if unit else sentences[1:])
 

@@ -63,7 +63,7 @@ def parse_args(argv=None):
         help="What has one training seed.",
     )
     parser.add_argument(
-        "--leave_out", nargs="+", default=[], metavar="DATA/ARM", help="Arms that a data set goes without."
+        "--leave_out", nargs="+", default=[], metavar="DATA/ARM[/BUDGET]", help="What a data set goes without."
     )
     parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
@@ -78,7 +78,9 @@ def parse_args(argv=None):
     shrink.add_argument("--max_evaluations", type=int, help="Largest N; default: the data set's.")
     shrink.add_argument("--batch_size", type=int, default=250)
     args = parser.parse_args(argv)
-    if unknown := set(args.leave_out) - {f"{data}/{name}" for data in DATA for name in ARMS}:
+    if unknown := set(args.leave_out) - {
+        f"{data}/{name}{budget}" for data in DATA for name in ARMS for budget in ("", "/steps", "/flops")
+    }:
         parser.error(f"argument --leave_out: there is no {', '.join(sorted(unknown))}")
     args.output = args.output or str(Path(args.work_dir, "study.json"))
     return args
@@ -418,7 +420,7 @@ def list_series(args) -> list[tuple]:
         for name in args.arms
         for budget in budgets_of(ARMS[name].training, args.budgets)
         for solver in args.solvers
-        if f"{data}/{name}" not in args.leave_out
+        if not {f"{data}/{name}", f"{data}/{name}/{budget}"} & set(args.leave_out)
         and (seed == args.seeds[0] or not {data, name, budget} & set(args.first_seed_only))
     ]
 

@@ -334,6 +334,10 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     series = study.list_series(args)
     assert {seed for _, name, _, _, seed in series if name == "dual-rate-mmd"} == {0}
     assert {budget for _, _, budget, _, seed in series if seed == 1} == {"steps"}
+    less = study.parse_args(["--data", "digits", "--leave_out", "digits/dual-rate/flops", "digits/feature-reuse"])
+    kept = {(name, budget) for _, name, budget, *_ in study.list_series(less)}
+    assert ("dual-rate", "steps") in kept and ("dual-rate", "flops") not in kept
+    assert ("encoder-sharing", "flops") in kept and "feature-reuse" not in {name for name, _ in kept}
     one = study.parse_args(["--data", "digits", "letters", "--seeds", "0", "1", "--first_seed_only", "letters"])
     assert {data for data, *_, seed in study.list_series(one) if seed == 1} == {"digits"}
     groups = study.list_models(series)
