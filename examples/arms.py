@@ -115,6 +115,7 @@ class Training:
 TRAININGS = {
     "heavy": Training(train_single_rate, ("--network", "heavy")),
     "pair": Training(train_dual_rate),
+    "full-pair": Training(train_dual_rate, changes={"training": {"context_dropout": 0.0}}),
     # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns.
     "converted": Training(
         train_dual_rate,
@@ -273,6 +274,7 @@ ARMS = {
     "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(8, 16, 64, 256), **_FEW}),
     "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(6, 8, 12, 16, 32, 64, 128), **_FEW}),
     "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), (64, 4), *_SHARED["ancestral"])}),
+    "dual-rate-full-context": Arm("full-pair", sample_as_trained, _SHARED),
     "dual-rate-converted": Arm("converted", sample_as_trained, _SHARED),
     "dual-rate-no-context": Arm(
         "pair", sample_without_context, {"ancestral": _single(64), "ddim": _single(16), "dpmsolver++": _single(8)}
