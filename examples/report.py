@@ -49,10 +49,15 @@ def is_rival(arm: str) -> bool:
     return not arm.startswith("dual-rate")
 
 
-def comparisons(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configuration, dict]:
+def is_single_rate(arm: str) -> bool:
+    """Whether an arm is one network as it is trained, in any size and with any solver."""
+    return arm.startswith("single-rate") and not arm.endswith("mmd")
+
+
+def comparisons(study: dict, data: str, budget: str, solvers=SOLVERS, rival=is_rival) -> dict[Configuration, dict]:
     """Every Dual-Rate point held against the front of all other arms, as `front.compare` does, with its FLOPs."""
     grouped = group(study, data, budget, solvers)
-    rivals = [value for key, value in grouped.items() if is_rival(key[0])]
+    rivals = [value for key, value in grouped.items() if rival(key[0])]
     ours = {key: value for key, value in grouped.items() if is_ours(key[0])}
     return {key: {"flops": value[0]} | compare(value, rivals) for key, value in ours.items()} if rivals else {}
 
@@ -101,8 +106,12 @@ def _write_section(study, data):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for budget in budgets_of(study, data):
-        for title, solvers in (("all solvers", SOLVERS), ("ancestral", SOLVERS[:1])):
-            compared = comparisons(study, data, budget, solvers)
+        for title, solvers, rival in (
+            ("all arms", SOLVERS, is_rival),
+            ("single-rate", SOLVERS, is_single_rate),
+            ("all, ancestral", SOLVERS[:1], is_rival),
+        ):
+            compared = comparisons(study, data, budget, solvers, rival)
             own = front_of(group(study, data, budget, solvers), is_ours)
             for key, flops, _ in own:
                 if key in compared:

@@ -68,6 +68,13 @@ def test_a_pair_is_held_against_every_arm_but_the_control():
     (result,) = report.comparisons(make_study(), "letters", "flops").values()
     assert result["verdict"] == "above" and result["ratio"] == pytest.approx(10e6 * 100**0.25 / 100e6)
     assert report.comparisons(make_study(), "letters", "steps", ("ancestral",)) == {}
+    study = make_study()
+    study["points"] += [p | {"arm": "feature-reuse", "fd": 0.1} for p in study["points"] if p["arm"] == "single-rate"]
+    (all_arms,), (single_rate,) = (
+        report.comparisons(study, "letters", "steps", rival=rival).values()
+        for rival in (report.is_rival, report.is_single_rate)
+    )
+    assert all_arms["verdict"] == "above" and single_rate["verdict"] == "below"
 
 
 def test_the_sized_network_matches_where_no_point_lies_below_its_own_front_by_more_than_the_margin():
@@ -86,10 +93,7 @@ def test_an_arm_that_was_trained_for_longer_than_the_heavy_network_is_not_called
             point |= {"training_images": 65, "training_flops": 14}
     assert report.training_of(study, "letters", "dual-rate", "steps") == "more, 2.00 × FLOPs"
     table = report.write_table(study)
-    assert (
-        "| steps | all solvers | dual-rate " not in table
-        and "| more, 2.00 × FLOPs | all solvers | dual-rate " in table
-    )
+    assert "| steps | all arms | dual-rate " not in table and "| more, 2.00 × FLOPs | all arms | dual-rate " in table
     assert "dual-rate (training: more, 2.00 × FLOPs) at 1 of 1 points" in table
 
 
@@ -103,7 +107,7 @@ def test_arms_that_were_left_out_and_a_study_at_equal_flops_alone_are_told():
 def test_the_table_says_what_the_comparison_found():
     table = report.write_table(make_study())
     ratio = 10e6 * 100**0.75 / 100e6
-    row = f"| steps | all solvers | dual-rate ddim 8/2 | 100 | 2.500 | 3.000 | {316.2:.0f} | {ratio:.2f} | below |"
+    row = f"| steps | all arms | dual-rate ddim 8/2 | 100 | 2.500 | 3.000 | {316.2:.0f} | {ratio:.2f} | below |"
     assert row in table.splitlines()
     assert "`fd_local` of 5,000 images, floor 0.123" in table and "sign alone decides" in table
     assert "single-rate ddim 4 4.000 @ 10; single-rate ddim 64 2.000 @ 1000" in table
