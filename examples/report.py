@@ -119,22 +119,29 @@ def _write_section(study, data):
                         _write_row(training_of(study, data, key[0], budget), title, key, flops, compared[key])
                     )
     lines += ["", _describe_trainings(study, data)]
-    for budget in budgets_of(study, data):
-        grouped = group(study, data, budget)
-        rivals = front_of(grouped, is_rival)
+    for budget in [
+        budget for budget in BUDGETS if any((p["data"], p["budget"]) == (data, budget) for p in study["points"])
+    ]:
+        rivals = front_of(group(study, data, budget), is_rival)
         listed = "; ".join(f"{_name(key)} {fd:.3f} @ {flops / 1e6:.0f}" for key, flops, fd in rivals)
-        verdicts = defaultdict(list)
-        for (arm, *_), result in comparisons(study, data, budget).items():
-            verdicts[arm].append(result["verdict"])
-        counts = [
-            f"{arm} (training: {training_of(study, data, arm, budget)}) at {own.count('below')} of {len(own)} points"
-            for arm, own in verdicts.items()
-        ]
-        sentence = f"At equal {budget}, below the front: {'; '.join(counts)}. Front, fd @ MFLOP: {listed}."
+        lines += ["", f"{_count_wins(study, data, budget)} Front, fd @ MFLOP: {listed}."]
         if sized_matches(study, data, budget):
-            sentence += " `single-rate-sized` alone matches every Dual-Rate arm."
-        lines += ["", sentence]
+            lines[-1] += " `single-rate-sized` alone matches every Dual-Rate arm."
     return "\n".join(lines)
+
+
+def _count_wins(study, data, budget):
+    """At how many of its points each Dual-Rate arm lies below the front."""
+    verdicts = defaultdict(list)
+    for (arm, *_), result in comparisons(study, data, budget).items():
+        verdicts[arm].append(result["verdict"])
+    counts = [
+        f"{arm} (training: {training_of(study, data, arm, budget)}) at {own.count('below')} of {len(own)} points"
+        for arm, own in verdicts.items()
+    ]
+    if not counts:
+        return f"At equal {budget} there is no Dual-Rate arm to hold against others."
+    return f"At equal {budget}, below the front: {'; '.join(counts)}."
 
 
 def _describe_trainings(study, data):
