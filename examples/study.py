@@ -183,7 +183,8 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
         preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
     configuration = configuration_of(training, preset)
     if TRAININGS[training].starts:
-        configuration = [configuration, *start_flags(args, data, training, seed)]
+        # By their names, which hold what they were trained with: the work_dir may be moved.
+        configuration = [configuration, *(Path(part).name for part in start_flags(args, data, training, seed))]
     name = f"{training}-{budget}-{seed}-{digest(configuration)}"
     return Path(args.work_dir, data, name), preset
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import distill
+import report
 import train_dual_rate
 import train_single_rate
 
@@ -110,21 +111,36 @@ def test_a_shell_command_of_the_readme_runs(command, tmp_path, monkeypatch):
 def test_the_readme_repeats_the_figures_of_the_cards():
     text = (ROOT / "README.md").read_text()
     nearest_of = re.search(r"of (\d+) samples", text).group(1)
-    reports = {card.name: json.loads((card / "evaluation.json").read_text()) for card in CARDS}
-    for name, report in reports.items():
-        samples = report["samples"][0]
+    evaluations = {card.name: json.loads((card / "evaluation.json").read_text()) for card in CARDS}
+    for name, evaluation in evaluations.items():
+        samples = evaluation["samples"][0]
         (row,) = [line for line in text.splitlines() if line.startswith(f"| [{name}]")]
         nearest = f"{samples[f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
-        v_loss = f"{report['v_loss']['model']:.4f}" if "v_loss" in report else "–"  # a student has none
+        v_loss = f"{evaluation['v_loss']['model']:.4f}" if "v_loss" in evaluation else "–"  # a student has none
         figures = [f"{samples['flops_with_guidance'] / 1e9:.2f}", nearest, v_loss]
         assert [cell.strip() for cell in row.split("|")[3:6]] == figures
         assert f"N = {samples['num_inference_steps']}" in row
-    pair = reports["dualrate-emoji32"]
+    pair = evaluations["dualrate-emoji32"]
     assert f"K = {pair['samples'][0]['num_context_steps']}" in text
     fresh = f"{pair['floor'][f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
     assert f"training\nimages it is {fresh}" in text
     share = f"{pair['v_loss']['share_of_gap_recovered']:.0%}".replace("%", " %")
     assert f"alone has {pair['v_loss']['single_rate_light']:.4f}, so the pair recovers {share} of the gap" in text
+
+
+def test_the_readme_shows_the_study_that_its_json_holds():
+    study = json.loads((ROOT / "examples/study.json").read_text())
+    table = f"{report.MARKERS[0]}\n\n{report.write_table(study)}\n\n{report.MARKERS[1]}"
+    assert table in (ROOT / "README.md").read_text(), (
+        "run: python examples/study.py --report_only --readme README.md, with the arms and data of the file"
+    )
+    assert (ROOT / "examples/study.png").is_file()
+    assert "/tmp" not in study["command"] and study["commit"]
+    for point in study["points"]:
+        floor = study["floors"][point["data"]]
+        assert point["n"] == floor["n"] and point["fd"] > 0 and point["flops"] > 0 and point["training_flops"] > 0
+        heavy = set() if point["K"] is None else {point["K"]}
+        assert point["evaluations"].pop("denoiser") == point["N"] and set(point["evaluations"].values()) == heavy
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
