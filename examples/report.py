@@ -207,50 +207,42 @@ def insert(table: str, path: Path) -> None:
 
 
 def plot(study: dict, path: Path) -> None:
-    """Quality against FLOPs of every arm and solver, the front of all but Dual-Rate, and the spread over seeds."""
+    """Quality against FLOPs: each arm's own front over its solvers, with the spread over seeds, and the front of all rivals."""
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(p["data"] for p in study["points"]))
-    figure, axes = plt.subplots(
-        len(names), len(BUDGETS), figsize=(7 * len(BUDGETS), 5 * len(names)), squeeze=False, layout="constrained"
-    )
+    panels = list(dict.fromkeys((p["data"], p["budget"]) for p in study["points"]))
     arms = list(dict.fromkeys(p["arm"] for p in study["points"]))
-    styles = dict(zip(SOLVERS, ("-o", "--s", ":^"), strict=True))
-    for row, data in zip(axes, names, strict=True):
-        for axis, budget in zip(row, BUDGETS, strict=True):
-            grouped = group(study, data, budget)
-            if not grouped:
-                axis.set_axis_off()
-                continue
-            for arm in arms:
-                for solver in SOLVERS:
-                    own = sorted(value for key, value in grouped.items() if key[:2] == (arm, solver))
-                    if own:
-                        spread = [stdev(fds) if len(fds) > 1 else 0 for _, fds in own]
-                        axis.errorbar(
-                            [flops / 1e6 for flops, _ in own],
-                            [fmean(fds) for _, fds in own],
-                            yerr=spread if any(spread) else None,
-                            fmt=styles[solver],
-                            color="black" if is_ours(arm) else f"C{arms.index(arm)}",
-                            linewidth=1.5 if is_ours(arm) else 0.8,
-                            markersize=4,
-                            capsize=2,
-                            label=f"{arm}, {solver}",
-                        )
-            rivals = front_of(grouped, is_rival)
-            axis.plot(
-                [flops / 1e6 for _, flops, _ in rivals], [fd for *_, fd in rivals], color="grey", linewidth=6, alpha=0.3,
-                label="front of all but Dual-Rate",
-            )  # fmt: skip
-            axis.axhline(study["floors"][data]["fd"], color="grey", linestyle=":", label="floor")
-            axis.set(
-                xscale="log",
-                yscale="log",
-                xlabel="MFLOP per image",
-                ylabel=f"fd_local, n = {study['floors'][data]['n']:,}",
-            )
-            axis.set_title(f"{data}, equal training {budget}")
-    axes[0, -1].legend(fontsize=6, ncols=2)
-    figure.savefig(path, dpi=110)
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 6), squeeze=False, layout="constrained")
+    for axis, (data, budget) in zip(axes[0], panels, strict=True):
+        grouped = group(study, data, budget)
+        for arm in arms:
+            own = [grouped[key] for key, *_ in front_of(grouped, lambda name, arm=arm: name == arm)]
+            if own:
+                spread = [stdev(fds) if len(fds) > 1 else 0 for _, fds in own]
+                axis.errorbar(
+                    [flops / 1e6 for flops, _ in own],
+                    [fmean(fds) for _, fds in own],
+                    yerr=spread if any(spread) else None,
+                    fmt="-s" if is_ours(arm) else "--o",
+                    color=f"C{arms.index(arm) % 10}",
+                    linewidth=2 if is_ours(arm) else 1,
+                    markersize=4,
+                    capsize=2,
+                    label=arm,
+                )
+        rivals = front_of(grouped, is_rival)
+        axis.plot(
+            [flops / 1e6 for _, flops, _ in rivals], [fd for *_, fd in rivals], color="grey", linewidth=6, alpha=0.3,
+            label="front of all but Dual-Rate",
+        )  # fmt: skip
+        axis.axhline(study["floors"][data]["fd"], color="grey", linestyle=":", label="floor")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="MFLOP per image",
+            ylabel=f"fd_local, n = {study['floors'][data]['n']:,}, best solver",
+        )
+        axis.set_title(f"{data}, equal training {budget}")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
