@@ -148,13 +148,7 @@ def main(args):
     averaged = copy.deepcopy(trained).eval()  # will hold the EMA weights, to sample from and to save
     run = Run(accelerator, args, preset, trained, images)
 
-    optimizer = torch.optim.AdamW(
-        trained.parameters(),
-        lr=recipe["learning_rate"],
-        betas=(recipe["adam_beta1"], recipe["adam_beta2"]),
-        eps=recipe["adam_epsilon"],
-        weight_decay=recipe["adam_weight_decay"],
-    )
+    optimizer = training.make_optimizer(trained.parameters(), recipe)
 
     def rate_factor(step):
         """Warm-up, then linear to 0, anew for each phase."""
