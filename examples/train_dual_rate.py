@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
-from diffusers_dualrate.losses import denoising_loss, draw, seed_of
+from diffusers_dualrate.losses import denoising_loss, draw, following_loss, seed_of
 from diffusers_dualrate.runs import Run
 
 
@@ -28,6 +28,11 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--freeze_encoder", action="store_true", help="Train what the encoder hands over, but not what it has learned."
+    )
+    parser.add_argument(
+        "--follow_encoder",
+        action="store_true",
+        help="Freeze it, and learn what it would predict, along the steps that samplers take.",
     )
     return parser.parse_args(argv)
 
@@ -57,7 +62,14 @@ def main(args):
         else:
             context_encoder, denoiser = start.context_encoder, start.denoiser
         recipe["pretrained"] = args.pretrained_model_name_or_path
-    if args.freeze_encoder:
+    if args.follow_encoder:
+        if start is None or not denoiser.config.prediction_hand_over or recipe["context_dropout"]:
+            raise ValueError(
+                "--follow_encoder needs --pretrained_model_name_or_path, networks with prediction_hand_over=true and "
+                "--context_dropout 0."
+            )
+        recipe["follow_encoder"] = True
+    if args.freeze_encoder or args.follow_encoder:
         recipe["freeze_encoder"] = True
         for name, parameter in context_encoder.named_parameters():
             parameter.requires_grad_(name.startswith(("context_heads", "variance")))
@@ -98,9 +110,16 @@ def main(args):
             draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
 
+            if args.follow_encoder:
+                shares = {"deterministic": 0.5, "even_in_log_snr": 0.25}
+                loss_function = following_loss
+            else:
+                shares = {"context_dropout": recipe["context_dropout"]}
+                loss_function = denoising_loss
+
             with accelerator.accumulate(pair):
                 result = pair(
-                    denoising_loss,
+                    loss_function,
                     x,
                     class_labels,
                     draws,
@@ -108,10 +127,10 @@ def main(args):
                     log_snr_rate=log_snr_rate,
                     bias=recipe["bias"],
                     context_steps=recipe["context_steps"],
-                    context_dropout=run.share_of_first(part, recipe["context_dropout"]),
                     label_dropout=recipe["label_dropout"],
                     null_label=images.num_classes,
                     encoder_prediction=averaged.denoiser.handed_over_prediction,
+                    **{name: run.share_of_first(part, share) for name, share in shares.items()},
                 )
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())

@@ -64,4 +64,6 @@ def training_flops(pipe, record, teacher=None):
     each = 3 * target_flops(pipe.denoiser, pipe.context_encoder, context_dropout=dropout)
     if recipe.get("freeze_encoder"):
         each -= (1 - dropout) * (2 * network_flops(pipe.context_encoder) + context_flops(pipe.denoiser))
+    if recipe.get("follow_encoder"):
+        each += network_flops(pipe.context_encoder) + context_flops(pipe.denoiser)
     return round(each * record["images_seen"])

@@ -56,3 +56,28 @@ def test_a_model_that_does_not_fit_the_images_is_refused(single_rate, folder, tm
     with pytest.raises(ValueError, match="must be a single-rate model, but it is a pair"):
         train("single", folder, tmp_path / "single", "--pretrained_model_name_or_path", tmp_path / "pair")
     assert train_single_rate.parse_args(["--preset", "x", "--output_dir", "y"]).pretrained_model_name_or_path is None
+
+
+HAND_OVER = ["--override", "context_encoder.prediction_hand_over=true", "denoiser.prediction_hand_over=true"]
+
+
+def test_a_light_network_learns_to_follow_its_encoder(single_rate, folder, tmp_path):  # noqa: F811
+    """What the encoder knew stays, and on images never seen the denoiser comes to predict what the encoder would."""
+    options = ["--pretrained_model_name_or_path", single_rate, "--follow_encoder", "--context_dropout", 0, *HAND_OVER]
+    train("dual", folder, tmp_path / "pair", *options, "--max_train_steps", 8)
+    before, after = weights(single_rate, "denoiser"), weights(tmp_path / "pair", "context_encoder")
+    known = [name for name in after if name in before]
+    assert any(name.startswith("proj_out") for name in known)
+    assert all(torch.equal(before[name], after[name]) for name in known)
+    train("dual", folder, tmp_path / "start", *options, "--max_train_steps", 0)
+    start = weights(tmp_path / "start", "context_encoder")
+    learned = [name for name in after if name not in before]
+    assert learned and not any(torch.equal(start[name], after[name]) for name in learned if "embedding" not in name)
+
+
+def test_following_an_encoder_that_tells_no_prediction_is_refused(single_rate, folder, tmp_path):  # noqa: F811
+    start = ["--pretrained_model_name_or_path", single_rate]
+    for options in (HAND_OVER, start, [*start, *HAND_OVER, "--context_dropout", 0.5]):
+        dropout = [] if "--context_dropout" in options else ["--context_dropout", 0]
+        with pytest.raises(ValueError, match="--follow_encoder needs --pretrained_model_name_or_path"):
+            train("dual", folder, tmp_path / "pair", "--follow_encoder", *options, *dropout, "--max_train_steps", 1)

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from diffusers_dualrate import diffusion
-from diffusers_dualrate.losses import Draws, denoising_loss, draw, seed_of, sigmoid_weight, window_times
+from diffusers_dualrate.losses import (
+    Draws,
+    denoising_loss,
+    draw,
+    following_loss,
+    seed_of,
+    sigmoid_weight,
+    window_times,
+)
 
 STDS = (0.25, 1.0, 2.0)
 SHAPE = (1, 2, 4)
@@ -360,3 +368,62 @@ def test_without_labels_or_without_a_null_label_nothing_is_dropped():
     loss_of(recorder, x, draws, label_dropout=1.0, null_label=9)
     assert torch.equal(recorder.denoised[0][2], labels)
     assert recorder.denoised[1][2] is None and recorder.encoded[1][2] is None
+
+
+def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
+    """The encoder predicts x̂ = g z, the denoiser v̂ = k z_t + u z_τ; row 0 is a DDIM step with a lag in log-SNR, row 1
+    one with a lag in time, rows 2 and 3 lie on the ancestral chain. Kills: λ_t and λ_τ swapped anywhere; a target from x
+    or from z_τ; the clean image in place of x̂ in the step, or x̂ on the chain; the lag of another row; the weight at τ."""
+    gain, k, u, bias, steps = 0.7, 0.3, -0.2, 0.7, (2, 8)
+    x, labels = 0.4 * torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    draws = Draws(0.02 + 0.96 * torch.rand(4, 4, dtype=torch.float64), *torch.randn(2, 4, *SHAPE, dtype=torch.float64))
+    seen = []
+
+    def denoise(z, log_snr, labels, context, context_log_snr):
+        seen.append((log_snr, context_log_snr))
+        return k * z + u * context
+
+    result = following_loss(
+        denoise, lambda z, log_snr, labels: z, x, labels, draws,
+        bias=bias, context_steps=steps, deterministic=0.5, even_in_log_snr=0.25,
+        encoder_prediction=lambda context: gain * context, **schedule(),
+    )  # fmt: skip
+
+    def level(t):
+        low, high = math.atan(math.exp(-5)), math.atan(math.exp(5))
+        return -2 * math.log(math.tan(low + t * (high - low)))
+
+    losses = []
+    for row in range(4):
+        t, which, lag, _ = draws.uniforms[row].tolist()
+        lag /= steps[int(which * 2)]
+        lam, rate = level(t), (level(t - 1e-6) - level(t + 1e-6)) / 2e-6
+        lam_tau = max(-10.0, lam - 20 * lag) if row == 0 else level(min(1.0, t + lag))
+        assert [part[row].item() for part in seen[0]] == pytest.approx([lam, lam_tau], rel=1e-5)
+        (alpha, sigma), (alpha_tau, sigma_tau) = (
+            (1 / math.sqrt(1 + math.exp(-a)), 1 / math.sqrt(1 + math.exp(a))) for a in (lam, lam_tau)
+        )
+        errors = []
+        pixels = zip(*(part[row].flatten().tolist() for part in (x, draws.eps, draws.eps_tau)), strict=True)
+        for pixel, eps, eps_tau in pixels:
+            z, ratio = alpha * pixel + sigma * eps, alpha_tau / alpha
+            z_tau = ratio * z + math.sqrt(sigma_tau**2 - (ratio * sigma) ** 2) * eps_tau
+            if row < 2:
+                z = alpha * gain * z_tau + sigma * (z_tau - alpha_tau * gain * z_tau) / sigma_tau
+            errors.append(((alpha * z - gain * z) / sigma - (k * z + u * z_tau)) ** 2)
+        weight = 0.5 * rate * math.exp(bias) / (1 + math.exp(bias - lam)) * sigma**2
+        losses.append(weight * sum(errors) / len(errors))
+    assert result.loss.item() == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_the_following_loss_teaches_the_context_but_not_what_the_encoder_predicts():
+    x, draws = balanced_batch(midpoints(4), 1.0)
+    features, prediction = (torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    arguments = dict(deterministic=0.5, even_in_log_snr=0.25, bias=1.0, context_steps=(4,), **schedule())
+    loss = following_loss(
+        lambda z, log_snr, labels, context, context_log_snr: context[0],
+        lambda z, log_snr, labels: (features * z, prediction * z),
+        x, None, draws, encoder_prediction=lambda context: context[1], **arguments,
+    ).loss  # fmt: skip
+    loss.backward()
+    assert features.grad != 0 and prediction.grad is None

@@ -67,6 +67,12 @@ def column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def lags(uniforms: Tensor, context_steps: Sequence[int]) -> Tensor:
+    """Lags U(0, 1/K) [B], K being one of `context_steps`, of the numbers in [0, 1) that `window_times` takes."""
+    _, which, lag = uniforms.unbind(1)
+    return lag / torch.tensor(context_steps, device=lag.device)[(which * len(context_steps)).long()]
+
+
 def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Times (t, τ) as sampling with K refreshes on a uniform grid has them, its offset being random.
 
@@ -77,9 +83,8 @@ def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor
         uniforms: Numbers in [0, 1) [B, 3] for t, K and the lag.
         context_steps: The set that K is drawn from.
     """
-    t, which, lag = uniforms.unbind(1)
-    steps = torch.tensor(context_steps, device=t.device)[(which * len(context_steps)).long()]
-    return t, torch.clamp(t + lag / steps, max=1.0)
+    t = uniforms[:, 0]
+    return t, torch.clamp(t + lags(uniforms, context_steps), max=1.0)
 
 
 def coupled_pair(
@@ -193,3 +198,66 @@ def denoising_loss(
             encoder_loss = judge(v_hat, v, lambda_tau, tau)[1].sum() / len(target)
     v_loss, loss = (torch.cat(values) for values in zip(*parts, strict=True))
     return DenoisingLoss(loss=loss.mean() + encoder_loss, v_loss=v_loss.detach())
+
+
+def following_loss(
+    denoise: Denoise,
+    encode: Encode,
+    x: Tensor,
+    class_labels: Tensor | None,
+    draws: Draws,
+    *,
+    log_snr: Schedule,
+    log_snr_rate: Schedule,
+    bias: float,
+    context_steps: Sequence[int],
+    deterministic: float,
+    even_in_log_snr: float,
+    encoder_prediction: Callable[[object], Tensor],
+    label_dropout: float = 0.0,
+    null_label: int | None = None,
+) -> DenoisingLoss:
+    """Loss of a denoiser that learns what a trained encoder would predict at z_t, from its context at z_τ.
+
+    Beyond the paper, and for an encoder that stays as it is. What it predicts at z_t has none of the noise that a clean
+    image has as a target, so it can be asked for anywhere: in some rows z_t is where a deterministic solver's step leads
+    from z_τ, in the others both lie on one trajectory of the ancestral chain, as in [`denoising_loss`]. Such a pair may
+    be sampled either way.
+
+    Args:
+        denoise: As for [`denoising_loss`], and so are the others that are not named here.
+        encode: (z_τ, λ_τ, labels) → context.
+        deterministic: Share of rows, the first, whose z_t is a DDIM step from z_τ with the encoder's own prediction.
+        even_in_log_snr: Share of rows, the first of those, with a lag that is uniform in log-SNR instead of time, as
+            solvers whose steps are even in log-SNR have it.
+        encoder_prediction: context → x̂, the encoder's own prediction.
+
+    Returns:
+        The loss, and as `v_loss` the distance from the encoder's velocity.
+    """
+    t, tau = window_times(draws.uniforms[:, :3], context_steps)
+    lambda_t, lambda_tau = log_snr(t), log_snr(tau)
+    if class_labels is not None and null_label is not None:
+        class_labels = torch.where(draws.uniforms[:, 3] < label_dropout, null_label, class_labels)
+
+    def is_in_first(share: float) -> Tensor:
+        return torch.arange(len(x), device=x.device) < round(share * len(x))
+
+    # The lag as a share of the times there are becomes the same share of the log-SNRs.
+    lowest, highest = log_snr(torch.ones_like(t)), log_snr(torch.zeros_like(t))
+    evenly = (lambda_t - lags(draws.uniforms[:, :3], context_steps) * (highest - lowest)).maximum(lowest)
+    lambda_tau = torch.where(is_in_first(even_in_log_snr), evenly, lambda_tau)
+
+    level_t, level_tau = column(lambda_t, x), column(lambda_tau, x)
+    z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, level_t, level_tau)
+    context = encode(z_tau, lambda_tau, class_labels)
+    with torch.no_grad():
+        x_tau = encoder_prediction(context)
+        eps = diffusion.eps_from_v(z_tau, diffusion.v_from_x(z_tau, x_tau, level_tau), level_tau)
+        stepped = diffusion.add_noise(x_tau, eps, level_t)
+        z_t = torch.where(column(is_in_first(deterministic), x), stepped, z_t)
+        target = diffusion.v_from_x(z_t, encoder_prediction(encode(z_t, lambda_t, class_labels)), level_t)
+    denoised = denoise(z_t, lambda_t, class_labels, context, lambda_tau)
+    v_loss = (denoised.float() - target).square().flatten(1).mean(1)
+    weight = sigmoid_weight(lambda_t, log_snr_rate(t), bias)
+    return DenoisingLoss(loss=(weight * v_loss).mean(), v_loss=v_loss.detach())
