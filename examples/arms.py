@@ -114,6 +114,11 @@ class Training:
     starts: dict[str, str] = field(default_factory=dict)
 
 
+def _distil_pair(**recipe):
+    """A converted pair distilled from the heavy network that it started from."""
+    return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": "converted"})
+
+
 TRAININGS = {
     "heavy": Training(train_single_rate, ("--network", "heavy")),
     "pair": Training(train_dual_rate),
@@ -137,7 +142,10 @@ TRAININGS = {
     "light": Training(train_single_rate, ("--network", "light")),
     "unet": Training(train_unet, shape=("unet", "unet")),
     "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
-    "pair-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "converted"}),
+    "pair-mmd": _distil_pair(),
+    "pair-mmd-full-rollout": _distil_pair(full_rollout=True),
+    "pair-mmd-4-steps": _distil_pair(num_inference_steps=4, num_context_steps=2),
+    "pair-mmd-2-steps": _distil_pair(num_inference_steps=2, num_context_steps=1),
 }
 
 
@@ -308,4 +316,7 @@ ARMS = {
     # Students have the steps that they were distilled for.
     "single-rate-mmd": Arm("heavy-mmd", sample_as_trained, {"ancestral": _single(8)}),
     "dual-rate-mmd": Arm("pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),
+    "dual-rate-mmd-full-rollout": Arm("pair-mmd-full-rollout", sample_as_trained, {"ancestral": ((8, 2),)}),
+    "dual-rate-mmd-4-steps": Arm("pair-mmd-4-steps", sample_as_trained, {"ancestral": ((4, 2),)}),
+    "dual-rate-mmd-2-steps": Arm("pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
 }

@@ -86,6 +86,22 @@ def test_the_cost_of_a_pair_is_what_its_loss_runs(networks, freeze_encoder):
     assert 0.96 < 100 * counted / cost < 1.001
 
 
+def test_following_an_encoder_costs_one_more_evaluation_of_it(networks):
+    encoder, denoiser, _ = networks
+    pair = TrainablePair(denoiser, encoder.requires_grad_(False)).train()
+    arguments = {"context_steps": (4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": 0.0}
+    arguments |= {
+        "log_snr_rate": lambda t: torch.full_like(t, 2.0),
+        "encoder_prediction": lambda _: torch.zeros(x.shape),
+    }
+    x, draws = torch.randn(ROWS, 3, 8, 8), losses.draw(0, 0, range(ROWS), (3, 8, 8))
+    counted = count(lambda: pair(losses.following_loss, x, LABELS, draws, **SCHEDULE, **arguments).loss)
+    recipe = {"context_dropout": 0.0, "freeze_encoder": True, "follow_encoder": True}
+    record = {"network": "pair", "images_seen": 100, "recipe": recipe}
+    cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), record)
+    assert 0.96 < 100 * counted / cost < 1.001
+
+
 def test_the_auxiliary_has_the_odd_one_of_the_steps_that_alternate():
     recipe = {"pretraining_steps": 2, "max_train_steps": 7, "train_batch_size": 8}
     assert images_by_phase({"recipe": recipe}) == {"pretraining": 16, "auxiliary": 24, "student": 16}
