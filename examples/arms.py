@@ -121,7 +121,7 @@ def _distil_pair(**recipe):
 
 TRAININGS = {
     "heavy": Training(train_single_rate, ("--network", "heavy")),
-    "pair": Training(train_dual_rate),
+    "pair": Training(train_dual_rate, changes={"training": {"context_dropout": 0.0}}),
     # The paper's p, with the rows that see no context costing nothing heavy.
     "dropout-pair": Training(train_dual_rate, changes={"training": {"context_dropout": 0.5}}),
     # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns,
@@ -132,12 +132,12 @@ TRAININGS = {
         changes={
             "context_encoder": {"prediction_hand_over": True},
             "denoiser": {"prediction_hand_over": True},
-            "training": {"max_train_steps": 1500, "context_steps": [2, 4, 8, 16]},
+            "training": {"max_train_steps": 1500, "context_dropout": 0.0, "context_steps": [2, 4, 8, 16]},
         },
         starts={"--pretrained_model_name_or_path": "heavy"},
     ),
     # A pair whose encoder always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
-    "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6]}}),
+    "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
     "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
     "unet": Training(train_unet, shape=("unet", "unet")),

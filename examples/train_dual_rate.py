@@ -3,8 +3,9 @@
     accelerate launch examples/train_dual_rate.py --preset examples/presets/emoji32.json \\
         --dataset_name examples/data/emoji32 --label_column label --output_dir runs/dualrate-emoji32
 
-A trained single-rate model becomes a pair by `--pretrained_model_name_or_path model --freeze_encoder`. The result is a
-folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
+A trained single-rate model becomes a pair by `--pretrained_model_name_or_path model` and `--freeze_encoder`, or
+`--follow_encoder` where its own predictions are learned from. The result is a folder that
+`DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
 import copy
@@ -32,7 +33,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--follow_encoder",
         action="store_true",
-        help="Freeze it, and learn what it would predict, along the steps that samplers take.",
+        help="Freeze it, and learn what it would predict (the reported v_loss is the distance from that), along the "
+        "steps of the ancestral chain and of deterministic solvers.",
     )
     return parser.parse_args(argv)
 
@@ -62,13 +64,18 @@ def main(args):
         else:
             context_encoder, denoiser = start.context_encoder, start.denoiser
         recipe["pretrained"] = args.pretrained_model_name_or_path
+    loss_function, shares = denoising_loss, {"context_dropout": recipe["context_dropout"]}
     if args.follow_encoder:
-        if start is None or not denoiser.config.prediction_hand_over or recipe["context_dropout"]:
+        if start is None:
+            raise ValueError("--follow_encoder needs a trained model: give --pretrained_model_name_or_path.")
+        if recipe["context_dropout"]:
+            raise ValueError(f"--follow_encoder needs --context_dropout 0, got {recipe['context_dropout']}.")
+        if not denoiser.config.prediction_hand_over:
             raise ValueError(
-                "--follow_encoder needs --pretrained_model_name_or_path, networks with prediction_hand_over=true and "
-                "--context_dropout 0."
+                "--follow_encoder needs networks with prediction_hand_over=true, and the pair's have false."
             )
-        recipe["follow_encoder"] = True
+        loss_function, shares = following_loss, {"deterministic": 0.5, "even_in_log_snr": 0.25}
+        recipe["follow_encoder"] = shares
     if args.freeze_encoder or args.follow_encoder:
         recipe["freeze_encoder"] = True
         for name, parameter in context_encoder.named_parameters():
@@ -78,6 +85,8 @@ def main(args):
         context_encoder.enable_gradient_checkpointing()
         denoiser.enable_gradient_checkpointing()
     pair = training.TrainablePair(denoiser, context_encoder).train()
+    if "freeze_encoder" in recipe:
+        context_encoder.eval()  # it stays as it is, without dropout
     averaged = copy.deepcopy(pair).eval()  # will hold the EMA weights, to sample from and to save
     run = Run(accelerator, args, preset, pair, images)
 
@@ -109,13 +118,6 @@ def main(args):
             x, class_labels = batch["pixel_values"], batch.get("class_labels")
             draws = draw(args.seed, step, run.rows(part), x.shape[1:], accelerator.device)
             torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
-
-            if args.follow_encoder:
-                shares = {"deterministic": 0.5, "even_in_log_snr": 0.25}
-                loss_function = following_loss
-            else:
-                shares = {"context_dropout": recipe["context_dropout"]}
-                loss_function = denoising_loss
 
             with accelerator.accumulate(pair):
                 result = pair(

@@ -4,7 +4,8 @@ FLOPs are those of the networks, forwards and backwards: a backward pass is two 
 what the network was given; at a frozen network it stops. Losses, checks and the optimiser are left out.
 """
 
-from diffusers_dualrate.flops import context_flops, network_flops, target_flops
+from diffusers_dualrate import flops
+from diffusers_dualrate.flops import context_flops, network_flops
 
 
 def is_student(record):
@@ -60,10 +61,11 @@ def training_flops(pipe, record, teacher=None):
     if is_student(record):
         each = distillation_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
         return sum(each[phase] * count for phase, count in images_by_phase(record).items())
-    dropout = recipe.get("context_dropout", 0.0)
-    each = 3 * target_flops(pipe.denoiser, pipe.context_encoder, context_dropout=dropout)
-    if recipe.get("freeze_encoder"):
-        each -= (1 - dropout) * (2 * network_flops(pipe.context_encoder) + context_flops(pipe.denoiser))
-    if recipe.get("follow_encoder"):
-        each += network_flops(pipe.context_encoder) + context_flops(pipe.denoiser)
+    each = flops.training_flops(
+        pipe.denoiser,
+        pipe.context_encoder,
+        context_dropout=recipe.get("context_dropout", 0.0),
+        frozen=bool(recipe.get("freeze_encoder")),
+        followed=bool(recipe.get("follow_encoder")),
+    )
     return round(each * record["images_seen"])

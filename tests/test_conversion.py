@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import train_single_rate
-from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate import DualRatePipeline, diffusion
+from diffusers_dualrate.losses import coupled_pair
 from test_training import folder, fresh_accelerator, train  # noqa: F401 (fixtures)
 
 
@@ -61,23 +62,50 @@ def test_a_model_that_does_not_fit_the_images_is_refused(single_rate, folder, tm
 HAND_OVER = ["--override", "context_encoder.prediction_hand_over=true", "denoiser.prediction_hand_over=true"]
 
 
+FOLLOW = ["--follow_encoder", "--context_dropout", 0, *HAND_OVER]
+
+
+def distance_from_the_encoder(folder_):
+    """Mean square between the denoiser's velocity and the encoder's, on the ancestral chain from images of noise."""
+    pair = DualRatePipeline.from_pretrained(folder_)
+    generator = torch.Generator().manual_seed(0)
+    x, eps, eps_tau = torch.randn(3, 64, 3, 16, 16, generator=generator)
+    level, level_tau = torch.tensor(1.0), torch.tensor(-1.0)
+    z, z_tau = coupled_pair(x.clamp(-1, 1), eps, eps_tau, level, level_tau)
+    with torch.no_grad():
+        context = pair.denoiser.project_context(pair.context_encoder(z_tau, level_tau).context)
+        target = diffusion.v_from_x(z, pair.context_encoder(z, level).context[-2], level)
+        return (pair.denoiser(z, level, None, context, level_tau).sample - target).square().mean().item()
+
+
 def test_a_light_network_learns_to_follow_its_encoder(single_rate, folder, tmp_path):  # noqa: F811
-    """What the encoder knew stays, and on images never seen the denoiser comes to predict what the encoder would."""
-    options = ["--pretrained_model_name_or_path", single_rate, "--follow_encoder", "--context_dropout", 0, *HAND_OVER]
-    train("dual", folder, tmp_path / "pair", *options, "--max_train_steps", 8)
-    before, after = weights(single_rate, "denoiser"), weights(tmp_path / "pair", "context_encoder")
+    start, pair = tmp_path / "start", tmp_path / "pair"
+    options = ["--pretrained_model_name_or_path", single_rate, *FOLLOW, "--learning_rate", 0.003]
+    train("dual", folder, start, *options, "--max_train_steps", 0)
+    train("dual", folder, pair, *options, "--max_train_steps", 30)
+    assert distance_from_the_encoder(pair) < 0.9 * distance_from_the_encoder(start)
+    # What the encoder knew stays, what it hands over learns.
+    before, first, after = weights(single_rate, "denoiser"), *(weights(f, "context_encoder") for f in (start, pair))
     known = [name for name in after if name in before]
     assert any(name.startswith("proj_out") for name in known)
     assert all(torch.equal(before[name], after[name]) for name in known)
-    train("dual", folder, tmp_path / "start", *options, "--max_train_steps", 0)
-    start = weights(tmp_path / "start", "context_encoder")
     learned = [name for name in after if name not in before]
-    assert learned and not any(torch.equal(start[name], after[name]) for name in learned if "embedding" not in name)
+    assert learned and not any(torch.equal(first[name], after[name]) for name in learned)
+    # Another loss is another run.
+    with pytest.raises(ValueError, match="another configuration: .*training"):
+        options[2] = "--freeze_encoder"
+        train("dual", folder, pair, *options, "--max_train_steps", 31, "--resume_from_checkpoint", "latest")
 
 
-def test_following_an_encoder_that_tells_no_prediction_is_refused(single_rate, folder, tmp_path):  # noqa: F811
-    start = ["--pretrained_model_name_or_path", single_rate]
-    for options in (HAND_OVER, start, [*start, *HAND_OVER, "--context_dropout", 0.5]):
-        dropout = [] if "--context_dropout" in options else ["--context_dropout", 0]
-        with pytest.raises(ValueError, match="--follow_encoder needs --pretrained_model_name_or_path"):
-            train("dual", folder, tmp_path / "pair", "--follow_encoder", *options, *dropout, "--max_train_steps", 1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (FOLLOW, "needs a trained model: give --pretrained"),
+        ([*FOLLOW, "--context_dropout", 0.5], "needs --context_dropout 0, got 0.5"),
+        (FOLLOW[:3], "prediction_hand_over=true, and the pair's have false"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(options, message, single_rate, folder, tmp_path):  # noqa: F811
+    start = [] if "trained" in message else ["--pretrained_model_name_or_path", single_rate]
+    with pytest.raises(ValueError, match=message):
+        train("dual", folder, tmp_path / "pair", *start, *options, "--max_train_steps", 1)

@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
-from diffusers_dualrate.flops import block_multiply_adds, context_flops, image_flops, network_flops, target_flops
+from diffusers_dualrate.flops import (
+    block_multiply_adds,
+    context_flops,
+    image_flops,
+    network_flops,
+    target_flops,
+    training_flops,
+)
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.training import TrainablePair
 
@@ -203,9 +210,9 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
 
 def test_the_table_of_training_costs_is_what_the_presets_cost():
     text = (PRESETS.parent / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+) \| (1\.\d\d) \| (\d\.\d\d) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\w+) \| (1\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \|$", text, re.MULTILINE)
     assert len(rows) == 5
-    for preset, *costs in rows:
+    for preset, *costs, following in rows:
         context_encoder, denoiser = load(preset)
         heavy = {**context_encoder.config, "context_channels": None, "prediction_hand_over": False}
         with torch.device("meta"):
@@ -213,3 +220,10 @@ def test_the_table_of_training_costs_is_what_the_presets_cost():
         for cost, dropout in zip(costs, (0.0, 0.5), strict=True):
             share = target_flops(denoiser, context_encoder, context_dropout=dropout) / alone
             assert f"{share:.2f}" == cost, preset
+        with torch.device("meta"):
+            encoder, light = (
+                type(network).from_config({**network.config, "prediction_hand_over": True})
+                for network in (context_encoder, denoiser)
+            )
+        share = training_flops(light, encoder, frozen=True, followed=True) / (3 * alone)
+        assert f"{share:.2f}" == following, preset

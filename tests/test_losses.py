@@ -371,22 +371,30 @@ def test_without_labels_or_without_a_null_label_nothing_is_dropped():
 
 
 def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
-    """The encoder predicts x̂ = g z, the denoiser v̂ = k z_t + u z_τ; row 0 is a DDIM step with a lag in log-SNR, row 1
-    one with a lag in time, rows 2 and 3 lie on the ancestral chain. Kills: λ_t and λ_τ swapped anywhere; a target from x
-    or from z_τ; the clean image in place of x̂ in the step, or x̂ on the chain; the lag of another row; the weight at τ."""
-    gain, k, u, bias, steps = 0.7, 0.3, -0.2, 0.7, (2, 8)
+    """The encoder predicts x̂ = sigmoid(λ) (z + label), the denoiser v̂ = k z_t + u z_τ; row 0 is a DDIM step with a lag
+    in log-SNR that reaches the end, row 1 one with a lag in time, rows 2 and 3 lie on the ancestral chain. Kills: λ_t and
+    λ_τ swapped anywhere; a target from x or from z_τ; the clean image in place of x̂ in the step, or x̂ on the chain; the
+    lag of another row; the end left out; labels dropped too often, or not for all three alike; the weight at τ."""
+    k, u, bias, steps = 0.3, -0.2, 0.7, (2, 8)
     x, labels = 0.4 * torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     draws = Draws(0.02 + 0.96 * torch.rand(4, 4, dtype=torch.float64), *torch.randn(2, 4, *SHAPE, dtype=torch.float64))
-    seen = []
+    draws.uniforms[0, :3] = torch.tensor([0.95, 0.1, 0.9])
+    draws.uniforms[:, 3] = torch.tensor([0.1, 0.9, 0.4, 0.6])
+    seen, expected_labels = [], torch.tensor([9, 1, 9, 0])
+
+    def encode(z, log_snr, labels):
+        assert torch.equal(labels, expected_labels)
+        return z, torch.sigmoid(per_row(log_snr)) * (z + per_row(labels))
 
     def denoise(z, log_snr, labels, context, context_log_snr):
+        assert torch.equal(labels, expected_labels)
         seen.append((log_snr, context_log_snr))
-        return k * z + u * context
+        return k * z + u * context[0]
 
     result = following_loss(
-        denoise, lambda z, log_snr, labels: z, x, labels, draws,
-        bias=bias, context_steps=steps, deterministic=0.5, even_in_log_snr=0.25,
-        encoder_prediction=lambda context: gain * context, **schedule(),
+        denoise, encode, x, labels, draws,
+        bias=bias, context_steps=steps, deterministic=0.5, even_in_log_snr=0.25, label_dropout=0.5, null_label=9,
+        encoder_prediction=lambda context: context[1], **schedule(),
     )  # fmt: skip
 
     def level(t):
@@ -403,14 +411,16 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
         (alpha, sigma), (alpha_tau, sigma_tau) = (
             (1 / math.sqrt(1 + math.exp(-a)), 1 / math.sqrt(1 + math.exp(a))) for a in (lam, lam_tau)
         )
-        errors = []
+        label, errors = expected_labels[row].item(), []
         pixels = zip(*(part[row].flatten().tolist() for part in (x, draws.eps, draws.eps_tau)), strict=True)
         for pixel, eps, eps_tau in pixels:
             z, ratio = alpha * pixel + sigma * eps, alpha_tau / alpha
             z_tau = ratio * z + math.sqrt(sigma_tau**2 - (ratio * sigma) ** 2) * eps_tau
             if row < 2:
-                z = alpha * gain * z_tau + sigma * (z_tau - alpha_tau * gain * z_tau) / sigma_tau
-            errors.append(((alpha * z - gain * z) / sigma - (k * z + u * z_tau)) ** 2)
+                x_tau = alpha_tau**2 * (z_tau + label)
+                z = alpha * x_tau + sigma * (z_tau - alpha_tau * x_tau) / sigma_tau
+            x_hat = alpha**2 * (z + label)
+            errors.append(((alpha * z - x_hat) / sigma - (k * z + u * z_tau)) ** 2)
         weight = 0.5 * rate * math.exp(bias) / (1 + math.exp(bias - lam)) * sigma**2
         losses.append(weight * sum(errors) / len(errors))
     assert result.loss.item() == pytest.approx(sum(losses) / 4, rel=1e-5)

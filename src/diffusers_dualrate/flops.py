@@ -132,6 +132,31 @@ def target_flops(
     return light + heavy * (1 - context_dropout)
 
 
+def training_flops(
+    denoiser: UViTDenoiser,
+    context_encoder: UViTContextEncoder | None = None,
+    *,
+    context_dropout: float = 0.0,
+    frozen: bool = False,
+    followed: bool = False,
+) -> float:
+    """FLOPs of training for each denoising target, forwards and backwards, a backward pass being two forward ones.
+
+    Args:
+        denoiser: The network that sees every target.
+        context_encoder: The network that makes the contexts; `None` for a single-rate model.
+        context_dropout: Share p of the rows of a batch that see no context.
+        frozen: Whether the encoder learns nothing but what it hands over, so that it runs forwards only.
+        followed: Whether the denoiser learns what the encoder predicts at t, for which it runs once more.
+    """
+    total = 3 * target_flops(denoiser, context_encoder, context_dropout=context_dropout)
+    if frozen:
+        total -= (1 - context_dropout) * (2 * network_flops(context_encoder) + context_flops(denoiser))
+    if followed:
+        total += network_flops(context_encoder) + context_flops(denoiser)
+    return total
+
+
 def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:
     """Multiply-adds of the main blocks in one evaluation for one image: the paper's unit.
 

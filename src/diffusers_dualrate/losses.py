@@ -3,7 +3,7 @@
 The loss is the weighted bound of SiD2 (arXiv 2410.19324), ½ E_t[ −dλ/dt · e^{λ_t} w(λ_t) ‖x − x̂‖² ] with the sigmoid
 weight w(λ) = sigmoid(b − λ) on ε, written for networks that predict v: ‖x − x̂‖² = σ² ‖v − v̂‖². A denoiser with context
 also sees features of z_τ, τ ≥ t, and z_τ must lie on one trajectory with z_t: noising x a second time would leak
-information that sampling never has.
+information that sampling never has. Beyond the paper, a pair may also learn from a trained encoder's own predictions.
 """
 
 import hashlib
@@ -118,11 +118,11 @@ def sigmoid_weight(log_snr: Tensor, log_snr_rate: Tensor, bias: float) -> Tensor
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    """Result of [`denoising_loss`].
+    """Result of [`denoising_loss`] and [`following_loss`].
 
     Args:
         loss: Weighted loss to minimise, a scalar.
-        v_loss: Mean of (v − v̂)² of each image [B], detached.
+        v_loss: Mean of (v − v̂)² of each image [B], detached, v being the image's velocity or the encoder's.
     """
 
     loss: Tensor
@@ -220,9 +220,9 @@ def following_loss(
     """Loss of a denoiser that learns what a trained encoder would predict at z_t, from its context at z_τ.
 
     Beyond the paper, and for an encoder that stays as it is. What it predicts at z_t has none of the noise that a clean
-    image has as a target, so it can be asked for anywhere: in some rows z_t is where a deterministic solver's step leads
-    from z_τ, in the others both lie on one trajectory of the ancestral chain, as in [`denoising_loss`]. Such a pair may
-    be sampled either way.
+    image has as a target, so it can be asked for anywhere: in some rows z_t is where one deterministic step leads from
+    z_τ, in the others both lie on one trajectory of the ancestral chain, as in [`denoising_loss`]. Such a pair may be
+    sampled either way, though a solver takes several steps where the loss takes one, with the pair's own predictions.
 
     Args:
         denoise: As for [`denoising_loss`], and so are the others that are not named here.
@@ -240,6 +240,8 @@ def following_loss(
     if class_labels is not None and null_label is not None:
         class_labels = torch.where(draws.uniforms[:, 3] < label_dropout, null_label, class_labels)
 
+    assert even_in_log_snr <= deterministic
+
     def is_in_first(share: float) -> Tensor:
         return torch.arange(len(x), device=x.device) < round(share * len(x))
 
@@ -250,6 +252,7 @@ def following_loss(
 
     level_t, level_tau = column(lambda_t, x), column(lambda_tau, x)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, level_t, level_tau)
+    # Before what has no gradient: autocast keeps the weights that it casts, as they were cast first.
     context = encode(z_tau, lambda_tau, class_labels)
     with torch.no_grad():
         x_tau = encoder_prediction(context)

@@ -365,7 +365,10 @@ class DualRatePipeline(DiffusionPipeline):
         if self.scheduler.config.get("prediction_type") != "v_prediction":
             raise ValueError(f"The networks predict v: give {name} prediction_type='v_prediction'.")
         if self.context_encoder is not None:
-            warnings.warn(f"{name} samples off the Markov law that the pair was trained on.", stacklevel=3)
+            warnings.warn(
+                f"{name} samples off the Markov law, which suits only pairs that learned to follow their encoder.",
+                stacklevel=3,
+            )
         if timesteps is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         elif "timesteps" in _parameters(self.scheduler.set_timesteps):

@@ -56,7 +56,7 @@ from .checkpoints import (
     step_of,
 )
 from .data import LabelledImages
-from .flops import context_flops, network_flops, target_flops
+from .flops import context_flops, network_flops, training_flops
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages, Stretch
 from .training import sample_images
@@ -226,10 +226,12 @@ class Run:
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
         # Distillation has costs of its own.
         if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            flops = 3 * target_flops(
+            flops = training_flops(
                 self.averaged.denoiser,
                 self.averaged.context_encoder,
                 context_dropout=self.recipe.get("context_dropout", 0.0),
+                frozen=bool(self.recipe.get("freeze_encoder")),
+                followed=bool(self.recipe.get("follow_encoder")),
             )
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(
