@@ -18,8 +18,9 @@ from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
 README = Path("examples/README.md").read_text(encoding="utf-8")
 COMMANDS = {
     title: re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).splitlines()
-    for title, text in re.findall(r"^## (ImageNet \d+)\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+    for title, text in re.findall(r"^## (ImageNet \d+|Conversion)\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
 }
+CONVERSION = COMMANDS.pop("Conversion")
 TINY = [
     *("context_encoder.level_channels=[8,8,8]", "context_encoder.level_blocks=[1,1,1]"),
     *("context_encoder.context_channels=[8,8,8]", "context_encoder.level_types=['res','res','transformer']"),
@@ -37,6 +38,25 @@ def eight(tmp_path):
     dataset = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(8)]})
     dataset.cast_column("label", datasets.ClassLabel(names=["a", "b"])).save_to_disk(str(tmp_path / "eight"))
     return str(tmp_path / "eight")
+
+
+def run(script, argv):
+    module = importlib.import_module(script)
+    module.main(module.parse_args(argv))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_of_the_conversion_make_a_pair(tmp_path):
+    for command in CONVERSION:
+        script, argv = re.fullmatch(r"accelerate launch examples/(\w+)\.py (.*)", command).groups()
+        argv = [re.sub(r"^runs/", f"{tmp_path}/", argument) for argument in shlex.split(argv)]
+        run(script, [*argv, "--max_train_steps", "1", "--validation_steps", "0"])
+    pair = DualRatePipeline.from_pretrained(tmp_path / "dualrate-digits")
+    record = json.loads((tmp_path / "dualrate-digits" / "training.json").read_text())
+    assert pair.context_encoder.config.prediction_hand_over and record["recipe"]["follow_encoder"]
 
 
 @pytest.mark.slow
@@ -57,10 +77,7 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
         else:
             argv += ["--num_samples", "8", "--num_inference_steps", "2", "--num_context_steps", "1"]
             argv += ["--num_noises", "8", "--cache_dir", str(tmp_path / "cache")]
-        module = importlib.import_module(script)
-        module.main(module.parse_args(argv))
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        run(script, argv)
         scripts.append(script)
     assert scripts == ["train_dual_rate", "train_single_rate", "train_classifier", "evaluate"]
     size = title.removeprefix("ImageNet ")
