@@ -366,7 +366,8 @@ class DualRatePipeline(DiffusionPipeline):
             raise ValueError(f"The networks predict v: give {name} prediction_type='v_prediction'.")
         if self.context_encoder is not None:
             warnings.warn(
-                f"{name} samples off the Markov law, which suits only pairs that learned to follow their encoder.",
+                f"{name} samples off the Markov law: pairs that learned to follow their encoder know its steps, others may "
+                "do better with DualRateScheduler.",
                 stacklevel=3,
             )
         if timesteps is None:
