@@ -378,7 +378,7 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
     k, u, bias, steps = 0.3, -0.2, 0.7, (2, 8)
     x, labels = 0.4 * torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     draws = Draws(0.02 + 0.96 * torch.rand(4, 4, dtype=torch.float64), *torch.randn(2, 4, *SHAPE, dtype=torch.float64))
-    draws.uniforms[0, :3] = torch.tensor([0.95, 0.1, 0.9])
+    draws.uniforms[:2, :3] = torch.tensor([[0.95, 0.1, 0.9], [0.4, 0.7, 0.8]])
     draws.uniforms[:, 3] = torch.tensor([0.1, 0.9, 0.4, 0.6])
     seen, expected_labels = [], torch.tensor([9, 1, 9, 0])
 
@@ -401,7 +401,7 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
         low, high = math.atan(math.exp(-5)), math.atan(math.exp(5))
         return -2 * math.log(math.tan(low + t * (high - low)))
 
-    losses = []
+    losses, v_losses = [], []
     for row in range(4):
         t, which, lag, _ = draws.uniforms[row].tolist()
         lag /= steps[int(which * 2)]
@@ -422,7 +422,9 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
             x_hat = alpha**2 * (z + label)
             errors.append(((alpha * z - x_hat) / sigma - (k * z + u * z_tau)) ** 2)
         weight = 0.5 * rate * math.exp(bias) / (1 + math.exp(bias - lam)) * sigma**2
-        losses.append(weight * sum(errors) / len(errors))
+        v_losses.append(sum(errors) / len(errors))
+        losses.append(weight * v_losses[-1])
+    assert result.v_loss.tolist() == pytest.approx(v_losses, rel=1e-5)
     assert result.loss.item() == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
