@@ -129,6 +129,16 @@ class DenoisingLoss:
     v_loss: Tensor
 
 
+def _drop_labels(class_labels: Tensor | None, draws: Draws, rate: float, null_label: int | None) -> Tensor | None:
+    if class_labels is None or null_label is None:
+        return class_labels
+    return torch.where(draws.uniforms[:, 3] < rate, null_label, class_labels)
+
+
+def _v_loss(denoised: Tensor, v: Tensor) -> Tensor:
+    return (denoised.float() - v).square().flatten(1).mean(1)
+
+
 def denoising_loss(
     denoise: Denoise,
     encode: Encode | None,
@@ -171,11 +181,10 @@ def denoising_loss(
     lambda_t, lambda_tau = log_snr(t), log_snr(tau)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, column(lambda_t, x), column(lambda_tau, x))
     target = diffusion.v_from_x_eps(x, draws.eps, column(lambda_t, x))
-    if class_labels is not None and null_label is not None:
-        class_labels = torch.where(draws.uniforms[:, 3] < label_dropout, null_label, class_labels)
+    class_labels = _drop_labels(class_labels, draws, label_dropout, null_label)
 
     def judge(denoised: Tensor, v: Tensor, log_snr_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        v_loss = (denoised.float() - v).square().flatten(1).mean(1)
+        v_loss = _v_loss(denoised, v)
         return v_loss, sigmoid_weight(log_snr_t, log_snr_rate(times), bias) * v_loss
 
     free = len(x) if encode is None else round(context_dropout * len(x))
@@ -237,8 +246,7 @@ def following_loss(
     """
     t, tau = window_times(draws.uniforms[:, :3], context_steps)
     lambda_t, lambda_tau = log_snr(t), log_snr(tau)
-    if class_labels is not None and null_label is not None:
-        class_labels = torch.where(draws.uniforms[:, 3] < label_dropout, null_label, class_labels)
+    class_labels = _drop_labels(class_labels, draws, label_dropout, null_label)
 
     assert even_in_log_snr <= deterministic
 
@@ -261,6 +269,6 @@ def following_loss(
         z_t = torch.where(column(is_in_first(deterministic), x), stepped, z_t)
         target = diffusion.v_from_x(z_t, encoder_prediction(encode(z_t, lambda_t, class_labels)), level_t)
     denoised = denoise(z_t, lambda_t, class_labels, context, lambda_tau)
-    v_loss = (denoised.float() - target).square().flatten(1).mean(1)
+    v_loss = _v_loss(denoised, target)
     weight = sigmoid_weight(lambda_t, log_snr_rate(t), bias)
     return DenoisingLoss(loss=(weight * v_loss).mean(), v_loss=v_loss.detach())
