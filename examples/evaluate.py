@@ -36,6 +36,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from diffusers_dualrate import DualRatePipeline, __version__, training
 from diffusers_dualrate.data import Augmentation
@@ -178,8 +180,13 @@ def environment(accelerator):
 
 
 def read_record(model, name):
-    """A JSON file beside the weights, where it is at hand."""
+    """A JSON file beside the weights, in a folder or on the Hub; `None` where there is none."""
     record = Path(model) / name
+    if not Path(model).is_dir():
+        try:
+            record = Path(hf_hub_download(model, name))
+        except EntryNotFoundError:
+            return None
     return json.loads(record.read_text()) if record.is_file() else None
 
 

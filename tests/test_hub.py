@@ -488,3 +488,26 @@ def test_without_the_hub_what_is_not_cached_is_named(visit_without_hub):
     assert "org/uncached" in visit_without_hub.error("not cached")
     assert "fp16" in visit_without_hub.error("variant not cached")
     assert "diffusion_pytorch_model" in visit_without_hub.error("plain weights not cached")
+
+
+def test_an_evaluation_finds_the_records_of_a_model_on_the_hub(hub, folders, environment, tmp_path):
+    record = {"network": "pair", "images_seen": 8}
+    shutil.copytree(folders["pair"], tmp_path / "trained")
+    (tmp_path / "trained/training.json").write_text(json.dumps(record))
+    hub.add_repo("org/trained", tmp_path / "trained")
+    code = """
+import json
+from evaluate import read_record
+print(json.dumps([read_record("org/trained", name) for name in ("training.json", "evaluation.json")]))
+"""
+    paths = f"{Path(diffusers_dualrate.__file__).parents[1]}:{ROOT / 'examples'}"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == [record, None]
