@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import arms
+import jobs
 import study
 import train_unet
 from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser
@@ -199,7 +200,7 @@ def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
         done.append(name)
 
     with pytest.raises(RuntimeError, match="1 jobs of 3 failed.*bad.*broken"):
-        study.run_jobs(SimpleNamespace(work_dir=tmp_path, jobs=1), job, [("one",), ("bad",), ("two",)])
+        jobs.run_jobs(SimpleNamespace(work_dir=tmp_path, jobs=1), job, [("one",), ("bad",), ("two",)])
     assert done == ["one", "two"] and "failed: bad" in capsys.readouterr().out
 
 
@@ -213,16 +214,16 @@ def nap(args, name):
     time.sleep(60)
 
 if __name__ == "__main__":
-    import nap, study
+    import jobs, nap
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    study.run_jobs(SimpleNamespace(work_dir=sys.argv[1], jobs=2), nap.nap, [("first",), ("second",), ("third",)])
+    jobs.run_jobs(SimpleNamespace(work_dir=sys.argv[1], jobs=2), nap.nap, [("first",), ("second",), ("third",)])
 """
 
 
 @pytest.mark.slow
 def test_a_study_that_is_told_to_stop_leaves_no_worker_behind(tmp_path):
     (tmp_path / "nap.py").write_text(NAP)
-    path = os.pathsep.join([str(tmp_path), str(Path(study.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(Path(jobs.__file__).parent), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "nap.py", tmp_path], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
     )
