@@ -86,7 +86,7 @@ DATA = {
     "emoji32": Data(
         "emoji32",
         str(EXAMPLES / "data/emoji32"),
-        {"level_channels": [12, 20, 48, 112], "level_blocks": [1, 1, 1, 1]},
+        {"level_channels": [12, 20, 48, 120], "level_blocks": [1, 1, 1, 1]},
         _unet(32, 3, 8, 20, 48, 96),
         num_samples=500,
         max_evaluations=64,
