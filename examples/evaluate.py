@@ -179,6 +179,13 @@ def environment(accelerator):
     }
 
 
+def describe_floor(args):
+    """In words, which real images the floor and the v-loss are measured with."""
+    if args.dataset_name == "letters":
+        return "other letters, drawn afresh"
+    return f"split {args.floor_split}" if args.floor_split else "the same images, augmented again"
+
+
 def read_record(model, name):
     """A JSON file beside the weights, in a folder or on the Hub; `None` where there is none."""
     record = Path(model) / name
@@ -232,7 +239,7 @@ def main(args):
             "images": len(images),
             "classes": images.num_classes,
             "reference": f"{num_reference} images of split {args.reference_split}",
-            "floor": f"split {args.floor_split}" if args.floor_split else "the same images, augmented again",
+            "floor": describe_floor(args),
         },
         "references": {distance_name(name): "images augmented as in training" for name in own}
         | {distance_name(name): "images as they are" for name in published},

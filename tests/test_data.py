@@ -3,9 +3,11 @@
 import io
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -317,6 +319,13 @@ def test_a_data_set_saved_to_disk_is_opened_alone_or_by_its_split(tmp_path):
     assert len(load_images(str(tmp_path / "splits"), split="test")) == 1
     with pytest.raises(ValueError, match="no split 'valid'; it has train, test"):
         load_images(str(tmp_path / "splits"), split="valid")
+    with pytest.raises(ValueError, match="is one split, None, and has no 'valid'"):
+        load_images(str(tmp_path / "alone"), split="valid")
+
+
+def test_digits_can_be_streamed():
+    rows = list(load_images("digits", label_column="label", split="floor", streaming=True).take(3))
+    assert [row["label"] for row in rows] == load_images("digits", split="floor")[:3]["label"]
 
 
 def test_lists_from_json_describe_the_same_augmentation():
@@ -453,6 +462,29 @@ def test_a_row_without_a_file_is_named_by_its_number(on_corrupt):
     else:
         with pytest.warns(UserWarning):
             assert LabelledImages(dataset, 8, on_corrupt="skip").corrupt == ["row 1", "row 2"]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+@pytest.mark.parametrize("exif", [b"", b"Exif", b"MM\x00\x2a", b"II*\x00\xff\xff\xff\xff"])
+def test_damaged_exif_data_do_not_make_an_image_corrupt(exif):
+    png = encode(make_pixels())
+    chunk = b"eXIf" + exif
+    chunk = len(exif).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    damaged = png[:33] + chunk + png[33:]  # behind the header
+    images = LabelledImages(make_dataset([png, damaged]), 8)
+    assert torch.equal(images[0]["pixel_values"], images[1]["pixel_values"])
+
+
+def test_a_file_that_cannot_be_reached_is_no_corrupt_image(tmp_path, monkeypatch):
+    write_folder(tmp_path, {"0.png": make_pixels()})
+    dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.png")]}).cast_column("image", datasets.Image())
+
+    def unreachable(path):
+        raise ConnectionResetError("the peer left")
+
+    monkeypatch.setattr(fsspec, "open", unreachable)
+    with pytest.raises(RuntimeError, match=r"0\.png' cannot be read: the peer left"):
+        LabelledImages(dataset, 8, on_corrupt="skip")
 
 
 def test_a_set_of_which_nothing_can_be_decoded_is_refused():

@@ -317,6 +317,17 @@ def test_evaluate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mea
         measure(flag, 0)
 
 
+def test_an_extractor_whose_package_is_missing_says_so_too(measure, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ValueError, match="FD with DINOv2 needs the package transformers: `pip install transformers`"):
+        measure("--dinov2", "nobody/nothing")
+    with pytest.raises(
+        ValueError, match="FID needs Inception, which `pip install torchmetrics torch-fidelity` brings"
+    ):
+        measure("--inception")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -324,7 +335,7 @@ def test_evaluate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mea
         (["--classifier", "nowhere.safetensors"], "no classifier 'nowhere.safetensors': examples/train_classifier.py"),
         pytest.param(
             ["--inception"],
-            "FID needs Inception, which `pip install torch-fidelity` brings",
+            "FID needs Inception, which `pip install torchmetrics torch-fidelity` brings",
             marks=pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is at hand"),
         ),
     ],
@@ -401,6 +412,16 @@ def test_a_classifier_that_ships_is_small_and_knows_unseen_images_of_its_data(na
     assert path.stat().st_size < 1.5e6
     facts = ImageClassifier.load(path).facts
     assert facts["held_out_images"] > 100 and facts["held_out_accuracy"] > {"emoji32": 0.3}.get(name, 0.95)
+
+
+def test_every_figure_that_ships_was_measured_with_the_classifier_that_ships():
+    study = json.loads(Path("examples/study.json").read_text())
+    used = {name: floor["classifier"] for name, floor in study["floors"].items()}
+    for path in Path("model_cards").glob("*/evaluation.json"):
+        classifier = json.loads(path.read_text())["classifier"]
+        name = Path(classifier["file"]).stem
+        assert used.setdefault(name, classifier["sha256"]) == classifier["sha256"]
+    assert used == {name: file_hash(f"examples/classifiers/{name}.safetensors") for name in used}
 
 
 def test_the_classifier_of_the_digits_reads_them():

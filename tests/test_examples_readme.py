@@ -32,11 +32,12 @@ TINY = [
 
 @pytest.fixture
 def eight(tmp_path):
-    """Folder of a data set of eight images in two classes."""
+    """Folder of a data set of eight images in two classes, which are their own validation split."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(8)]
     dataset = datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(8)]})
-    dataset.cast_column("label", datasets.ClassLabel(names=["a", "b"])).save_to_disk(str(tmp_path / "eight"))
+    dataset = dataset.cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    datasets.DatasetDict(train=dataset, validation=dataset).save_to_disk(str(tmp_path / "eight"))
     return str(tmp_path / "eight")
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import train_single_rate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, training
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.runs import Run
 
 SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
 
@@ -122,6 +125,11 @@ def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tm
     assert pipe.id2label == {0: "cat", 1: "dog"}
     assert (pipe.context_encoder is None) == (script == "single")
     assert pipe.config.num_inference_steps == 4
+    raw, averaged = (load_file(tmp_path / f"checkpoint-4/{name}.safetensors") for name in ("model", "ema"))
+    keys = [name for name, _ in pipe.denoiser.named_parameters()]
+    for i, (name, parameter) in enumerate(pipe.denoiser.named_parameters()):
+        assert torch.equal(parameter, averaged[str(i)]), name
+    assert any(not torch.equal(raw[f"denoiser.{name}"], pipe.denoiser.get_parameter(name)) for name in keys)
     image = pipe("dog", output_type="pt", generator=torch.Generator().manual_seed(0)).images
     assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"0000002.png", "0000004.png"}
@@ -237,6 +245,32 @@ def test_a_run_that_goes_back_sets_the_checkpoints_after_that_aside(folder, tmp_
     assert kept == {"checkpoint-2", "abandoned-checkpoint-2", "abandoned-checkpoint-3"}
 
 
+def test_a_run_that_goes_on_from_another_folder_sets_its_own_newer_checkpoints_aside(folder, tmp_path):
+    every = ["--checkpointing_steps", 1]
+    train("single", folder, tmp_path / "a", *every, "--max_train_steps", 1)
+    train("single", folder, tmp_path / "b", *every, "--max_train_steps", 3)
+    back = ["--resume_from_checkpoint", tmp_path / "a/checkpoint-1", "--checkpoints_total_limit", 1]
+    train("single", folder, tmp_path / "b", *every, *back, "--max_train_steps", 2)
+    kept = {path.name for path in (tmp_path / "b").glob("*checkpoint*")}
+    assert kept == {"checkpoint-2", "abandoned-checkpoint-2", "abandoned-checkpoint-3"}
+
+
+def test_a_kill_while_the_record_of_a_run_is_written_again_does_not_take_the_run(folder, tmp_path, monkeypatch):
+    train("single", folder, tmp_path, "--max_train_steps", 1)
+    write_text, resume = Path.write_text, ["--resume_from_checkpoint", "latest", "--max_train_steps", 2]
+
+    def tear(path, text, **options):
+        write_text(path, text[:40] if path.name.endswith("run.json") else text, **options)
+        if path.name.endswith("run.json"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", tear)
+        train("single", folder, tmp_path, *resume)
+    train("single", folder, tmp_path, *resume)
+    assert find_damage(tmp_path / "checkpoint-2") is None
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder, tmp_path):
     train("single", folder, tmp_path, "--max_train_steps", 1)
     kept = weights(tmp_path)
@@ -327,11 +361,24 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_pat
     assert find_damage(tmp_path / "checkpoint-2") is None
 
 
+def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_good_state(
+    folder, tmp_path, monkeypatch
+):
+    def save(grid, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="No space left") as caught:
+        train("dual", folder, tmp_path, "--checkpointing_steps", 1, "--validation_steps", 2)
+    assert caught.value.__notes__ == [f"The run ended at step 2; the last good state is {tmp_path / 'checkpoint-2'}."]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--label_column", "kind"], "no column 'kind'"),
         (["--num_classes", 1], "has the label 1 in the column 'label', outside of the 1 classes"),
+        (["--num_classes", 1, "--streaming"], "column 'label' names 2 classes, more than the 1 given"),
         (["--checkpointing_steps", 0], "checkpointing_steps must be at least 1, got 0"),
         (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
         (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
@@ -343,6 +390,20 @@ def test_what_cannot_work_is_refused_before_the_first_step(folder, tmp_path, opt
     at_loss("single", 1, lambda result: pytest.fail("A step was made."))
     with pytest.raises(ValueError, match=message):
         train("single", folder, tmp_path, *options)
+
+
+@pytest.mark.parametrize(
+    ("images", "dropout", "is_refused"), [(1, 0.5, True), (2, 0.7, True), (2, 0.5, False), (1, 1.0, False)]
+)
+def test_a_process_whose_rows_would_all_lack_context_is_refused(folder, tmp_path, images, dropout, is_refused):
+    """Its encoder would have no gradient, which DistributedDataParallel waits for."""
+    args = train_dual_rate.parse_args(
+        arguments(folder, tmp_path, "--train_batch_size", images, "--context_dropout", dropout, "--seed", 1)
+    )
+    accelerator = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1)
+    refused = pytest.raises(ValueError, match=f"With {images} images per process and forward pass and context_dropout")
+    with refused if is_refused else pytest.raises(AttributeError):  # what comes next needs more of an Accelerator
+        Run(accelerator, args, training.read_preset(args), torch.nn.Module(), [0])
 
 
 def test_a_preset_without_a_part_is_refused(folder, tmp_path):

@@ -128,9 +128,11 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     shutil.copytree(folder, tmp_path / "images")
     (tmp_path / "images/a/12.png").write_bytes(b"no image")  # which both of two processes find
     folder = tmp_path / "images"
-    options = ["--learning_rate", 1e-4, "--override", "training.lr_warmup_steps=0", "--on_corrupt", "skip"]
+    options = ["--learning_rate", 1e-4, "--override", "training.lr_warmup_steps=3", "--on_corrupt", "skip"]
     assert run("train_dual_rate", arguments(folder, tmp_path / "one", *options)) == [0]
     assert run("train_dual_rate", arguments(folder, tmp_path / "two", *options), 2) == [0, 0]
+    rates = [torch.load(tmp_path / name / "checkpoint-4/scheduler.bin")["_last_lr"] for name in ("one", "two")]
+    assert rates[0] == rates[1]
     one, two = (load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key in one:
@@ -164,6 +166,23 @@ def test_torchrun_passes_a_signal_on_and_leaves_a_checkpoint(folder, tmp_path):
     [checkpoint] = list_checkpoints(tmp_path)
     assert step_of(checkpoint) >= 3 and find_damage(checkpoint) is None
     assert (checkpoint / "random_states_1.pkl").is_file()
+
+
+def test_a_signal_to_the_whole_job_leaves_its_data_workers_to_the_run(folder, tmp_path):
+    command = [sys.executable, "examples/train_single_rate.py", *arguments(folder, tmp_path)]
+    command += ["--dataloader_num_workers", "2", "--max_train_steps", "1000000", "--checkpointing_steps", "1000000"]
+    command += ["--validation_steps", "3"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        while job.poll() is None and not (tmp_path / "samples").exists():
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait(60) == 128 + signal.SIGTERM
+    finally:
+        job.kill()
+    [checkpoint] = list_checkpoints(tmp_path)
+    assert step_of(checkpoint) >= 3 and find_damage(checkpoint) is None
 
 
 def test_a_run_publishes_its_model_its_record_and_its_samples_and_nothing_else(folder, tmp_path):

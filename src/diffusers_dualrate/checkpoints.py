@@ -120,10 +120,13 @@ def claim_folder(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / _RECORD).write_text(json.dumps(configuration, indent=2) + "\n")
+        # A kill while the record is written again must not take the run with it.
+        partial = output_dir / f".{_RECORD}"
+        partial.write_text(json.dumps(configuration, indent=2) + "\n")
+        partial.replace(output_dir / _RECORD)
         if resume_from_checkpoint == "latest":
             chosen = find_newest(output_dir)
-        elif chosen is not None and chosen.resolve().parent == output_dir.resolve():
+        elif chosen is not None:
             # Else newer ones would count as the newest, and those still to come be removed before them.
             for newer in list_checkpoints(output_dir):
                 if step_of(newer) > step_of(chosen):

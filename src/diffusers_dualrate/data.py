@@ -5,6 +5,7 @@ function of (seed, epoch, index) alone: no order of access, number of workers or
 """
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -62,12 +63,15 @@ def load_images(
         raise ValueError(f"One of `dataset_name` {dataset_name!r} and `train_data_dir` {train_data_dir!r} is needed.")
     if dataset_name == "digits":
         dataset = _load_digits(split)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None and any(Path(dataset_name, name).is_file() for name in _SAVED):
         dataset = load_from_disk(dataset_name)
         if isinstance(dataset, dict):
             if split not in dataset:
                 raise ValueError(f"The data set {dataset_name!r} has no split {split!r}; it has {', '.join(dataset)}.")
             dataset = dataset[split]
+        elif split not in ("train", str(dataset.split)):
+            raise ValueError(f"The data set {dataset_name!r} is one split, {dataset.split}, and has no {split!r}.")
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None:
         dataset = load_dataset(dataset_name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
@@ -144,17 +148,17 @@ class ImageReader:
             file: Bytes, path or both, as `datasets` has them undecoded.
             row: Number of the row, to name it.
         """
-        import fsspec  # `datasets` brings it; a stream's path may be remote, or inside an archive
-
         file = file or {"bytes": None, "path": None}
+        content = file["bytes"]
         try:
-            if file["bytes"] is None and file["path"] is None:
+            if content is None and file["path"] is None:
                 raise ValueError("the row is empty")
-            with fsspec.open(file["path"]) if file["bytes"] is None else io.BytesIO(file["bytes"]) as data:
-                with Image.open(data) as image:
-                    if image.mode.startswith(DEEP_MODES):
-                        raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-                    image = ImageOps.exif_transpose(image).convert("RGBA")
+            if content is None:
+                content = _read(file["path"])
+            with Image.open(io.BytesIO(content)) as image:
+                if image.mode.startswith(DEEP_MODES):
+                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+                image = _turn_upright(image).convert("RGBA")
         except DECODING_ERRORS as error:
             name = name_image(file, row)
             reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
@@ -270,6 +274,31 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         if self._labels is not None:
             item["class_labels"] = torch.tensor(self._labels[row])
         return item
+
+
+def _read(path: str) -> bytes:
+    """Content of a file, which may be remote, or inside an archive.
+
+    Raises:
+        RuntimeError: If it is there, but cannot be reached now: that is no corrupt image, which might be left out.
+    """
+    import fsspec  # `datasets` brings it
+
+    try:
+        with fsspec.open(path) as data:
+            return data.read()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except OSError as error:
+        raise RuntimeError(f"The image {path!r} cannot be read: {error}.") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF data say that it was held; damaged ones turn nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (struct.error, KeyError, TypeError, *DECODING_ERRORS):
+        return image
 
 
 def name_image(file: dict | None, row: int) -> str:

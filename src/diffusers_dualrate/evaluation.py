@@ -213,12 +213,14 @@ def load_dinov2(name: str | Path, device: torch.device | str = "cpu") -> Callabl
         device: Where it runs.
 
     Raises:
-        ValueError: If the weights are not at hand.
+        ValueError: If the package or the weights are not at hand.
     """
-    from transformers import AutoModel
-
     try:
+        from transformers import AutoModel
+
         network = AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+    except ModuleNotFoundError as error:
+        raise ValueError("FD with DINOv2 needs the package transformers: `pip install transformers`.") from error
     except OSError as error:
         raise ValueError(
             f"The weights of DINOv2 {str(name)!r} are not at hand: `hf download facebook/dinov2-large` fetches them where "
@@ -240,14 +242,14 @@ def load_inception(device: torch.device | str = "cpu") -> Callable[[Tensor], Ten
     """Feature function of the Inception network of FID: images [B, C, H, W] in [-1, 1] to features [B, 2048].
 
     Raises:
-        ValueError: If torch-fidelity, which brings it, is not installed, or the weights are not at hand.
+        ValueError: If torchmetrics or torch-fidelity, which bring it, is not installed, or the weights are not at hand.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
         network = FrechetInceptionDistance(feature=2048).inception.to(device)
     except ModuleNotFoundError as error:
-        raise ValueError("FID needs Inception, which `pip install torch-fidelity` brings.") from error
+        raise ValueError("FID needs Inception, which `pip install torchmetrics torch-fidelity` brings.") from error
     except OSError as error:
         raise ValueError(
             f"The weights of Inception are not at hand, torch-fidelity fetches them once: {error}."

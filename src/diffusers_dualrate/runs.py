@@ -64,6 +64,12 @@ from .training import sample_images
 LOGGING_STEPS = 50
 
 
+def _leave_signals(worker: int) -> None:
+    """Lets a data worker live through a signal to all processes of a job: the run ends it, after its checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Run:
     """One training run in one folder, the same on every process.
 
@@ -106,6 +112,12 @@ class Run:
                 f"The preset's train_batch_size {self.recipe['train_batch_size']} is not divisible by "
                 f"{accelerator.num_processes} processes times {accelerator.gradient_accumulation_steps} parts of a step."
             )
+        size, dropped = self.recipe["train_batch_size"], self.recipe.get("context_dropout", 0.0)
+        if accelerator.num_processes > 1 and size - self.parts < round(dropped * size) < size:
+            raise ValueError(
+                f"With {size // self.parts} images per process and forward pass and context_dropout {dropped} some would "
+                "see no context at all: give each process more images."
+            )
         self._count = None if isinstance(images, StreamedImages) else len(images)
         self.checkpoint = self._claim_folder(networks)
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
@@ -146,10 +158,12 @@ class Run:
             if workers > 1:
                 raise ValueError(f"A stream is read by one worker at most, not by {workers}.")
             stretch = Stretch(self.images, self._position, max(0, steps - self.step), size, self.parts)
-            return DataLoader(stretch, size // self.parts, num_workers=workers, drop_last=True)
+            return DataLoader(
+                stretch, size // self.parts, num_workers=workers, drop_last=True, worker_init_fn=_leave_signals
+            )
         order = ShuffledIndices(len(self.images), self.args.seed, self.step * size, steps * size)
         batches = DealtBatches(order, size // self.parts, self.parts)
-        return DataLoader(self.images, batch_sampler=batches, num_workers=workers)
+        return DataLoader(self.images, batch_sampler=batches, num_workers=workers, worker_init_fn=_leave_signals)
 
     def load(self, ema: EMAModel) -> None:
         """Restore what `prepare` returned and the EMA weights from the checkpoint, if there is one to resume from."""
@@ -203,11 +217,21 @@ class Run:
             handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Exception as error:
+            if isinstance(error, OSError):  # a full disk, mostly
+                error.add_note(f"The run ended at step {self.step}; the last good state is {self._last_good_state()}.")
+            for tracker in self.accelerator.trackers:  # what was logged is kept
+                tracker.finish()
+            raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._progress.close()
         self.accelerator.end_training()
+
+    def _last_good_state(self):
+        checkpoints = list_checkpoints(self.output_dir)
+        return checkpoints[-1] if checkpoints else "none"
 
     def _ask_to_stop(self, number, frame):
         self._signal = number
@@ -271,9 +295,8 @@ class Run:
         flags = torch.stack([is_bad.float(), torch.full_like(is_bad, self._signal is not None, dtype=torch.float32)])
         is_bad, self.is_stopping = (self.accelerator.reduce(flags, "sum") > 0).tolist()
         if is_bad:
-            last = list_checkpoints(self.output_dir)
             raise ValueError(
-                f"The training diverged at step {self.step}; the last good state is {last[-1] if last else 'none'}."
+                f"The training diverged at step {self.step}; the last good state is {self._last_good_state()}."
             )
 
     def finish_step(self, **scalars: float) -> None:

@@ -55,6 +55,11 @@ class StreamedImages(ImageReader):
         self.id2label = None
         if label_column is not None:
             self.id2label = name_classes(dataset.features[label_column], label_column, num_classes)
+            names = getattr(dataset.features[label_column], "names", [])
+            if len(names) > len(self.id2label):  # its labels are met only as they come
+                raise ValueError(
+                    f"The column {label_column!r} names {len(names)} classes, more than the {num_classes} given."
+                )
         self.num_classes = None if self.id2label is None else len(self.id2label)
         self._columns = [column for column in (image_column, label_column) if column is not None]
         rows = undecoded(dataset, *self._columns)
