@@ -1,7 +1,7 @@
 """The study's table and plot, made from its JSON file alone."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -51,7 +51,12 @@ def is_rival(arm: str) -> bool:
 
 def is_single_rate(arm: str) -> bool:
     """Whether an arm is one network as it is trained, in any size and with any solver."""
-    return arm.startswith("single-rate") and not arm.endswith("mmd")
+    return arm.startswith("single-rate") and not is_student(arm)
+
+
+def is_student(arm: str) -> bool:
+    """Whether an arm was distilled."""
+    return "-mmd" in arm
 
 
 def comparisons(study: dict, data: str, budget: str, solvers=SOLVERS, rival=is_rival) -> dict[Configuration, dict]:
@@ -68,15 +73,13 @@ def front_of(grouped: dict, keep) -> list[tuple[Configuration, float, float]]:
     return [(points[point], *point) for point in undominated(list(points))]
 
 
-def sized_matches(study: dict, data: str, budget: str) -> bool | None:
-    """Whether `single-rate-sized` alone has a front that no Dual-Rate point lies below by more than the margin."""
-    grouped = group(study, data, budget)
-    sized = [value for key, value in grouped.items() if key[0] == "single-rate-sized"]
-    ours = [value for key, value in grouped.items() if is_ours(key[0])]
-    compared = [compare(point, sized) for point in ours] if sized else []
-    if not any(math.isfinite(result["front"]) for result in compared):
-        return None
-    return not any(result["verdict"] == "below" for result in compared)
+def against_sized(study: dict, data: str, budget: str) -> dict[str, Counter]:
+    """For each Dual-Rate arm, how its points lie to the front of `single-rate-sized` alone, where that reaches as low."""
+    found = defaultdict(Counter)
+    for (arm, *_), result in comparisons(study, data, budget, rival=lambda name: name == "single-rate-sized").items():
+        if math.isfinite(result["front"]):
+            found[arm][result["verdict"]] += 1
+    return dict(found)
 
 
 def training_of(study: dict, data: str, arm: str, budget: str) -> str:
@@ -90,58 +93,98 @@ def training_of(study: dict, data: str, arm: str, budget: str) -> str:
 
 
 def write_table(study: dict) -> str:
-    """Markdown: for every data set the Dual-Rate points that no other one dominates, and what they are held against."""
+    """Markdown: for every data set the best Dual-Rate points, and what they are held against."""
     return "\n\n".join(_write_section(study, data) for data in dict.fromkeys(p["data"] for p in study["points"]))
 
 
 def _write_section(study, data):
-    floor = study["floors"][data]
-    seeds = sorted({p["seed"] for p in study["points"] if p["data"] == data})
     lines = [
-        f"**{data}** – `fd_local` of {floor['n']:,} images, floor {floor['fd']:.3f}, training "
-        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
-        + ("." if len(seeds) > 1 else "; without further seeds there is no margin, and the sign alone decides."),
+        _write_title(study, data),
         "",
-        "| training | held against | arm, solver, N/K | MFLOP | fd | front there | others need, MFLOP | ratio | |",
+        "| training | arm, solver, N/K | MFLOP | fd | front of others there | margin | others need, MFLOP | ratio | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for budget in budgets_of(study, data):
-        for title, solvers, rival in (
-            ("all arms", SOLVERS, is_rival),
-            ("single-rate", SOLVERS, is_single_rate),
-            ("all, ancestral", SOLVERS[:1], is_rival),
-        ):
-            compared = comparisons(study, data, budget, solvers, rival)
-            own = front_of(group(study, data, budget, solvers), is_ours)
-            for key, flops, _ in own:
-                if key in compared:
-                    lines.append(
-                        _write_row(training_of(study, data, key[0], budget), title, key, flops, compared[key])
-                    )
-    lines += ["", _describe_trainings(study, data)]
-    for budget in [
-        budget for budget in BUDGETS if any((p["data"], p["budget"]) == (data, budget) for p in study["points"])
-    ]:
-        rivals = front_of(group(study, data, budget), is_rival)
-        listed = "; ".join(f"{_name(key)} {fd:.3f} @ {flops / 1e6:.0f}" for key, flops, fd in rivals)
-        lines += ["", f"{_count_wins(study, data, budget)} Front, fd @ MFLOP: {listed}."]
-        if sized_matches(study, data, budget):
-            lines[-1] += " `single-rate-sized` alone matches every Dual-Rate arm."
+        compared, grouped = comparisons(study, data, budget), group(study, data, budget)
+        best = [key for key, *_ in front_of(grouped, lambda arm: is_ours(arm) and not is_student(arm))]
+        for key in [*best, *(key for key in grouped if is_ours(key[0]) and is_student(key[0]))]:
+            if key in compared:
+                cells = [training_of(study, data, key[0], budget), _name(key)]
+                cells += _write_comparison(compared[key], grouped[key][1])
+                lines.append("| " + " | ".join(cells) + " |")
+    for budget in budgets_of(study, data):
+        if held := against_sized(study, data, budget):
+            listed = [
+                f"{arm} {counts['below']} / {counts['matches']} / {counts['above']}" for arm, counts in held.items()
+            ]
+            lines += [
+                "",
+                f"Points below / level with / above `single-rate-sized` alone, equal {budget}: {', '.join(listed)}.",
+            ]
     return "\n".join(lines)
 
 
-def _count_wins(study, data, budget):
+def write_points(study: dict) -> str:
+    """Markdown: what trainings cost, the fronts, and every Dual-Rate point held against them."""
+    lines = [
+        "# Every Dual-Rate point of the study",
+        "",
+        "Made from `study.json` by `study.py`, as is the table in the README, which has the best of these. *needed*: the MFLOP at which",
+        "others reach the point's fd: all other arms and solvers, single networks that were not distilled, and, for a point that was",
+        "sampled ancestrally, all other arms sampled so. *ratio*: the first of these by the point's own MFLOP.",
+    ]
+    for data in dict.fromkeys(p["data"] for p in study["points"]):
+        lines += ["", f"## {data}", "", _write_title(study, data), "", _describe_trainings(study, data)]
+        for budget in budgets_of(study, data) or BUDGETS[:1]:
+            lines += ["", f"### Equal training {budget}", ""]
+            for title, solvers in (("All solvers", SOLVERS), ("Ancestral sampling alone", SOLVERS[:1])):
+                front = _list_front(study, data, budget, solvers)
+                lines.append(f"- {title}: {_count_wins(study, data, budget, solvers)} Front, fd @ MFLOP: {front}.")
+            lines += ["", *_write_every_point(study, data, budget)]
+    return "\n".join(lines) + "\n"
+
+
+def _write_every_point(study, data, budget):
+    titles = ["arm, solver, N/K", "seeds", "MFLOP", "fd", "front there", "margin", "needed", "ratio", ""]
+    titles += ["needed, single-rate", "", "needed, ancestral", ""]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    grouped = group(study, data, budget)
+    others = comparisons(study, data, budget, rival=is_single_rate), comparisons(study, data, budget, SOLVERS[:1])
+    for key, result in comparisons(study, data, budget).items():
+        cells = [_name(key), str(len(grouped[key][1])), *_write_comparison(result, grouped[key][1])]
+        for other in others:
+            cells += [_write_needed(other[key]), _write_verdict(other[key])] if key in other else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _write_title(study, data):
+    floor = study["floors"][data]
+    seeds = sorted({p["seed"] for p in study["points"] if p["data"] == data})
+    return (
+        f"**{data}** – `fd_local` of {floor['n']:,} images, floor {floor['fd']:.3f}, training "
+        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+        + ("." if len(seeds) > 1 else "; without further seeds there is no margin, and the sign alone decides.")
+    )
+
+
+def _list_front(study, data, budget, solvers=SOLVERS):
+    rivals = front_of(group(study, data, budget, solvers), is_rival)
+    return "; ".join(f"{_name(key)} {fd:.3f} @ {flops / 1e6:.0f}" for key, flops, fd in rivals)
+
+
+def _count_wins(study, data, budget, solvers=SOLVERS):
     """At how many of its points each Dual-Rate arm lies below the front."""
     verdicts = defaultdict(list)
-    for (arm, *_), result in comparisons(study, data, budget).items():
+    for (arm, *_), result in comparisons(study, data, budget, solvers).items():
         verdicts[arm].append(result["verdict"])
     counts = [
         f"{arm} (training: {training_of(study, data, arm, budget)}) at {own.count('below')} of {len(own)} points"
         for arm, own in verdicts.items()
     ]
     if not counts:
-        return f"At equal {budget} there is no Dual-Rate arm to hold against others."
-    return f"At equal {budget}, below the front: {'; '.join(counts)}."
+        return "no Dual-Rate arm to hold against others."
+    return f"below the front lie {'; '.join(counts)}."
 
 
 def _describe_trainings(study, data):
@@ -174,16 +217,22 @@ def _name(key):
     return f"{arm} {solver} {n}" + (f"/{k}" if k else "")
 
 
-def _write_row(budget, title, key, flops, result):
-    margin = "" if result["margin"] is None else f" ± {result['margin'] / 2:.3f}"
-    needed, ratio = (
-        ("never reached", "")
-        if math.isinf(result["needed"])
-        else (f"{result['needed'] / 1e6:.0f}", f"{result['ratio']:.2f}")
-    )
-    reached = "" if math.isinf(result["front"]) else f"{result['front']:.3f}"
-    cells = [budget, title, _name(key), f"{flops / 1e6:.0f}", f"{result['distance']:.3f}{margin}", reached]
-    return "| " + " | ".join([*cells, needed, ratio, result["verdict"]]) + " |"
+def _write_comparison(result, fds):
+    """Cells: FLOPs, distance and its deviation over seeds, the front there, the margin, and what the front needs."""
+    spread = f" ± {stdev(fds):.3f}" if len(fds) > 1 else ""
+    reached = f"{result['front']:.3f}" if math.isfinite(result["front"]) else ""
+    margin = "" if result["margin"] is None else f"{result['margin']:.3f}"
+    ratio = f"{result['ratio']:.2f}" if math.isfinite(result["needed"]) else ""
+    cells = [f"{result['flops'] / 1e6:.0f}", f"{result['distance']:.3f}{spread}", reached, margin]
+    return [*cells, _write_needed(result), ratio, _write_verdict(result)]
+
+
+def _write_needed(result):
+    return f"{result['needed'] / 1e6:.0f}" if math.isfinite(result["needed"]) else "never reached"
+
+
+def _write_verdict(result):
+    return result["verdict"] if math.isfinite(result["front"]) else "none so cheap"
 
 
 def check_markers(path: Path) -> str:

@@ -5,7 +5,7 @@
 An arm is a trained model and a way of sampling it. Every arm is sampled with every solver at many step counts, and each
 point, a Fréchet distance in the features of a classifier (`fd_local`) at a counted number of FLOPs, is saved when it is
 done: stopped and started again, the study goes on where it was. `--max_train_steps`, `--num_samples` and
-`--max_evaluations` shrink it. It ends with one JSON file, and a table and a plot made from that file alone.
+`--max_evaluations` shrink it. It ends with one JSON file, and a table, a plot and a list of all points made from that file alone.
 
 What was computed is found again by its configuration, which the code is no part of: after a change of the code, name
 another `--work_dir`.
@@ -63,7 +63,9 @@ def parse_args(argv=None):
     parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
-    parser.add_argument("--output", help="The JSON file, the plot beside it; default: study.json in the work_dir.")
+    parser.add_argument(
+        "--output", help="The JSON file, plot and points beside it; default: study.json in the work_dir."
+    )
     parser.add_argument("--readme", help="A file whose part between the study's markers becomes the table.")
     parser.add_argument("--report_only", action="store_true", help="Make table and plot of the JSON file as it is.")
     parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
@@ -349,6 +351,7 @@ def main(args):
         write_json(Path(args.output), collect(args, series))
     study = json.loads(Path(args.output).read_text())
     report.plot(study, Path(args.output).with_suffix(".png"))
+    Path(args.output).with_suffix(".md").write_text(report.write_points(study), encoding="utf-8")
     table = report.write_table(study)
     if args.readme:
         report.insert(table, Path(args.readme))

@@ -134,6 +134,7 @@ def test_the_readme_shows_the_study_that_its_json_holds():
     assert table in (ROOT / "README.md").read_text(), (
         "run: python examples/study.py --report_only --readme README.md, with the arms and data of the file"
     )
+    assert (ROOT / "examples/study.md").read_text(encoding="utf-8") == report.write_points(study)
     assert (ROOT / "examples/study.png").is_file()
     assert "/tmp" not in study["command"] and study["commit"]
     for point in study["points"]:

@@ -77,12 +77,30 @@ def test_a_pair_is_held_against_every_arm_but_the_control():
     assert all_arms["verdict"] == "above" and single_rate["verdict"] == "below"
 
 
-def test_the_sized_network_matches_where_no_point_lies_below_its_own_front_by_more_than_the_margin():
-    assert report.sized_matches(make_study(), "letters", "steps") is None  # none at the pair's FLOPs or below
-    for distance, expected in ((9.0, False), (1.0, True)):
+def test_each_arm_is_held_against_the_sized_network_alone():
+    assert report.against_sized(make_study(), "letters", "steps") == {}  # none at the pair's FLOPs or below
+    for distance, verdict in ((9.0, "below"), (1.0, "above")):
         study = make_study(sized=[distance])
         study["points"] += [p | {"N": 2, "flops": 50e6} for p in study["points"] if p["arm"] == "single-rate-sized"]
-        assert report.sized_matches(study, "letters", "steps") is expected
+        students = [p | {"arm": "dual-rate-mmd", "fd": 0.5} for p in study["points"] if p["arm"] == "dual-rate"]
+        study["points"] += students
+        assert report.against_sized(study, "letters", "steps") == {
+            "dual-rate": {verdict: 1},
+            "dual-rate-mmd": {"below": 1},
+        }
+        counts = "1 / 0 / 0" if verdict == "below" else "0 / 0 / 1"
+        sentence = f"`single-rate-sized` alone, equal steps: dual-rate {counts}, dual-rate-mmd 1 / 0 / 0."
+        assert sentence in report.write_table(study)
+
+
+def test_students_do_not_hide_the_best_undistilled_points():
+    study = make_study()
+    study["points"] += [p | {"arm": "dual-rate-mmd", "fd": 0.5} for p in study["points"] if p["arm"] == "dual-rate"]
+    study["points"] += [
+        p | {"arm": "dual-rate-mmd-4-steps", "fd": 0.6} for p in study["points"] if p["arm"] == "dual-rate"
+    ]
+    for arm in ("dual-rate", "dual-rate-mmd", "dual-rate-mmd-4-steps"):
+        assert f"| steps | {arm} ddim 8/2 |" in report.write_table(study)
 
 
 def test_an_arm_that_was_trained_for_longer_than_the_heavy_network_is_not_called_equal():
@@ -93,34 +111,45 @@ def test_an_arm_that_was_trained_for_longer_than_the_heavy_network_is_not_called
             point |= {"training_images": 65, "training_flops": 14}
     assert report.training_of(study, "letters", "dual-rate", "steps") == "more, 2.00 × FLOPs"
     table = report.write_table(study)
-    assert "| steps | all arms | dual-rate " not in table and "| more, 2.00 × FLOPs | all arms | dual-rate " in table
-    assert "dual-rate (training: more, 2.00 × FLOPs) at 1 of 1 points" in table
+    assert "| steps | dual-rate " not in table and "| more, 2.00 × FLOPs | dual-rate " in table
+    assert "dual-rate (training: more, 2.00 × FLOPs) at 1 of 1 points" in report.write_points(study)
 
 
 def test_arms_that_were_left_out_and_a_study_at_equal_flops_alone_are_told():
     study = make_study() | {"left_out": ["digits/dual-rate", "letters/deepcache", "letters/dual-rate/flops"]}
-    assert "Left out here: deepcache, dual-rate at equal flops." in report.write_table(study)
+    assert "Left out here: deepcache, dual-rate at equal flops." in report.write_points(study)
     study["points"] = [p for p in study["points"] if p["budget"] == "flops"]
-    assert "At equal flops" in report.write_table(study)
+    assert "### Equal training flops" in report.write_points(study)
 
 
 def test_the_table_says_what_the_comparison_found():
     table = report.write_table(make_study())
     ratio = 10e6 * 100**0.75 / 100e6
-    row = f"| steps | all arms | dual-rate ddim 8/2 | 100 | 2.500 | 3.000 | {316.2:.0f} | {ratio:.2f} | below |"
-    assert row in table.splitlines()
+    cells = f"dual-rate ddim 8/2 | {{}}100 | 2.500 | 3.000 |  | {316.2:.0f} | {ratio:.2f} | below |"
+    assert f"| steps | {cells.format('')}" in table.splitlines()
     assert "`fd_local` of 5,000 images, floor 0.123" in table and "sign alone decides" in table
-    assert "single-rate ddim 4 4.000 @ 10; single-rate ddim 64 2.000 @ 1000" in table
+    points = report.write_points(make_study())
+    assert f"| {cells.format('1 | ')} 316 | below |  |  |" in points.splitlines()
+    assert "Front, fd @ MFLOP: single-rate ddim 4 4.000 @ 10; single-rate ddim 64 2.000 @ 1000." in points
     seeds = report.write_table(make_study(pair=[2.4, 2.6], cheap=[4.0, 4.0], dear=[2.0, 2.0]))
-    # Variances .02, 0 and 0 with one degree each.
-    assert f"2.500 ± {math.sqrt(0.02 / 3):.3f}" in seeds and "training seeds 0, 1" in seeds
+    # Variances .02, 0 and 0 with one degree each; the margin is two deviations.
+    margin = 2 * math.sqrt(0.02 / 3)
+    assert f"| 2.500 ± {math.sqrt(0.02):.3f} | 3.000 | {margin:.3f} |" in seeds and "training seeds 0, 1" in seeds
+    alone = report.write_table(make_study(cheap=[4.0, 4.2], dear=[2.0, 2.0]))
+    assert f"| 2.500 | 3.050 | {2 * math.sqrt(0.02 / 2):.3f} |" in alone  # its rivals' spread is not its own
+
+
+def test_a_point_cheaper_than_all_others_is_said_to_be_so():
+    study = make_study()
+    study["points"] = [p for p in study["points"] if p["flops"] != 10e6]
+    assert "| 100 | 2.500 |  |  |" in report.write_table(study) and "| none so cheap |" in report.write_table(study)
 
 
 def test_the_table_says_what_the_trainings_cost_and_which_arms_have_fewer_seeds():
-    table = report.write_table(make_study(cheap=[4.0, 4.1], dear=[2.0, 2.1]))
+    table = report.write_points(make_study(cheap=[4.0, 4.1], dear=[2.0, 2.1]))
     assert "against `single-rate`: single-rate 1.00, dual-rate 0.43," in table
     assert "Fewer training seeds: dual-rate 0; dual-rate-no-context 0; single-rate-sized 0." in table
-    assert "Fewer training seeds" not in report.write_table(make_study())
+    assert "Fewer training seeds" not in report.write_points(make_study())
 
 
 def test_a_distance_that_no_other_arm_reaches_is_said_to_be_never_reached():
