@@ -174,6 +174,13 @@ def make_scheduler(solver: str, ours: DualRateScheduler) -> SchedulerMixin:
     process = {"trained_betas": ours.betas.tolist(), "prediction_type": "v_prediction"}
     if solver == "ddim":
         return DDIMScheduler(**process, num_train_timesteps=DDIM_TIMESTEPS, timestep_spacing="trailing")
+    return make_dpmsolver(solver, **process)
+
+
+def make_dpmsolver(solver: str, **process) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++(2M): its deterministic path in steps even in log-SNR, its stochastic one in steps even in time."""
+    if solver == "sde-dpmsolver++":
+        return DPMSolverMultistepScheduler(**process, algorithm_type=solver, timestep_spacing="trailing")
     assert solver == "dpmsolver++"
     return DPMSolverMultistepScheduler(**process, use_lu_lambdas=True)
 
@@ -226,9 +233,9 @@ def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
 
     pipe = DDIMPipeline.from_pretrained(folder)
     unet, scheduler = pipe.unet, pipe.scheduler
-    if solver == "dpmsolver++":
+    if solver != "ddim":
         process = {name: scheduler.config[name] for name in ("trained_betas", "prediction_type")}
-        scheduler = DPMSolverMultistepScheduler(**process, use_lu_lambdas=True)
+        scheduler = make_dpmsolver(solver, **process)
     helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=scheduler))
     helper.set_params(cache_interval=n // k, cache_branch_id=0)
 
@@ -240,7 +247,7 @@ def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
         helper.enable()
         for t in scheduler.timesteps:
             v = unet(z, t, class_labels=class_labels).sample
-            z = scheduler.step(v, t, z, return_dict=False)[0]
+            z = scheduler.step(v, t, z, generator=generators, return_dict=False)[0]
         helper.disable()
         return z
 
@@ -264,7 +271,11 @@ def _single(*counts):
     return tuple((n, None) for n in counts)
 
 
-_FEW = {"ddim": _single(4, 6, 8, 12, 16, 32, 64), "dpmsolver++": _single(4, 5, 6, 8, 12, 16, 32)}
+_FEW = {
+    "ddim": _single(4, 6, 8, 12, 16, 32, 64),
+    "dpmsolver++": _single(4, 5, 6, 8, 12, 16, 32),
+    "sde-dpmsolver++": _single(4, 5, 6, 8, 10, 12, 16, 24, 32),
+}
 _SHARED = {
     "ancestral": (
         *((64, 16), (64, 8), (32, 16), (32, 8), (32, 4), (16, 8), (16, 4)),
@@ -272,6 +283,10 @@ _SHARED = {
     ),
     "ddim": ((16, 8), (16, 4), (12, 6), (12, 4), (10, 5), (8, 4), (8, 2), (6, 3), (6, 2)),
     "dpmsolver++": ((16, 8), (12, 6), (10, 5), (8, 4), (8, 2), (6, 3), (6, 2), (4, 2)),
+    "sde-dpmsolver++": (
+        *((32, 16), (32, 8), (24, 6), (16, 8), (16, 4), (12, 6), (12, 4), (12, 3)),
+        *((10, 5), (8, 4), (8, 2), (6, 3), (6, 2), (4, 2)),
+    ),
 }
 ARMS = {
     "single-rate": Arm(
@@ -281,6 +296,7 @@ ARMS = {
             "ancestral": _single(3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256),
             "ddim": _single(4, 5, 6, 8, 10, 12, 16, 32, 64),
             "dpmsolver++": _single(3, 4, 5, 6, 8, 12, 16, 24, 32),
+            "sde-dpmsolver++": _single(3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48),
         },
     ),
     "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(8, 16, 64, 256), **_FEW}),
@@ -291,7 +307,7 @@ ARMS = {
     "dual-rate-no-context": Arm(
         "dropout-pair",
         sample_without_context,
-        {"ancestral": _single(64), "ddim": _single(16), "dpmsolver++": _single(8)},
+        {"ancestral": _single(64), "ddim": _single(16), "dpmsolver++": _single(8), "sde-dpmsolver++": _single(12)},
     ),
     "feature-reuse": Arm(
         "heavy",
@@ -300,6 +316,7 @@ ARMS = {
             "ancestral": ((64, 16), (64, 8), (32, 16), (32, 8), (16, 8), (16, 4), (8, 4), (8, 2)),
             "ddim": ((32, 16), (16, 8), (8, 4)),
             "dpmsolver++": ((16, 8), (12, 6), (12, 4), (8, 4), (6, 3)),
+            "sde-dpmsolver++": ((32, 16), (16, 8), (16, 4), (12, 6), (12, 4), (8, 4)),
         },
     ),
     "encoder-sharing": Arm("fresh-pair", sample_as_trained, _SHARED),
@@ -310,6 +327,7 @@ ARMS = {
             # Divisors of the 1,000 timesteps that this network knows, see `make_scheduler`.
             "ddim": ((50, 50), (20, 20), (10, 10), (50, 25), (40, 20), (40, 10), (20, 10), (10, 5)),
             "dpmsolver++": ((16, 16), (8, 8), (16, 8), (12, 6), (8, 4)),
+            "sde-dpmsolver++": ((16, 16), (12, 12), (8, 8), (16, 8), (12, 6), (8, 4)),
         },
         requires="DeepCache",
     ),

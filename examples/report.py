@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from front import compare, undominated
 
-SOLVERS = ("ancestral", "ddim", "dpmsolver++")
+SOLVERS = ("ancestral", "ddim", "dpmsolver++", "sde-dpmsolver++")
 BUDGETS = ("steps", "flops")
 CONTROL = "dual-rate-no-context"
 MARKERS = ("<!-- study: begin -->", "<!-- study: end -->")

@@ -17,7 +17,7 @@ import arms
 import jobs
 import study
 import train_unet
-from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.scheduler import log_snr_of_steps
@@ -71,7 +71,8 @@ def test_the_unet_trains_and_samples_with_deepcache_where_that_is_installed(unet
     plain, cached = arms.sample_with_deepcache(unet, "ddim", 8, 8), arms.sample_with_deepcache(unet, "ddim", 8, 4)
     first, again = (study.draw_checked(cached, [1, 2], [3, 4]) for _ in range(2))
     assert torch.equal(first, again) and not torch.equal(first, study.draw_checked(plain, [1, 2], [3, 4]))
-    study.draw_checked(arms.sample_with_deepcache(unet, "dpmsolver++", 6, 3), [0], [0])
+    for solver in ("dpmsolver++", "sde-dpmsolver++"):
+        study.draw_checked(arms.sample_with_deepcache(unet, solver, 6, 3), [0], [0])
 
 
 @pytest.mark.slow
@@ -111,7 +112,36 @@ def test_every_solver_takes_n_steps_from_pure_noise_and_dpmsolver_uniformly_in_l
     assert len(levels) == 8 and levels[0] == pytest.approx(-10, abs=0.01) and (levels.diff() > 0).all()
     if solver == "dpmsolver++":
         torch.testing.assert_close(levels.diff(), levels.diff()[:1].expand(7), rtol=0.02, atol=0)
+    if solver == "sde-dpmsolver++":
+        expected = DualRateScheduler()
+        expected.set_timesteps(8)
+        torch.testing.assert_close(levels, log_snr_of_steps(expected), rtol=0, atol=0.02)
     assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_stochastic_dpmsolver_is_the_ancestral_chain_of_an_extrapolated_prediction(make_pipe):
+    """x̂ + (x̂ − x̂_before) h / (2 h_before), h the step in half log-SNR, takes the place of x̂ but in the first and last step."""
+    scheduler = arms.make_scheduler("sde-dpmsolver++", make_pipe().scheduler)
+    scheduler.set_timesteps(8)
+    levels = log_snr_of_steps(scheduler).double()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 1, 8, 8, generator=generator, dtype=torch.float64)
+    before = None
+    for i, timestep in enumerate(scheduler.timesteps[:-1]):
+        v = torch.randn(z.shape, generator=generator, dtype=z.dtype)
+        level, following = levels[i], levels[i + 1]
+        x = level.sigmoid().sqrt() * z - (-level).sigmoid().sqrt() * v
+        guess = x
+        if before is not None:
+            guess = x + (x - before) * (following - level) / (level - levels[i - 1]) / 2
+        noises = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        noise = torch.cat([torch.randn(z[:1].shape, generator=g) for g in noises])
+        factor_z, factor_x, std = diffusion.posterior(level, following)
+        expected = factor_z * z + factor_x * guess + std * noise
+        noises = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        z = scheduler.step(v, timestep, z, generator=noises, return_dict=False)[0]
+        torch.testing.assert_close(z, expected, rtol=0, atol=1e-5)
+        z, before = expected, x
 
 
 def ddim_runs():
