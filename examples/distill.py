@@ -127,7 +127,8 @@ def main(args):
     check_fit(teacher, preset={**preset["denoiser"], **preset["scheduler"], **classes}, data=classes)
     training.check_classes(args.teacher, teacher, images)
     # The student samples as it learns to: along the posterior, its predictions as they are.
-    scheduler = DualRateScheduler.from_config(preset["scheduler"], clip_sample=False, variance_interpolation=0.0)
+    own = {"clip_sample": False, "variance_interpolation": 0.0, "second_order": False}
+    scheduler = DualRateScheduler.from_config(preset["scheduler"], **own)
 
     # Student and auxiliary. One seed for the weights; the randomness of a step comes from (seed, step, row).
     set_seed(args.seed)

@@ -237,6 +237,51 @@ def test_on_gaussian_data_every_step_has_the_variance_and_covariance_of_the_ance
         assert abs(variance - 1) == pytest.approx({8: 0.35, 64: 0.06}[n], rel=0.35)
 
 
+@pytest.mark.parametrize("std", [0.25, 2.0])
+def test_a_chain_of_second_order_comes_closer_to_gaussian_data(std):
+    """Closed form: z and the last prediction are jointly Gaussian, and a step maps them linearly.
+
+    Mutants: half made whole, the ratio of steps inverted, the change's sign, the last prediction kept extrapolated.
+    """
+    n, levels, ends = 16, levels_of(16), {}
+    for second_order in (False, True):
+        # Covariance of (z, k_before z_before): a step goes by x = k z, carried on by its change.
+        covariance = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        scheduler = DualRateScheduler(clip_sample=False, second_order=second_order)
+        scheduler.set_timesteps(n)
+        walkers, draws = torch.randn(20_000, 1, 1, 1, generator=generator(99)), generator(100)
+        for i in range(n - 1):
+            k = linear_v(1.0, levels[i], std)[1]
+            weight_z, weight_x, spread = conditioned(levels[i], levels[i + 1])
+            carried = (levels[i + 1] - levels[i]) / (levels[i] - levels[i - 1]) / 2 if second_order and i else 0.0
+            matrix = torch.tensor(
+                [[weight_z + weight_x * k * (1 + carried), -weight_x * carried], [k, 0.0]], dtype=torch.float64
+            )
+            covariance = matrix @ covariance @ matrix.T
+            covariance[0, 0] += spread
+            v = linear_v(walkers, levels[i], std)[0]
+            walkers = scheduler.step(v, scheduler.timesteps[i], walkers, draws).prev_sample
+            variance = covariance[0, 0].item()
+            assert abs(walkers.square().mean().item() / variance - 1) < 5 * math.sqrt(2 / len(walkers))
+        alpha, sigma = amplitudes(levels[n - 1])
+        ends[second_order] = abs(variance / (alpha**2 * std**2 + sigma**2) - 1)
+    assert ends[True] < ends[False] / 3
+
+
+def test_a_run_of_second_order_starts_anew_each_time():
+    scheduler = DualRateScheduler(second_order=True)
+    z, v = torch.randn(2, 6, 1, 1, 4, 4)
+    runs = []
+    for _ in range(2):
+        scheduler.set_timesteps(6)
+        runs.append(
+            [scheduler.step(v[i], t, z[i], generator()).prev_sample for i, t in enumerate(scheduler.timesteps)]
+        )
+    assert all(torch.equal(first, again) for first, again in zip(*runs, strict=True))
+    scheduler.set_timesteps(3)
+    assert scheduler.step(v[:3, 0], 1000.0, z[:3, 0], generator()).prev_sample.isfinite().all()  # of another shape
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_the_variance_is_interpolated_between_the_posterior_and_the_forward_transition_on_a_log_scale(gamma):
     """Mutants: the ends of the interpolation exchanged, γ dropped, an interpolation that is not of logarithms."""

@@ -77,6 +77,24 @@ def test_an_in_tree_solver_built_from_our_betas_has_our_log_snr_at_its_steps_and
             torch.testing.assert_close(levels, ours, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("n", [4, 10, 20])
+def test_of_second_order_ours_is_the_hosts_stochastic_dpmsolver_in_steps_even_in_time(config, n):
+    """An independent implementation of the same solver. Mutants: 1 and -1 of the carried steps' places moved."""
+    ours = DualRateScheduler(**config, clip_sample=False, second_order=True)
+    theirs = in_tree(DPMSolverMultistepScheduler, ours, algorithm_type="sde-dpmsolver++", timestep_spacing="trailing")
+    ours.set_timesteps(n)
+    theirs.set_timesteps(n)
+    steps = torch.Generator().manual_seed(n)
+    z = z_theirs = torch.randn(1, 3, 4, 4, generator=steps)
+    for i, (t, t_theirs) in enumerate(zip(ours.timesteps, theirs.timesteps, strict=True)):
+        v = torch.randn(z.shape, generator=steps)
+        z = ours.step(v, t, z, torch.Generator().manual_seed(i), return_dict=False)[0]
+        noise = torch.Generator().manual_seed(i)
+        z_theirs = theirs.step(v, t_theirs, z_theirs, generator=noise, return_dict=False)[0]
+        torch.testing.assert_close(z, z_theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_the_levels_of_our_own_scheduler_are_those_of_its_run():
     ours = DualRateScheduler()
     ours.set_timesteps(timesteps=[900.0, 450.5, 3.0])

@@ -60,6 +60,8 @@ class DualRateSchedulerOutput(BaseOutput):
 class DualRateScheduler(SchedulerMixin, ConfigMixin):
     """Ancestral sampling, the Markov chain whose law a pair is trained on, with steps uniform in time.
 
+    Of first order it is the paper's sampler; of second order it needs far fewer steps.
+
     Args:
         num_train_timesteps: Timestep of pure noise, t = 1.
         log_snr_min: Log-SNR at t = 1, before any shift.
@@ -70,6 +72,8 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         variance_interpolation: γ in [0, 1] between the posterior's variance (0) and the forward transition's.
         clip_sample: Whether predicted clean images are clipped.
         clip_sample_range: Largest magnitude of a clipped clean image.
+        second_order: Whether a step goes by the predicted clean image carried on half a step along its change since the
+            step before, as the stochastic DPM-Solver++(2M) does (arXiv 2211.01095), for the same chain in fewer steps.
     """
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
@@ -87,6 +91,7 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         variance_interpolation: float = 0.0,
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
+        second_order: bool = False,
     ):
         if not log_snr_min < log_snr_max:
             raise ValueError(f"log_snr_min must lie below log_snr_max, got {log_snr_min} and {log_snr_max}.")
@@ -185,10 +190,16 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         )
         # The last step returns the predicted clean image itself.
         factor_z[-1], factor_x[-1], std[-1] = 0.0, 1.0, 0.0
-        table = torch.stack([*diffusion.alpha_sigma(log_snr), factor_z, factor_x, std])
+        # How far the change since the last step is carried on: half of this step by all of that, in log-SNR.
+        carried = torch.zeros_like(std)
+        if self.config.second_order:
+            lengths = log_snr_next - log_snr
+            carried[1:-1] = lengths[1:-1] / lengths[:-2] / 2
+        table = torch.stack([*diffusion.alpha_sigma(log_snr), factor_z, factor_x, std, carried])
         self._table = table.to(device=device, dtype=torch.float32)
         self.timesteps = times.to(device=device, dtype=torch.float32)
         self.step_log_snrs = log_snr.float()
+        self._last_x = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Return the sample as it is; there for interchangeability with other schedulers."""
@@ -204,7 +215,8 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
     ) -> DualRateSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw z_s ~ q(z_s | z_t, x) for the predicted clean image x, s being the timestep after `timestep`.
 
-        The step keeps no state: where it stands follows from `timestep` alone, by comparison on the device.
+        Where a step stands follows from `timestep` alone, by comparison on the device. Only of second order does it
+        keep a state, the predicted image, so steps are then taken in turn and `set_timesteps` begins a run.
 
         Args:
             model_output: Predicted velocity at `timestep` [B, C, H, W].
@@ -214,13 +226,17 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
             return_dict: Whether to return an output object or a plain tuple.
         """
         index = (self.timesteps > timestep).sum().reshape(1)
-        alpha, sigma, factor_z, factor_x, std = self._table.index_select(1, index).unbind()
+        alpha, sigma, factor_z, factor_x, std, carried = self._table.index_select(1, index).unbind()
         z, v = sample.float(), model_output.float()
         x = alpha * z - sigma * v
         if self.config.clip_sample:
             x = x.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        guess = x
+        if self.config.second_order:
+            guess = x if self._last_x is None else x + carried * (x - self._last_x)
+            self._last_x = x
         noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        prev_sample = (factor_z * z + factor_x * x + std * noise).to(sample.dtype)
+        prev_sample = (factor_z * z + factor_x * guess + std * noise).to(sample.dtype)
         x = x.to(sample.dtype)
         if not return_dict:
             return prev_sample, x
