@@ -294,7 +294,8 @@ def main(args):
         batches = real_batches(floor_images, _FLOOR_EPOCHS[position], chosen, args, accelerator)
         floor.append(figures_of(measure(batches, extractors, judges, accelerator), reference, args.num_samples))
     report["floor"] = spread(floor)
-    ways = [("ancestral", steps)]
+    second_order = getattr(pipe.scheduler.config, "second_order", False)
+    ways = [("second-order ancestral" if second_order else "ancestral", steps)]
     for n in args.solver_steps:
         ways.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
     report["samples"] = []

@@ -51,7 +51,7 @@ def show(name, figure):
 
 
 def describe_solver(way):
-    solver = {"ancestral": "ancestral", "dpmsolver++": "DPM-Solver++"}[way["solver"]]
+    solver = {"dpmsolver++": "DPM-Solver++"}.get(way["solver"], way["solver"])
     k = "" if way["num_context_steps"] is None else f", K = {way['num_context_steps']}"
     return f"{solver}, N = {way['num_inference_steps']}{k}"
 
