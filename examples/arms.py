@@ -86,8 +86,8 @@ DATA = {
     "emoji32": Data(
         "emoji32",
         str(EXAMPLES / "data/emoji32"),
-        {"level_channels": [12, 20, 48, 120], "level_blocks": [1, 1, 1, 1]},
-        _unet(32, 3, 8, 20, 48, 96),
+        {"level_channels": [27, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
+        _unet(32, 3, 16, 24, 48, 64),
         num_samples=500,
         max_evaluations=64,
     ),
