@@ -124,8 +124,6 @@ def test_the_readme_repeats_the_figures_of_the_cards():
     assert f"K = {pair['samples'][0]['num_context_steps']}" in text
     fresh = f"{pair['floor'][f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
     assert f"training\nimages it is {fresh}" in text
-    share = f"{pair['v_loss']['share_of_gap_recovered']:.0%}".replace("%", " %")
-    assert f"alone has {pair['v_loss']['single_rate_light']:.4f}, so the pair recovers {share} of the gap" in text
 
 
 def test_the_readme_shows_the_study_that_its_json_holds():
