@@ -18,8 +18,13 @@ def read(card):
 
 @pytest.fixture
 def parts():
-    """Evaluation, index and notes of the pair, to be changed at will."""
-    return read(PAIR)
+    """Evaluation, index and notes of the pair, as if a light network had stood beside it, to be changed at will."""
+    evaluation, index, notes = read(PAIR)
+    heavy = evaluation["rivals"]["single_rate_heavy"]
+    light = {"model": "light-emoji32", "training": heavy["training"] | {"network": "light"}, "samples": []}
+    evaluation["rivals"]["single_rate_light"] = light
+    evaluation["v_loss"] |= {"single_rate_light": 0.15, "share_of_gap_recovered": 0.5}
+    return [evaluation, index, notes]
 
 
 def row_of(text, start):
@@ -79,14 +84,15 @@ def test_figures_over_seeds_come_with_their_spread_and_rivals_and_floor_stand_be
     text = make_card.make_card(*parts)
     header = row_of(text, "how")
     for start, distance, accuracy in (
-        ("this pair, anc", 1.25, 62.5),
-        ("heavy network alone, anc", 1, 50),
+        ("this pair, second-order anc", 1.25, 62.5),
+        ("heavy network alone, second-order anc", 1, 50),
         ("floor", 0.5, 25),
     ):
         cells = dict(zip(header, row_of(text, start), strict=True))
         assert cells["fd_local_5k"] == f"{distance:.3f} ± 0.062"
         assert cells["class_accuracy_5k"] == f"{accuracy:.1f} % ± 1.2 %"
-    assert row_of(text, "heavy network alone, anc")[1] == "64 + 0" and "*fd_local*: Fréchet" in text
+    assert row_of(text, "heavy network alone, second-order anc")[1] == "12 + 0" and "*fd_local*: Fréchet" in text
+    assert row_of(text, "light network alone")[1] == "0.1500" and "The pair recovers 50 % of the gap" in text
 
 
 def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
@@ -100,7 +106,7 @@ def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
     del notes["example_label"], notes["arguments"]
     text = make_card.make_card(*parts)
     assert "image = pipe().images[0]" in text and "class_labels" not in text and "recovers" not in text
-    assert row_of(text, "this pair, anc")[-1] == "3.500" and "- fid\n" in text and "class-conditional" not in text
+    assert row_of(text, "this pair, second-order anc")[-1] == "3.500" and "- fid\n" in text and "class-conditional" not in text
     assert "--preset examples/presets/emoji32.json --train_data_dir photos --output_dir" in text
     compile(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), "snippet", "exec")
 
@@ -160,14 +166,14 @@ def test_the_card_of_a_student_tells_what_it_needs_and_where_it_came_from_and_no
     assert "Its teacher's guidance, 3.0, is distilled in" in text
     rows = {
         start: row_of(text, start)
-        for start in ("this student,", "single-rate-emoji32, its teacher, anc", "dualrate-emoji32,")
+        for start in ("this student,", "single-rate-emoji32, its teacher, second-order anc", "dualrate-emoji32,")
     }
     assert [cells[1:4] for cells in rows.values()] == [
         ["2 + 8", "none", "0.50"],
-        ["64 + 0", "4", "16.63"],
-        ["16 + 64", "4", "7.43"],
+        ["12 + 0", "4", "3.12"],
+        ["4 + 8", "4", "1.47"],
     ]
-    assert rows["dualrate-emoji32,"][0] == "dualrate-emoji32, its start, ancestral, N = 64, K = 16"
+    assert rows["dualrate-emoji32,"][0] == "dualrate-emoji32, its start, second-order ancestral, N = 8, K = 4"
     assert (
         "13,920 images, 10 passes over the 1,392 of `emoji32`, 8,000 of them in steps of the auxiliary and 5,920 in"
         in text
