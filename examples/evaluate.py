@@ -27,6 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,7 @@ from accelerate.utils import gather_object
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusers_dualrate import DualRatePipeline, __version__, training
 from diffusers_dualrate.data import Augmentation
@@ -192,7 +193,9 @@ def read_record(model, name):
     if not Path(model).is_dir():
         try:
             record = Path(hf_hub_download(model, name))
-        except EntryNotFoundError:
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # there may be one, out of reach
+                warnings.warn(f"{name} of {model} is not at hand: {error}", stacklevel=2)
             return None
     return json.loads(record.read_text()) if record.is_file() else None
 

@@ -1,4 +1,4 @@
-"""The study's table and plot, made from its JSON file alone."""
+"""The study's table, plot and list of points, made from its JSON file alone."""
 
 import math
 from collections import Counter, defaultdict

@@ -67,7 +67,9 @@ def parse_args(argv=None):
         "--output", help="The JSON file, plot and points beside it; default: study.json in the work_dir."
     )
     parser.add_argument("--readme", help="A file whose part between the study's markers becomes the table.")
-    parser.add_argument("--report_only", action="store_true", help="Make table and plot of the JSON file as it is.")
+    parser.add_argument(
+        "--report_only", action="store_true", help="Make table, plot and points of the JSON file as it is."
+    )
     parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
     shrink = parser.add_argument_group("to shrink it")
     shrink.add_argument("--max_train_steps", type=int, help="Training steps at equal steps; default: the presets'.")

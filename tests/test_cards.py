@@ -106,7 +106,11 @@ def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
     del notes["example_label"], notes["arguments"]
     text = make_card.make_card(*parts)
     assert "image = pipe().images[0]" in text and "class_labels" not in text and "recovers" not in text
-    assert row_of(text, "this pair, second-order anc")[-1] == "3.500" and "- fid\n" in text and "class-conditional" not in text
+    assert (
+        row_of(text, "this pair, second-order anc")[-1] == "3.500"
+        and "- fid\n" in text
+        and "class-conditional" not in text
+    )
     assert "--preset examples/presets/emoji32.json --train_data_dir photos --output_dir" in text
     compile(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), "snippet", "exec")
 

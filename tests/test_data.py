@@ -319,7 +319,7 @@ def test_a_data_set_saved_to_disk_is_opened_alone_or_by_its_split(tmp_path):
     assert len(load_images(str(tmp_path / "splits"), split="test")) == 1
     with pytest.raises(ValueError, match="no split 'valid'; it has train, test"):
         load_images(str(tmp_path / "splits"), split="valid")
-    with pytest.raises(ValueError, match="is one split, None, and has no 'valid'"):
+    with pytest.raises(ValueError, match="is saved without splits, and has no 'valid'"):
         load_images(str(tmp_path / "alone"), split="valid")
 
 

@@ -71,7 +71,8 @@ def load_images(
                 raise ValueError(f"The data set {dataset_name!r} has no split {split!r}; it has {', '.join(dataset)}.")
             dataset = dataset[split]
         elif split not in ("train", str(dataset.split)):
-            raise ValueError(f"The data set {dataset_name!r} is one split, {dataset.split}, and has no {split!r}.")
+            kept = "saved without splits" if dataset.split is None else f"the split {str(dataset.split)!r} alone"
+            raise ValueError(f"The data set {dataset_name!r} is {kept}, and has no {split!r}.")
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None:
         dataset = load_dataset(dataset_name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)

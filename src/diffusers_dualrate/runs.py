@@ -65,9 +65,9 @@ LOGGING_STEPS = 50
 
 
 def _leave_signals(worker: int) -> None:
-    """Lets a data worker live through a signal to all processes of a job: the run ends it, after its checkpoint."""
+    """Lets a data worker live through one signal to all processes of a job; the next one, from the run's end, ends it."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class Run:
@@ -218,10 +218,11 @@ class Run:
         try:
             yield
         except Exception as error:
-            if isinstance(error, OSError):  # a full disk, mostly
+            if isinstance(error, OSError) and "last good state" not in str(error):  # a full disk, mostly
                 error.add_note(f"The run ended at step {self.step}; the last good state is {self._last_good_state()}.")
-            for tracker in self.accelerator.trackers:  # what was logged is kept
-                tracker.finish()
+            for tracker in self.accelerator.trackers:  # what was logged is kept, where that can be
+                with contextlib.suppress(Exception):
+                    tracker.finish()
             raise
         finally:
             for number, handler in handlers.items():
