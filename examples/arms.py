@@ -71,9 +71,8 @@ DATA = {
         "letters",
         {"level_channels": [12, 16, 32], "level_blocks": [1, 1, 1], "embedding_dim": 96},
         _unet(16, 1, 8, 20, 32),
-        num_samples=1000,
+        num_samples=5000,
         num_references=10_000,
-        max_evaluations=32,
     ),
     "digits": Data(
         "digits8",
@@ -81,7 +80,6 @@ DATA = {
         {"level_channels": [16, 32], "level_blocks": [1, 1], "embedding_dim": 64},
         _unet(8, 1, 8, 32),
         num_samples=898,
-        max_evaluations=64,
     ),
     "emoji32": Data(
         "emoji32",
@@ -89,7 +87,6 @@ DATA = {
         {"level_channels": [27, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
         _unet(32, 3, 16, 24, 48, 64),
         num_samples=500,
-        max_evaluations=64,
     ),
 }
 

@@ -73,8 +73,9 @@ def parse_args(argv=None):
     parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
     shrink = parser.add_argument_group("to shrink it")
     shrink.add_argument("--max_train_steps", type=int, help="Training steps at equal steps; default: the presets'.")
-    shrink.add_argument("--num_samples", type=int, help="Images of each point; default: the data set's.")
-    shrink.add_argument("--max_evaluations", type=int, help="Largest N; default: the data set's.")
+    counts = {"nargs": "+", "type": parse_count, "default": [], "metavar": "[DATA=]COUNT"}
+    shrink.add_argument("--num_samples", **counts, help="Images of each point; default: the data sets'.")
+    shrink.add_argument("--max_evaluations", **counts, help="Largest N; default: the data sets'.")
     shrink.add_argument("--batch_size", type=int, default=250)
     args = parser.parse_args(argv)
     if unknown := set(args.leave_out) - {
@@ -83,6 +84,20 @@ def parse_args(argv=None):
         parser.error(f"argument --leave_out: there is no {', '.join(sorted(unknown))}")
     args.output = args.output or str(Path(args.work_dir, "study.json"))
     return args
+
+
+def parse_count(text: str) -> tuple[str, int]:
+    """A count for one data set, or under the empty name for all."""
+    data, _, count = text.rpartition("=")
+    if data and data not in DATA or not count.isdigit() or int(count) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a count nor a count of one of {', '.join(DATA)}")
+    return data, int(count)
+
+
+def count_of(args, name: str, data: str) -> int:
+    """What a data set was shrunk to, or its own count."""
+    given = dict(getattr(args, name))
+    return given.get(data, given.get("", getattr(DATA[data], name)))
 
 
 # Training
@@ -241,7 +256,7 @@ def open_reference(args, data: str):
     classifier = ImageClassifier.load(path)
     reference, floor = open_images(data, "reference"), open_images(data, "floor")
     num_references = min(DATA[data].num_references or len(reference), len(reference))
-    n = args.num_samples or DATA[data].num_samples
+    n = count_of(args, "num_samples", data)
     facts = {"n": n, "references": num_references, "classifier": file_hash(path), "seed": _FLOOR_SEED}
     augmentation = make_preset(data, "heavy", None)["training"]["augmentation"]
     stem = Path(args.work_dir, data, f"reference-{digest([facts, augmentation])}")
@@ -311,14 +326,14 @@ def list_points(args, data: str, name: str, budget: str, solver: str, seed: int)
     """Key, model and file of every point of an arm with a solver."""
     arm = ARMS[name]
     folder, _ = find_model(args, data, arm.training, budget, seed)
-    limit = args.max_evaluations or DATA[data].max_evaluations
+    limit = count_of(args, "max_evaluations", data)
     listed = []
     for sampling_seed in args.sampling_seeds:
         for n, k in arm.steps.get(solver, ()):
             if n <= limit:
                 key = {"data": data, "arm": name, "budget": budget, "solver": solver, "N": n, "K": k}
                 key |= {"seed": seed, "sampling_seed": sampling_seed}
-                size = args.num_samples or DATA[data].num_samples
+                size = count_of(args, "num_samples", data)
                 classifier = file_hash(Path(args.classifiers, f"{data}.safetensors"))
                 name_of_file = digest([key, folder.name, size, classifier])
                 listed.append((key, folder, Path(args.work_dir, data, "points", f"{name_of_file}.json")))

@@ -221,6 +221,16 @@ def test_samples_and_floor_have_the_classes_in_the_shares_of_the_data(data, tmp_
         assert all(abs(found.count(label) - 130 / classes) < 2 for label in range(classes))
 
 
+def test_counts_are_shrunk_for_one_data_set_or_for_all():
+    args = study.parse_args(["--num_samples", "letters=1000", "50", "--max_evaluations", "digits=64"])
+    assert [study.count_of(args, "num_samples", data) for data in ("letters", "digits")] == [1000, 50]
+    assert [study.count_of(args, "max_evaluations", data) for data in ("letters", "digits")] == [256, 64]
+    assert study.count_of(study.parse_args([]), "num_samples", "letters") == 5000
+    for wrong in ("letters", "words=5", "0", "letters=-1"):
+        with pytest.raises(SystemExit):
+            study.parse_args(["--num_samples", wrong])
+
+
 def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
     done = []
 
