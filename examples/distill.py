@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
-from diffusers_dualrate.checkpoints import list_checkpoints
+from diffusers_dualrate.checkpoints import tell_last_good_state
 from diffusers_dualrate.losses import seed_of
 from diffusers_dualrate.moment_matching import (
     auxiliary_loss,
@@ -219,11 +219,9 @@ def main(args):
         share = samples.var(0).mean() / teacher_variance
         run.note(variance_share=share)
         if not share >= recipe["min_variance_share"]:
-            last = list_checkpoints(run.output_dir)
             raise ValueError(
                 f"The student collapsed at step {run.step}: its samples have {share:.3g} of the variance of the "
-                f"teacher's, less than {recipe['min_variance_share']}; "
-                f"the last good state is {last[-1] if last else 'none'}."
+                f"teacher's, less than {recipe['min_variance_share']}; {tell_last_good_state(run.output_dir)}."
             )
 
     # What a new encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.

@@ -133,8 +133,8 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     options = ["--learning_rate", 1e-4, "--override", "training.lr_warmup_steps=3", "--on_corrupt", "skip"]
     assert run("train_dual_rate", arguments(folder, tmp_path / "one", *options)) == [0]
     assert run("train_dual_rate", arguments(folder, tmp_path / "two", *options), 2) == [0, 0]
-    rates = [torch.load(tmp_path / name / "checkpoint-4/scheduler.bin")["_last_lr"] for name in ("one", "two")]
-    assert rates[0] == rates[1]
+    rates = [torch.load(tmp_path / name / "checkpoint-4/scheduler.bin") for name in ("one", "two")]
+    assert rates[0]["_last_lr"] == rates[1]["_last_lr"] and [rate["last_epoch"] for rate in rates] == [4, 4]
     one, two = (load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for key in one:

@@ -35,6 +35,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(filter(is_checkpoint, output_dir.glob(f"{PREFIX}*")), key=step_of)
 
 
+def tell_last_good_state(output_dir: Path) -> str:
+    """What the message of a run that ends by itself says of where to go on from."""
+    checkpoints = list_checkpoints(output_dir)
+    return f"the last good state is {checkpoints[-1] if checkpoints else 'none'}"
+
+
 def step_of(checkpoint: Path) -> int:
     """Number of training steps that a checkpoint has behind it."""
     return int(checkpoint.name.removeprefix(PREFIX))
@@ -173,10 +179,9 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, s
     if agree_on_any(accelerator, has_failed or error is not None):
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        last = list_checkpoints(output_dir)
         raise OSError(
             f"The checkpoint of step {step} could not be written: {error or 'see the other processes'}; "
-            f"the last good state is {last[-1] if last else 'none'}."
+            f"{tell_last_good_state(output_dir)}."
         ) from error
 
 

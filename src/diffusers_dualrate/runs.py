@@ -49,11 +49,11 @@ from .checkpoints import (
     claim_folder,
     gather,
     keep_newest,
-    list_checkpoints,
     load_checkpoint,
     read_notes,
     save_checkpoint,
     step_of,
+    tell_last_good_state,
 )
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
@@ -219,7 +219,7 @@ class Run:
             yield
         except Exception as error:
             if isinstance(error, OSError) and "last good state" not in str(error):  # a full disk, mostly
-                error.add_note(f"The run ended at step {self.step}; the last good state is {self._last_good_state()}.")
+                error.add_note(f"The run ended at step {self.step}; {tell_last_good_state(self.output_dir)}.")
             for tracker in self.accelerator.trackers:  # what was logged is kept, where that can be
                 with contextlib.suppress(Exception):
                     tracker.finish()
@@ -229,10 +229,6 @@ class Run:
                 signal.signal(number, handler)
             self._progress.close()
         self.accelerator.end_training()
-
-    def _last_good_state(self):
-        checkpoints = list_checkpoints(self.output_dir)
-        return checkpoints[-1] if checkpoints else "none"
 
     def _ask_to_stop(self, number, frame):
         self._signal = number
@@ -296,9 +292,7 @@ class Run:
         flags = torch.stack([is_bad.float(), torch.full_like(is_bad, self._signal is not None, dtype=torch.float32)])
         is_bad, self.is_stopping = (self.accelerator.reduce(flags, "sum") > 0).tolist()
         if is_bad:
-            raise ValueError(
-                f"The training diverged at step {self.step}; the last good state is {self._last_good_state()}."
-            )
+            raise ValueError(f"The training diverged at step {self.step}; {tell_last_good_state(self.output_dir)}.")
 
     def finish_step(self, **scalars: float) -> None:
         """Count the step, then log, save a checkpoint and draw samples, each if it is due.
