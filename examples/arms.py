@@ -186,6 +186,8 @@ def open_pipeline(folder: Path, solver: str) -> DualRatePipeline:
     """A trained model with a solver."""
     pipe = DualRatePipeline.from_pretrained(folder)
     pipe.scheduler = make_scheduler(solver, pipe.scheduler)
+    for network in filter(None, (pipe.denoiser, pipe.context_encoder)):
+        network.to(memory_format=torch.channels_last)  # convolutions on a CPU are half as fast again
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -229,7 +231,7 @@ def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
     from DeepCache import DeepCacheSDHelper
 
     pipe = DDIMPipeline.from_pretrained(folder)
-    unet, scheduler = pipe.unet, pipe.scheduler
+    unet, scheduler = pipe.unet.to(memory_format=torch.channels_last), pipe.scheduler
     if solver != "ddim":
         process = {name: scheduler.config[name] for name in ("trained_betas", "prediction_type")}
         scheduler = make_dpmsolver(solver, **process)

@@ -76,7 +76,7 @@ def parse_args(argv=None):
     counts = {"nargs": "+", "type": parse_count, "default": [], "metavar": "[DATA=]COUNT"}
     shrink.add_argument("--num_samples", **counts, help="Images of each point; default: the data sets'.")
     shrink.add_argument("--max_evaluations", **counts, help="Largest N; default: the data sets'.")
-    shrink.add_argument("--batch_size", type=int, default=250)
+    shrink.add_argument("--batch_size", type=int, default=100)
     args = parser.parse_args(argv)
     if unknown := set(args.leave_out) - {
         f"{data}/{name}{budget}" for data in DATA for name in ARMS for budget in ("", "/steps", "/flops")
