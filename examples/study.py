@@ -72,8 +72,10 @@ def parse_args(argv=None):
     )
     parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
     shrink = parser.add_argument_group("to shrink it")
-    shrink.add_argument("--max_train_steps", type=int, help="Training steps at equal steps; default: the presets'.")
     counts = {"nargs": "+", "type": parse_count, "default": [], "metavar": "[DATA=]COUNT"}
+    shrink.add_argument(
+        "--max_train_steps", **counts, help="Most steps of a training, at equal steps; default: the presets'."
+    )
     shrink.add_argument("--num_samples", **counts, help="Images of each point; default: the data sets'.")
     shrink.add_argument("--max_evaluations", **counts, help="Largest N; default: the data sets'.")
     shrink.add_argument("--batch_size", type=int, default=100)
@@ -94,17 +96,22 @@ def parse_count(text: str) -> tuple[str, int]:
     return data, int(count)
 
 
+def given_count(args, name: str, data: str) -> int | None:
+    """What a data set is to be shrunk to, if to anything."""
+    given = dict(getattr(args, name))
+    return given.get(data, given.get(""))
+
+
 def count_of(args, name: str, data: str) -> int:
     """What a data set was shrunk to, or its own count."""
-    given = dict(getattr(args, name))
-    return given.get(data, given.get("", getattr(DATA[data], name)))
+    return given_count(args, name, data) or getattr(DATA[data], name)
 
 
 # Training
 
 
-def make_preset(data: str, training: str, max_train_steps: int | None) -> dict:
-    """The preset of a data set as one training changes it."""
+def make_preset(data: str, training: str, max_train_steps: int | None = None) -> dict:
+    """The preset of a data set as one training changes it, its steps shrunk where there are more."""
     preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
     recipe = preset["distillation" if TRAININGS[training].script is distill else "training"]
     preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
@@ -114,7 +121,7 @@ def make_preset(data: str, training: str, max_train_steps: int | None) -> dict:
         field, section = shape
         preset[section] = preset.get(section, {}) | getattr(DATA[data], field)
     if max_train_steps is not None:
-        preset["training"]["max_train_steps"] = max_train_steps
+        preset["training"]["max_train_steps"] = min(max_train_steps, preset["training"]["max_train_steps"])
     return preset
 
 
@@ -164,7 +171,7 @@ def training_flops(args, data: str, training: str) -> int:
 
     They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
     """
-    preset = make_preset(data, training, None)
+    preset = make_preset(data, training)
     cached = Path(args.work_dir, data, f"flops-{training}-{digest(configuration_of(training, preset))}.json")
     if not cached.exists():
         totals = []
@@ -190,7 +197,7 @@ def budgets_of(training: str, budgets: list[str]) -> list[str]:
 
 def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[Path, dict]:
     """Folder of a model and the preset that it is trained with."""
-    preset = make_preset(data, training, args.max_train_steps)
+    preset = make_preset(data, training, given_count(args, "max_train_steps", data))
     if budget == "flops":
         steps = preset["training"]["max_train_steps"]
         ratio = training_flops(args, data, "heavy") / training_flops(args, data, training)
@@ -227,7 +234,7 @@ def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
 
 def open_images(data: str, role: str):
     """The images that distances are measured from: "reference", or "floor", other ones like them."""
-    preset = make_preset(data, "heavy", None)
+    preset = make_preset(data, "heavy")
     seed = {"reference": _REFERENCE_SEED, "floor": _FLOOR_SEED}[role]
     if DATA[data].dataset_name == "letters":
         return Letters(preset["denoiser"]["sample_size"], seed=seed)
@@ -258,7 +265,7 @@ def open_reference(args, data: str):
     num_references = min(DATA[data].num_references or len(reference), len(reference))
     n = count_of(args, "num_samples", data)
     facts = {"n": n, "references": num_references, "classifier": file_hash(path), "seed": _FLOOR_SEED}
-    augmentation = make_preset(data, "heavy", None)["training"]["augmentation"]
+    augmentation = make_preset(data, "heavy")["training"]["augmentation"]
     stem = Path(args.work_dir, data, f"reference-{digest([facts, augmentation])}")
 
     def batches(images, indices):

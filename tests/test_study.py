@@ -32,9 +32,9 @@ def fresh_accelerate():
 
 @pytest.mark.parametrize("data", arms.DATA)
 def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
-    preset = study.make_preset(data, "sized", None)
+    preset = study.make_preset(data, "sized")
     sized = UViTDenoiser(**preset["denoiser"] | {"context_channels": None, "prediction_hand_over": False})
-    preset = study.make_preset(data, "pair", None)
+    preset = study.make_preset(data, "pair")
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     mean = image_flops(denoiser, encoder, num_inference_steps=64, num_context_steps=8) / 64
     assert network_flops(sized) == pytest.approx(mean, rel=0.04)
@@ -42,7 +42,7 @@ def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
 
 @pytest.mark.parametrize("data", arms.DATA)
 def test_the_unet_costs_what_the_heavy_network_costs(data):
-    preset = study.make_preset(data, "unet", None)
+    preset = study.make_preset(data, "unet")
     shape = {key: value for key, value in preset["context_encoder"].items() if "context" not in key}
     heavy = network_flops(UViTDenoiser(**{key: value for key, value in shape.items() if "hand_over" not in key}))
     size, channels = preset["unet"]["sample_size"], preset["unet"]["in_channels"]
@@ -226,6 +226,12 @@ def test_counts_are_shrunk_for_one_data_set_or_for_all():
     assert [study.count_of(args, "num_samples", data) for data in ("letters", "digits")] == [1000, 50]
     assert [study.count_of(args, "max_evaluations", data) for data in ("letters", "digits")] == [256, 64]
     assert study.count_of(study.parse_args([]), "num_samples", "letters") == 5000
+    # The steps of a training are shrunk, never stretched: a conversion's are fewer than those of what it starts from.
+    args = study.parse_args(["--max_train_steps", "digits=2000"])
+    shrunk = {data: study.given_count(args, "max_train_steps", data) for data in ("letters", "digits")}
+    assert shrunk == {"letters": None, "digits": 2000}
+    for training, steps in (("heavy", 2000), ("converted", 1500)):
+        assert study.make_preset("digits", training, 2000)["training"]["max_train_steps"] == steps
     for wrong in ("letters", "words=5", "0", "letters=-1"):
         with pytest.raises(SystemExit):
             study.parse_args(["--num_samples", wrong])
@@ -327,7 +333,7 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     assert pair["evaluations"] == {"denoiser": 8, "context_encoder": 4}
     assert points["feature-reuse", "steps", "ddim", 8, 4]["evaluations"] == {"denoiser": 8, "deep_levels": 4}
 
-    preset = study.make_preset("digits", "pair", None)
+    preset = study.make_preset("digits", "pair")
     classes = {"num_classes": 10}
     encoder = UViTContextEncoder(**preset["context_encoder"] | classes)
     denoiser = UViTDenoiser(**preset["denoiser"] | classes)
