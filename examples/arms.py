@@ -135,6 +135,10 @@ TRAININGS = {
     ),
     # A pair whose encoder always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
     "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
+    # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
+    "half-fresh-pair": Training(
+        train_dual_rate, changes={"training": {"context_steps": [*[10**6] * 4, 4, 8, 16, 32], "context_dropout": 0.0}}
+    ),
     "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
     "unet": Training(train_unet, shape=("unet", "unet")),
@@ -303,6 +307,7 @@ ARMS = {
     "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), *_SHARED["ancestral"])}),
     "dual-rate-context-dropout": Arm("dropout-pair", sample_as_trained, _SHARED),
     "dual-rate-converted": Arm("converted", sample_as_trained, _SHARED),
+    "dual-rate-half-fresh": Arm("half-fresh-pair", sample_as_trained, _SHARED),
     "dual-rate-no-context": Arm(
         "dropout-pair",
         sample_without_context,
