@@ -111,9 +111,9 @@ class Training:
     starts: dict[str, str] = field(default_factory=dict)
 
 
-def _distil_pair(**recipe):
-    """A converted pair distilled from the heavy network that it started from."""
-    return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": "converted"})
+def _distil_pair(pair="converted", **recipe):
+    """A pair distilled from the heavy network."""
+    return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": pair})
 
 
 TRAININGS = {
@@ -144,6 +144,7 @@ TRAININGS = {
     "unet": Training(train_unet, shape=("unet", "unet")),
     "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
     "pair-mmd": _distil_pair(),
+    "half-fresh-pair-mmd": _distil_pair("half-fresh-pair"),
     "pair-mmd-full-rollout": _distil_pair(full_rollout=True),
     "pair-mmd-4-steps": _distil_pair(num_inference_steps=4, num_context_steps=2),
     "pair-mmd-2-steps": _distil_pair(num_inference_steps=2, num_context_steps=1),
@@ -338,6 +339,7 @@ ARMS = {
     # Students have the steps that they were distilled for.
     "single-rate-mmd": Arm("heavy-mmd", sample_as_trained, {"ancestral": _single(8)}),
     "dual-rate-mmd": Arm("pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),
+    "dual-rate-half-fresh-mmd": Arm("half-fresh-pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),
     "dual-rate-mmd-full-rollout": Arm("pair-mmd-full-rollout", sample_as_trained, {"ancestral": ((8, 2),)}),
     "dual-rate-mmd-4-steps": Arm("pair-mmd-4-steps", sample_as_trained, {"ancestral": ((4, 2),)}),
     "dual-rate-mmd-2-steps": Arm("pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
