@@ -53,8 +53,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--first_seed_only",
         nargs="+",
-        choices=[*DATA, *ARMS, *report.BUDGETS],
+        choices=[*DATA, *ARMS, *report.BUDGETS, *(f"{data}/{name}" for data in DATA for name in ARMS)],
         default=[],
+        metavar="DATA|ARM|BUDGET|DATA/ARM",
         help="What has one training seed.",
     )
     parser.add_argument(
@@ -393,7 +394,7 @@ def list_series(args) -> list[tuple]:
         for budget in budgets_of(ARMS[name].training, args.budgets)
         for solver in args.solvers
         if not {f"{data}/{name}", f"{data}/{name}/{budget}"} & set(args.leave_out)
-        and (seed == args.seeds[0] or not {data, name, budget} & set(args.first_seed_only))
+        and (seed == args.seeds[0] or not {data, name, budget, f"{data}/{name}"} & set(args.first_seed_only))
     ]
 
 

@@ -303,7 +303,7 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     )
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
-        ["--data", "digits", "--max_train_steps", "12", "--max_evaluations", "8", "--solvers", "ddim", "dpmsolver++"]
+        ["--data", "digits", "--max_train_steps", "4", "--max_evaluations", "8", "--solvers", "ddim", "dpmsolver++"]
         + ["--arms", "single-rate", "dual-rate", "feature-reuse", "--classifiers", str(tmp_path / "classifiers")]
         + ["--work_dir", str(tmp_path / "work"), "--output", str(tmp_path / "study.json")]
     )
@@ -339,8 +339,8 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     denoiser = UViTDenoiser(**preset["denoiser"] | classes)
     forward = network_flops(encoder) + context_flops(denoiser) + network_flops(denoiser)
     # Backwards costs twice as much, less what gradients of the images and the noise features would.
-    assert 0.9 < pair["training_flops"] / (3 * 12 * 8 * forward) < 1
-    assert pair["training_images"] == heavy["training_images"] == 96
+    assert 0.9 < pair["training_flops"] / (3 * 4 * 8 * forward) < 1
+    assert pair["training_images"] == heavy["training_images"] == 32
     step = equal["training_flops"] / (equal["training_images"] / 8)
     assert abs(equal["training_flops"] - heavy["training_flops"]) <= step / 2
 
@@ -387,6 +387,9 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     assert ("encoder-sharing", "flops") in kept and "feature-reuse" not in {name for name, _ in kept}
     one = study.parse_args(["--data", "digits", "letters", "--seeds", "0", "1", "--first_seed_only", "letters"])
     assert {data for data, *_, seed in study.list_series(one) if seed == 1} == {"digits"}
+    both = ["--data", "digits", "letters", "--seeds", "0", "1", "--first_seed_only", "letters/deepcache"]
+    again = {(data, name) for data, name, *_, seed in study.list_series(study.parse_args(both)) if seed == 1}
+    assert ("letters", "deepcache") not in again and {("digits", "deepcache"), ("letters", "single-rate")} <= again
     groups = study.list_models(series)
     models = [model for group in groups for model in group]
     assert len(models) == len(set(models))
