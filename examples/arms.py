@@ -111,6 +111,14 @@ class Training:
     starts: dict[str, str] = field(default_factory=dict)
 
 
+def _train_pair(*context_steps, context_dropout=0.0):
+    """Both networks of a pair, jointly, with these windows of the context's age."""
+    return Training(
+        train_dual_rate,
+        changes={"training": {"context_steps": list(context_steps), "context_dropout": context_dropout}},
+    )
+
+
 def _distil_pair(pair="converted", **recipe):
     """A pair distilled from the heavy network."""
     return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": pair})
@@ -118,9 +126,13 @@ def _distil_pair(pair="converted", **recipe):
 
 TRAININGS = {
     "heavy": Training(train_single_rate, ("--network", "heavy")),
-    "pair": Training(train_dual_rate, changes={"training": {"context_dropout": 0.0}}),
+    "pair": _train_pair(4, 8, 16, 32),
     # The paper's p, with the rows that see no context costing nothing heavy.
-    "dropout-pair": Training(train_dual_rate, changes={"training": {"context_dropout": 0.5}}),
+    "dropout-pair": _train_pair(4, 8, 16, 32, context_dropout=0.5),
+    # An encoder that always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
+    "fresh-pair": _train_pair(10**6),
+    # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
+    "half-fresh-pair": _train_pair(*[10**6] * 4, 4, 8, 16, 32),
     # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns,
     # to predict what the heavy one would.
     "converted": Training(
@@ -132,12 +144,6 @@ TRAININGS = {
             "training": {"max_train_steps": 1500, "context_dropout": 0.0, "context_steps": [2, 4, 8, 16]},
         },
         starts={"--pretrained_model_name_or_path": "heavy"},
-    ),
-    # A pair whose encoder always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
-    "fresh-pair": Training(train_dual_rate, changes={"training": {"context_steps": [10**6], "context_dropout": 0.0}}),
-    # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
-    "half-fresh-pair": Training(
-        train_dual_rate, changes={"training": {"context_steps": [*[10**6] * 4, 4, 8, 16, 32], "context_dropout": 0.0}}
     ),
     "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
