@@ -111,17 +111,3 @@ def test_the_configuration_of_fsdp2_wraps_the_blocks_that_the_networks_name():
         for network in (networks["context_encoder"], networks["denoiser"]):
             assert {f"UViT{kind.title()}Block" for kind in network["level_types"]} <= set(wrapped), preset
     assert "UNTESTED" in Path("examples/fsdp2.yaml").read_text()
-
-
-def test_the_table_of_context_dropout_repeats_the_study():
-    lines = README[README.index("| N/K |") :].splitlines()
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[:4]]
-    points = json.loads(Path("examples/study.json").read_text())["points"]
-    for arm, row in (("dual-rate", rows[2]), ("dual-rate-context-dropout", rows[3])):
-        found = {
-            f"{point['N']}/{point['K']}": f"{point['fd']:.3f}".lstrip("0")
-            for point in points
-            if (point["data"], point["arm"], point["budget"], point["solver"])
-            == ("letters", arm, "flops", "ancestral")
-        }
-        assert row[1:] == [found[steps] for steps in rows[0][1:]]
