@@ -170,8 +170,8 @@ def denoising_loss(
         log_snr: t [B] → λ_t.
         log_snr_rate: t [B] → −dλ/dt.
         bias: b of the sigmoid weight.
-        context_steps: The set of K that the window of τ is drawn from. A very large K, such as 10⁶, makes the context
-            fresh, τ = t, as the step of a refresh has it: where two steps share a context, that is half of all steps.
+        context_steps: The K of which each row's window of τ is drawn, all alike; one that is given twice is drawn twice
+            as often. A very large K, such as 10⁶, makes the context fresh (τ ≈ t), as the step of a refresh has it.
         context_dropout: Share p of rows that see no context.
         label_dropout: Probability that a label becomes `null_label`.
         null_label: The label that stands for no class.
