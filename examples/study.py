@@ -75,7 +75,9 @@ def parse_args(argv=None):
     shrink = parser.add_argument_group("to shrink it")
     counts = {"nargs": "+", "type": parse_count, "default": [], "metavar": "[DATA=]COUNT"}
     shrink.add_argument(
-        "--max_train_steps", **counts, help="Most steps of a training or distillation, at equal steps; default: the presets'."
+        "--max_train_steps",
+        **counts,
+        help="Most steps of a training or distillation, at equal steps; default: the presets'.",
     )
     shrink.add_argument("--num_samples", **counts, help="Images of each point; default: the data sets'.")
     shrink.add_argument("--max_evaluations", **counts, help="Largest N; default: the data sets'.")
