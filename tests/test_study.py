@@ -1,6 +1,7 @@
 """The study on untrained and hardly trained models: counts, engagement, and that it stops and goes on."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import train_unet
 from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
+from diffusers_dualrate.losses import lags
 from diffusers_dualrate.scheduler import log_snr_of_steps
 
 
@@ -235,6 +237,16 @@ def test_counts_are_shrunk_for_one_data_set_or_for_all():
     for wrong in ("letters", "words=5", "0", "letters=-1"):
         with pytest.raises(SystemExit):
             study.parse_args(["--num_samples", wrong])
+
+
+@pytest.mark.parametrize("data", ["letters", "digits"])
+def test_half_of_the_contexts_of_the_pair_that_the_presets_train_are_fresh(data):
+    own = json.loads(Path(f"examples/presets/{arms.DATA[data].preset}.json").read_text())["training"]
+    assert study.make_preset(data, "half-fresh-pair")["training"] == own
+    uniforms = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
+    fresh = lags(uniforms, own["context_steps"]) < 1e-5
+    assert abs(fresh.float().mean() - 0.5) < 0.02
+    assert (lags(uniforms, own["context_steps"])[~fresh] > 1e-3).float().mean() > 0.95
 
 
 def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
