@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from accelerate import PartialState
 from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -194,8 +195,8 @@ def make_dpmsolver(solver: str, **process) -> DPMSolverMultistepScheduler:
 
 
 def open_pipeline(folder: Path, solver: str) -> DualRatePipeline:
-    """A trained model with a solver."""
-    pipe = DualRatePipeline.from_pretrained(folder)
+    """A trained model with a solver, on the device that trainings use, too."""
+    pipe = DualRatePipeline.from_pretrained(folder).to(PartialState().device)
     pipe.scheduler = make_scheduler(solver, pipe.scheduler)
     for network in filter(None, (pipe.denoiser, pipe.context_encoder)):
         network.to(memory_format=torch.channels_last)  # on a CPU 1.5 times as fast
@@ -241,8 +242,9 @@ def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
     """A `UNet2DModel` whose deep features the DeepCache package computes K times, in every (N / K)-th step."""
     from DeepCache import DeepCacheSDHelper
 
+    device = PartialState().device
     pipe = DDIMPipeline.from_pretrained(folder)
-    unet, scheduler = pipe.unet.to(memory_format=torch.channels_last), pipe.scheduler
+    unet, scheduler = pipe.unet.to(device, memory_format=torch.channels_last), pipe.scheduler
     if solver != "ddim":
         process = {name: scheduler.config[name] for name in ("trained_betas", "prediction_type")}
         scheduler = make_dpmsolver(solver, **process)
@@ -252,8 +254,8 @@ def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
     @torch.no_grad()
     def draw(labels, generators):
         shape = (len(labels), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        z, class_labels = randn_tensor(shape, generators), torch.tensor(labels)
-        scheduler.set_timesteps(n)
+        z, class_labels = randn_tensor(shape, generators, device), torch.tensor(labels, device=device)
+        scheduler.set_timesteps(n, device=device)
         helper.enable()
         for t in scheduler.timesteps:
             v = unet(z, t, class_labels=class_labels).sample

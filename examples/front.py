@@ -61,7 +61,7 @@ def compare(candidate: tuple[float, Sequence[float]], rivals: Sequence[tuple[flo
     """Hold one point against the front of others.
 
     Args:
-        candidate: FLOPs, and the distance of every training seed.
+        candidate: FLOPs, and the distance of every seed.
         rivals: The same of every point of every other method.
 
     Returns:

@@ -18,6 +18,8 @@ Configuration = tuple  # (arm, solver, N, K)
 def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configuration, tuple[float, list[float]]]:
     """FLOPs and the distances over training seeds of every configuration, sampling seeds averaged.
 
+    With one training seed the distances are those of the sampling seeds.
+
     At equal training FLOPs the heavy network's own training is the measure, so whatever samples it belongs there too.
     """
     points = [point for point in study["points"] if point["data"] == data]
@@ -30,7 +32,11 @@ def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configur
             key = (point["arm"], point["solver"], point["N"], point["K"])
             found[key][point["seed"]].append(point["fd"])
             flops[key] = point["flops"]
-    return {key: (flops[key], [fmean(values) for values in seeds.values()]) for key, seeds in found.items()}
+    repeated = {
+        key: [fmean(values) for values in seeds.values()] if len(seeds) > 1 else [*seeds.values()][0]
+        for key, seeds in found.items()
+    }
+    return {key: (flops[key], distances) for key, distances in repeated.items()}
 
 
 def budgets_of(study: dict, data: str) -> list[str]:
@@ -160,12 +166,19 @@ def _write_every_point(study, data, budget):
 
 def _write_title(study, data):
     floor = study["floors"][data]
-    seeds = sorted({p["seed"] for p in study["points"] if p["data"] == data})
-    return (
-        f"**{data}** – `fd_local` of {floor['n']:,} images, floor {floor['fd']:.3f}, training "
-        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
-        + ("." if len(seeds) > 1 else "; without further seeds there is no margin, and the sign alone decides.")
-    )
+    points = [p for p in study["points"] if p["data"] == data]
+    training, sampling = (sorted({p[name] for p in points}) for name in ("seed", "sampling_seed"))
+    if len(training) > 1:
+        end = f"training seeds {_list(training)}."
+    elif len(sampling) > 1:
+        end = f"training seed {_list(training)}; spread and margin are those of the sampling seeds {_list(sampling)}."
+    else:
+        end = f"training seed {_list(training)}; without further seeds there is no margin, and the sign alone decides."
+    return f"**{data}** – `fd_local` of {floor['n']:,} images, floor {floor['fd']:.3f}, {end}"
+
+
+def _list(numbers):
+    return ", ".join(map(str, numbers))
 
 
 def _list_front(study, data, budget, solvers=SOLVERS):

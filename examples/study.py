@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,7 +61,14 @@ def parse_args(argv=None):
     parser.add_argument(
         "--leave_out", nargs="+", default=[], metavar="DATA/ARM[/BUDGET]", help="What a data set goes without."
     )
-    parser.add_argument("--sampling_seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--sampling_seeds",
+        nargs="+",
+        type=parse_number,
+        default=[("", 0)],
+        metavar="[DATA=]SEED",
+        help="Seeds of sampling, for all data sets or for one.",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
     parser.add_argument(
@@ -91,12 +98,26 @@ def parse_args(argv=None):
     return args
 
 
+def parse_number(text: str) -> tuple[str, int]:
+    """A number for one data set, or under the empty name for all."""
+    data, _, number = text.rpartition("=")
+    if data and data not in DATA or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a number for one of {', '.join(DATA)}")
+    return data, int(number)
+
+
 def parse_count(text: str) -> tuple[str, int]:
-    """A count for one data set, or under the empty name for all."""
-    data, _, count = text.rpartition("=")
-    if data and data not in DATA or not count.isdigit() or int(count) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a count nor a count of one of {', '.join(DATA)}")
-    return data, int(count)
+    """A count, which is 1 at least, for one data set, or under the empty name for all."""
+    data, count = parse_number(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count: it must be at least 1")
+    return data, count
+
+
+def sampling_seeds_of(args, data: str) -> list[int]:
+    """A data set's own seeds of sampling, or those for all."""
+    given = {name: [seed for other, seed in args.sampling_seeds if other == name] for name in (data, "")}
+    return given[data] or given[""] or [0]
 
 
 def given_count(args, name: str, data: str) -> int | None:
@@ -255,15 +276,16 @@ def open_images(data: str, role: str):
 def measure(classifier, batches) -> FeatureStatistics:
     """Statistics of the features of batches of images [B, C, H, W]."""
     statistics = FeatureStatistics()
+    device = next(classifier.parameters()).device
     for batch in batches:
-        statistics.update(classifier.features(batch.clamp(-1, 1)))
+        statistics.update(classifier.features(batch.clamp(-1, 1).to(device)).cpu())
     return statistics
 
 
 def open_reference(args, data: str):
     """Classifier, statistics of the reference, and the floor with what is known of all three."""
     path = Path(args.classifiers, f"{data}.safetensors")
-    classifier = ImageClassifier.load(path)
+    classifier = ImageClassifier.load(path).to(PartialState().device)
     reference, floor = open_images(data, "reference"), open_images(data, "floor")
     num_references = min(DATA[data].num_references or len(reference), len(reference))
     n = count_of(args, "num_samples", data)
@@ -338,7 +360,7 @@ def list_points(args, data: str, name: str, budget: str, solver: str, seed: int)
     folder, _ = find_model(args, data, arm.training, budget, seed)
     limit = count_of(args, "max_evaluations", data)
     listed = []
-    for sampling_seed in args.sampling_seeds:
+    for sampling_seed in sampling_seeds_of(args, data):
         for n, k in arm.steps.get(solver, ()):
             if n <= limit:
                 key = {"data": data, "arm": name, "budget": budget, "solver": solver, "N": n, "K": k}

@@ -10,6 +10,7 @@ is a folder that `DDIMPipeline.from_pretrained` loads, holding the EMA weights.
 import math
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -37,28 +38,31 @@ def main(args):
     images = training.open_images(args, preset)
 
     set_seed(args.seed)
+    device = PartialState().device
     # One more row than classes: the null label.
     unet = UNet2DModel(
         **preset["unet"], num_class_embeds=None if images.num_classes is None else images.num_classes + 1
-    )
+    ).to(device)
     scheduler = DualRateScheduler(**preset["scheduler"])
     optimizer = training.make_optimizer(unet.parameters(), recipe)
     lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
     batch_size, steps = recipe["train_batch_size"], recipe["max_train_steps"]
     loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), args.seed, 0, steps * batch_size))
     ema = EMAModel(unet.parameters(), decay=recipe["ema_decay"])
+    ema.to(device)
 
     def denoise(z, log_snr, class_labels, context, context_log_snr):
         return unet(z, timesteps_of(log_snr, scheduler), class_labels=class_labels).sample
 
     for step, batch in enumerate(tqdm(loader, unit="step")):
+        batch = {name: values.to(device) for name, values in batch.items()}
         x, class_labels = batch["pixel_values"], batch.get("class_labels")
         result = denoising_loss(
             denoise,
             None,
             x,
             class_labels,
-            draw(args.seed, step, range(len(x)), x.shape[1:]),
+            draw(args.seed, step, range(len(x)), x.shape[1:], device),
             log_snr=lambda t: scheduler.log_snr(t * len(scheduler)),
             log_snr_rate=lambda t: scheduler.log_snr_rate(t * len(scheduler)),
             bias=recipe["bias"],

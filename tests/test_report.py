@@ -60,6 +60,17 @@ def test_sampling_seeds_are_averaged_and_training_seeds_are_not():
     assert grouped["dual-rate", "ddim", 8, 2] == (100e6, [3.0, 3.5])
 
 
+def test_with_one_training_seed_the_spread_is_that_of_the_sampling_seeds():
+    study = make_study()
+    again = [point | {"sampling_seed": 1, "fd": point["fd"] + 0.2} for point in study["points"]]
+    study["points"] += again
+    grouped = report.group(study, "letters", "steps")
+    assert grouped["dual-rate", "ddim", 8, 2] == (100e6, [2.5, pytest.approx(2.7)])
+    (result,) = report.comparisons(study, "letters", "steps").values()
+    assert result["margin"] == pytest.approx(2 * math.sqrt(0.02))
+    assert "training seed 0; spread and margin are those of the sampling seeds 0, 1." in report.write_table(study)
+
+
 def test_a_pair_is_held_against_every_arm_but_the_control():
     """At 100 MFLOP the single-rate front is half-way, in logarithms, from 4 to 2, which the control would undercut."""
     (result,) = report.comparisons(make_study(), "letters", "steps").values()

@@ -239,6 +239,17 @@ def test_counts_are_shrunk_for_one_data_set_or_for_all():
             study.parse_args(["--num_samples", wrong])
 
 
+def test_a_data_set_has_sampling_seeds_of_its_own_or_those_for_all(tmp_path):
+    args = study.parse_args(["--sampling_seeds", "7", "digits=0", "digits=1", "--work_dir", str(tmp_path)])
+    assert [study.sampling_seeds_of(args, data) for data in ("letters", "digits")] == [[7], [0, 1]]
+    keys = [key for key, *_ in study.list_points(args, "digits", "single-rate", "steps", "ddim", 0)]
+    assert sorted({key["sampling_seed"] for key in keys}) == [0, 1] and len(keys) % 2 == 0
+    assert study.sampling_seeds_of(study.parse_args(["--sampling_seeds", "digits=3"]), "letters") == [0]
+    assert study.sampling_seeds_of(study.parse_args([]), "digits") == [0]
+    with pytest.raises(SystemExit):
+        study.parse_args(["--sampling_seeds", "words=1"])
+
+
 @pytest.mark.parametrize("data", ["letters", "digits"])
 def test_half_of_the_contexts_of_the_pair_that_the_presets_train_are_fresh(data):
     own = json.loads(Path(f"examples/presets/{arms.DATA[data].preset}.json").read_text())["training"]
