@@ -220,7 +220,9 @@ def _describe_trainings(study, data):
     if fewer:
         sentences.append("Fewer training seeds: " + "; ".join(fewer) + ".")
     entries = [entry.split("/") for entry in study.get("left_out", ())]
-    if left_out := [" at equal ".join(rest) for name, *rest in entries if name == data]:
+    # An arm, an arm at a budget, or, as if its arm had no name, all that a budget has.
+    rests = [rest if rest[0] not in BUDGETS else ["all", *rest] for name, *rest in entries if name == data]
+    if left_out := [" at equal ".join(rest) for rest in rests]:
         sentences.append(f"Left out here: {', '.join(left_out)}.")
     return " ".join(sentences if unit else sentences[1:])
 

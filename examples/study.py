@@ -59,7 +59,11 @@ def parse_args(argv=None):
         help="What has one training seed.",
     )
     parser.add_argument(
-        "--leave_out", nargs="+", default=[], metavar="DATA/ARM[/BUDGET]", help="What a data set goes without."
+        "--leave_out",
+        nargs="+",
+        default=[],
+        metavar="DATA/ARM[/BUDGET]|DATA/BUDGET",
+        help="What a data set goes without.",
     )
     parser.add_argument(
         "--sampling_seeds",
@@ -90,9 +94,8 @@ def parse_args(argv=None):
     shrink.add_argument("--max_evaluations", **counts, help="Largest N; default: the data sets'.")
     shrink.add_argument("--batch_size", type=int, default=100)
     args = parser.parse_args(argv)
-    if unknown := set(args.leave_out) - {
-        f"{data}/{name}{budget}" for data in DATA for name in ARMS for budget in ("", "/steps", "/flops")
-    }:
+    parts = [*report.BUDGETS, *(f"{name}{budget}" for name in ARMS for budget in ("", "/steps", "/flops"))]
+    if unknown := set(args.leave_out) - {f"{data}/{part}" for data in DATA for part in parts}:
         parser.error(f"argument --leave_out: there is no {', '.join(sorted(unknown))}")
     args.output = args.output or str(Path(args.work_dir, "study.json"))
     return args
@@ -417,7 +420,7 @@ def list_series(args) -> list[tuple]:
         for name in args.arms
         for budget in budgets_of(ARMS[name].training, args.budgets)
         for solver in args.solvers
-        if not {f"{data}/{name}", f"{data}/{name}/{budget}"} & set(args.leave_out)
+        if not {f"{data}/{part}" for part in (name, budget, f"{name}/{budget}")} & set(args.leave_out)
         and (seed == args.seeds[0] or not {data, name, budget, f"{data}/{name}"} & set(args.first_seed_only))
     ]
 

@@ -129,6 +129,7 @@ def test_an_arm_that_was_trained_for_longer_than_the_heavy_network_is_not_called
 def test_arms_that_were_left_out_and_a_study_at_equal_flops_alone_are_told():
     study = make_study() | {"left_out": ["digits/dual-rate", "letters/deepcache", "letters/dual-rate/flops"]}
     assert "Left out here: deepcache, dual-rate at equal flops." in report.write_points(study)
+    assert "Left out here: all at equal flops." in report.write_points(study | {"left_out": ["letters/flops"]})
     study["points"] = [p for p in study["points"] if p["budget"] == "flops"]
     assert "### Equal training flops" in report.write_points(study)
 

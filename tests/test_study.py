@@ -408,6 +408,9 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     kept = {(name, budget) for _, name, budget, *_ in study.list_series(less)}
     assert ("dual-rate", "steps") in kept and ("dual-rate", "flops") not in kept
     assert ("encoder-sharing", "flops") in kept and "feature-reuse" not in {name for name, _ in kept}
+    less = study.parse_args(["--data", "digits", "letters", "--leave_out", "digits/flops"])
+    kept = {(data, budget) for data, _, budget, *_ in study.list_series(less)}
+    assert kept == {("digits", "steps"), ("letters", "steps"), ("letters", "flops")}
     one = study.parse_args(["--data", "digits", "letters", "--seeds", "0", "1", "--first_seed_only", "letters"])
     assert {data for data, *_, seed in study.list_series(one) if seed == 1} == {"digits"}
     both = ["--data", "digits", "letters", "--seeds", "0", "1", "--first_seed_only", "letters/deepcache"]
