@@ -176,9 +176,9 @@ def test_the_card_of_a_student_tells_what_it_needs_and_where_it_came_from_and_no
     assert [cells[1:4] for cells in rows.values()] == [
         ["2 + 8", "none", "0.50"],
         ["12 + 0", "4", "3.12"],
-        ["4 + 8", "4", "1.47"],
+        ["4 + 12", "4", "1.66"],
     ]
-    assert rows["dualrate-emoji32,"][0] == "dualrate-emoji32, its start, second-order ancestral, N = 8, K = 4"
+    assert rows["dualrate-emoji32,"][0] == "dualrate-emoji32, its start, second-order ancestral, N = 12, K = 4"
     assert (
         "13,920 images, 10 passes over the 1,392 of `emoji32`, 8,000 of them in steps of the auxiliary and 5,920 in"
         in text

@@ -250,14 +250,14 @@ def test_a_data_set_has_sampling_seeds_of_its_own_or_those_for_all(tmp_path):
         study.parse_args(["--sampling_seeds", "words=1"])
 
 
-@pytest.mark.parametrize("data", ["letters", "digits"])
-def test_half_of_the_contexts_of_the_pair_that_the_presets_train_are_fresh(data):
+@pytest.mark.parametrize("data", arms.DATA)
+def test_the_presets_train_what_the_arm_dual_rate_does_and_half_fresh_contexts_are_half(data):
     own = json.loads(Path(f"examples/presets/{arms.DATA[data].preset}.json").read_text())["training"]
-    assert study.make_preset(data, "half-fresh-pair")["training"] == own
+    assert study.make_preset(data, "pair")["training"] == own
     uniforms = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
-    fresh = lags(uniforms, own["context_steps"]) < 1e-5
-    assert abs(fresh.float().mean() - 0.5) < 0.02
-    assert (lags(uniforms, own["context_steps"])[~fresh] > 1e-3).float().mean() > 0.95
+    ages = lags(uniforms, study.make_preset(data, "half-fresh-pair")["training"]["context_steps"])
+    assert abs((ages < 1e-5).float().mean() - 0.5) < 0.02
+    assert (ages[ages >= 1e-5] > 1e-3).float().mean() > 0.95
 
 
 def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
