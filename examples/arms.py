@@ -307,8 +307,8 @@ ARMS = {
         {
             "ancestral": _single(3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256),
             "ddim": _single(4, 5, 6, 8, 10, 12, 16, 32, 64),
-            "dpmsolver++": _single(3, 4, 5, 6, 8, 12, 16, 24, 32),
-            "sde-dpmsolver++": _single(3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48),
+            "dpmsolver++": _single(3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32),
+            "sde-dpmsolver++": _single(3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48),
         },
     ),
     "single-rate-light": Arm("light", sample_as_trained, {"ancestral": _single(8, 16, 64, 256), **_FEW}),

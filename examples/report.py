@@ -16,27 +16,23 @@ Configuration = tuple  # (arm, solver, N, K)
 
 
 def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configuration, tuple[float, list[float]]]:
-    """FLOPs and the distances over training seeds of every configuration, sampling seeds averaged.
+    """FLOPs and the distances over seeds of every configuration.
 
-    With one training seed the distances are those of the sampling seeds.
-
+    The seeds are those of training, sampling seeds averaged; those of sampling where a data set has one training seed.
     At equal training FLOPs the heavy network's own training is the measure, so whatever samples it belongs there too.
     """
     points = [point for point in study["points"] if point["data"] == data]
     measure = {point["training_flops"] for point in points if point["arm"] == "single-rate"}
+    repeated = "seed" if len({point["seed"] for point in points}) > 1 else "sampling_seed"
     found = defaultdict(lambda: defaultdict(list))
     flops = {}
     for point in points:
         belongs = point["budget"] == budget or (budget == "flops" and point["training_flops"] in measure)
         if belongs and point["solver"] in solvers:
             key = (point["arm"], point["solver"], point["N"], point["K"])
-            found[key][point["seed"]].append(point["fd"])
+            found[key][point[repeated]].append(point["fd"])
             flops[key] = point["flops"]
-    repeated = {
-        key: [fmean(values) for values in seeds.values()] if len(seeds) > 1 else [*seeds.values()][0]
-        for key, seeds in found.items()
-    }
-    return {key: (flops[key], distances) for key, distances in repeated.items()}
+    return {key: (flops[key], [fmean(values) for values in seeds.values()]) for key, seeds in found.items()}
 
 
 def budgets_of(study: dict, data: str) -> list[str]:

@@ -69,9 +69,9 @@ def parse_args(argv=None):
         "--sampling_seeds",
         nargs="+",
         type=parse_number,
-        default=[("", 0)],
+        default=[],
         metavar="[DATA=]SEED",
-        help="Seeds of sampling, for all data sets or for one.",
+        help="Seeds of sampling, for all data sets or for one; default: 0.",
     )
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")

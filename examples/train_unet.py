@@ -49,7 +49,6 @@ def main(args):
     batch_size, steps = recipe["train_batch_size"], recipe["max_train_steps"]
     loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), args.seed, 0, steps * batch_size))
     ema = EMAModel(unet.parameters(), decay=recipe["ema_decay"])
-    ema.to(device)
 
     def denoise(z, log_snr, class_labels, context, context_log_snr):
         return unet(z, timesteps_of(log_snr, scheduler), class_labels=class_labels).sample

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,21 @@ def unet(tmp_path):
     preset = study.make_preset("digits", "unet", 2)
     study.run_training("digits", "unet", preset, tmp_path / "unet", "--seed", "0")
     return tmp_path / "unet"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_study_trains_and_samples_on_the_gpu(tmp_path, unet):
+    preset = study.make_preset("digits", "pair", 2)
+    study.run_training("digits", "pair", preset, tmp_path / "pair", "--seed", "0")
+    args = study.parse_args(["--num_samples", "20", "--work_dir", str(tmp_path)])
+    classifier, statistics, *_ = study.open_reference(args, "digits")
+    samplers = [arms.sample_as_trained(tmp_path / "pair", "dpmsolver++", 4, 2)]
+    if find_spec("DeepCache"):
+        samplers.append(arms.sample_with_deepcache(unet, "ddim", 8, 4))
+    for sampler in samplers:
+        images = study.draw_checked(sampler, [1, 2], [3, 4])
+        assert images.is_cuda and study.measure(classifier, [images]).moments.device == statistics.moments.device
 
 
 @pytest.mark.slow
@@ -251,11 +267,14 @@ def test_a_data_set_has_sampling_seeds_of_its_own_or_those_for_all(tmp_path):
 
 
 @pytest.mark.parametrize("data", arms.DATA)
-def test_the_presets_train_what_the_arm_dual_rate_does_and_half_fresh_contexts_are_half(data):
+def test_the_presets_train_what_the_arm_dual_rate_does(data):
     own = json.loads(Path(f"examples/presets/{arms.DATA[data].preset}.json").read_text())["training"]
     assert study.make_preset(data, "pair")["training"] == own
+
+
+def test_half_of_the_contexts_of_half_fresh_pairs_are_fresh():
     uniforms = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
-    ages = lags(uniforms, study.make_preset(data, "half-fresh-pair")["training"]["context_steps"])
+    ages = lags(uniforms, study.make_preset("digits", "half-fresh-pair")["training"]["context_steps"])
     assert abs((ages < 1e-5).float().mean() - 0.5) < 0.02
     assert (ages[ages >= 1e-5] > 1e-3).float().mean() > 0.95
 
