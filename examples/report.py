@@ -272,8 +272,12 @@ def plot(study: dict, path: Path) -> None:
 
     panels = list(dict.fromkeys((p["data"], p["budget"]) for p in study["points"]))
     arms = list(dict.fromkeys(p["arm"] for p in study["points"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 6), squeeze=False, layout="constrained")
-    for axis, (data, budget) in zip(axes[0], panels, strict=True):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(7 * columns, 6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (data, budget) in zip(axes.flat, panels, strict=False):
         grouped = group(study, data, budget)
         for arm in arms:
             own = [grouped[key] for key, *_ in front_of(grouped, lambda name, arm=arm: name == arm)]
