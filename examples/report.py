@@ -207,7 +207,7 @@ def _describe_trainings(study, data):
             seeds[point["arm"]].add(point["seed"])
     listed = [f"{arm} {max(costs[arm]) / max(unit):.2f}" for arm in costs] if unit else []
     most = max(map(len, seeds.values()), default=0)
-    fewer = [f"{arm} {', '.join(map(str, sorted(own)))}" for arm, own in seeds.items() if len(own) < most]
+    fewer = [f"{arm} {_list(sorted(own))}" for arm, own in seeds.items() if len(own) < most]
     sentences = [
         "Training FLOPs at equal steps, all that an arm starts from included, against `single-rate`: "
         + ", ".join(listed)
