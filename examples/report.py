@@ -19,15 +19,17 @@ def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configur
     """FLOPs and the distances over seeds of every configuration.
 
     The seeds are those of training, sampling seeds averaged; those of sampling where a data set has one training seed.
-    At equal training FLOPs the heavy network's own training is the measure, so whatever samples it belongs there too.
+    At equal training FLOPs the heavy network's own training is the measure, so whatever samples it, or a network whose
+    training cost the same within two per cent, belongs there too.
     """
     points = [point for point in study["points"] if point["data"] == data]
-    measure = {point["training_flops"] for point in points if point["arm"] == "single-rate"}
+    measure = max((point["training_flops"] for point in points if point["arm"] == "single-rate"), default=0)
     repeated = "seed" if len({point["seed"] for point in points}) > 1 else "sampling_seed"
     found = defaultdict(lambda: defaultdict(list))
     flops = {}
     for point in points:
-        belongs = point["budget"] == budget or (budget == "flops" and point["training_flops"] in measure)
+        costs_the_same = math.isclose(point["training_flops"], measure, rel_tol=0.02)
+        belongs = point["budget"] == budget or (budget == "flops" and costs_the_same)
         if belongs and point["solver"] in solvers:
             key = (point["arm"], point["solver"], point["N"], point["K"])
             found[key][point[repeated]].append(point["fd"])

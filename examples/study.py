@@ -215,11 +215,11 @@ def training_flops(args, data: str, training: str) -> int:
 
 
 def budgets_of(training: str, budgets: list[str]) -> list[str]:
-    """Budgets that a model is trained for: the heavy network's is the measure of both, so it is trained once.
+    """Budgets that a model is trained for: the heavy network is the measure of both, so it and what costs the same are trained once.
 
     A conversion or distillation comes on top of what it starts from, for which there is no measure: it is run once, too.
     """
-    return ["steps"] if training == "heavy" or TRAININGS[training].starts else budgets
+    return ["steps"] if training in ("heavy", "unet") or TRAININGS[training].starts else budgets
 
 
 def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[Path, dict]:

@@ -44,6 +44,16 @@ def test_the_heavy_network_belongs_to_both_budgets_and_other_arms_to_their_own()
         assert grouped["dual-rate", "ddim", 8, 2] == (100e6, [ours])
 
 
+def test_an_arm_whose_training_cost_what_the_heavy_networks_did_belongs_to_both_budgets():
+    study = make_study()
+    heavy = next(point for point in study["points"] if point["arm"] == "single-rate")
+    study["points"] += [heavy | {"arm": "deepcache", "training_flops": 7.1}]
+    study["points"] += [heavy | {"arm": "encoder-sharing", "training_flops": 7.2}]
+    for budget, others in (("steps", {"deepcache", "encoder-sharing"}), ("flops", {"deepcache"})):
+        found = {key[0] for key in report.group(study, "letters", budget)}
+        assert found & {"deepcache", "encoder-sharing"} == others
+
+
 def test_an_arm_that_was_not_trained_at_equal_flops_is_not_held_against_those_that_were():
     study = make_study()
     study["points"] = [p for p in study["points"] if (p["arm"], p["budget"]) != ("single-rate-sized", "flops")]
