@@ -1,14 +1,14 @@
-"""What the study compares: data sets, how models are trained on them, and arms, each a trained model and a way to sample it.
+"""What the study compares: arms, each a trained model and a way to sample it.
 
-A new arm is an entry of ARMS, and where no training fits it, one of TRAININGS. An arm whose name begins with "dual-rate"
-is held against all whose name does not.
+A new arm is an entry of ARMS, and where no training fits it, one of `trainings.TRAININGS`. An arm whose name begins with
+"dual-rate" is held against all whose name does not.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
@@ -16,146 +16,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, DPMSolverMultistepScheduler, 
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-import distill
-import train_dual_rate
-import train_single_rate
-import train_unet
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.scheduler import refresh_plan
 from rivals import FeatureReuseTrunk
 
-EXAMPLES = Path(__file__).parent
 DDIM_TIMESTEPS = 960
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set of the study; the preset is the one of the same heavy and light networks for every arm.
-
-    Args:
-        preset: Name of the preset.
-        dataset_name: What the training scripts call the data set.
-        sized: Shape of the single-rate network that costs per step what the pair does on average at N = 64, K = 8.
-        unet: Shape of the `UNet2DModel` that costs what the heavy network does.
-        num_samples: n, images of a point and of the floor.
-        num_references: Images that both are held against; `None` for all there are.
-        max_evaluations: Largest N.
-    """
-
-    preset: str
-    dataset_name: str
-    sized: dict
-    unet: dict
-    num_samples: int
-    num_references: int | None = None
-    max_evaluations: int = 256
-
-
-def _unet(sample_size, channels, *widths):
-    """Arguments of a `UNet2DModel` of plain convolutional levels, with attention in the middle."""
-    return {
-        "sample_size": sample_size,
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": widths,
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D",) * len(widths),
-        "up_block_types": ("UpBlock2D",) * len(widths),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-
-
-DATA = {
-    "letters": Data(
-        "letters16",
-        "letters",
-        {"level_channels": [12, 16, 32], "level_blocks": [1, 1, 1], "embedding_dim": 96},
-        _unet(16, 1, 8, 20, 32),
-        num_samples=5000,
-        num_references=10_000,
-    ),
-    "digits": Data(
-        "digits8",
-        "digits",
-        {"level_channels": [16, 32], "level_blocks": [1, 1], "embedding_dim": 64},
-        _unet(8, 1, 8, 32),
-        num_samples=898,
-    ),
-    "emoji32": Data(
-        "emoji32",
-        str(EXAMPLES / "data/emoji32"),
-        {"level_channels": [27, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
-        _unet(32, 3, 16, 24, 48, 64),
-        num_samples=500,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a model is made.
-
-    Args:
-        script: The training script.
-        flags: Its flags.
-        changes: What is laid over sections of the data's preset.
-        shape: Field of `Data` that is laid over the preset too, and the section that it is laid over.
-        starts: For each flag of the script that names a model, the training whose model it is given: so a conversion, or a
-            distillation, which follows the preset's other recipe.
-    """
-
-    script: ModuleType
-    flags: tuple[str, ...] = ()
-    changes: dict[str, dict] = field(default_factory=dict)
-    shape: tuple[str, str] | None = None
-    starts: dict[str, str] = field(default_factory=dict)
-
-
-def _train_pair(*context_steps, context_dropout=0.0):
-    """Both networks of a pair, jointly, with these windows of the context's age."""
-    return Training(
-        train_dual_rate,
-        changes={"training": {"context_steps": list(context_steps), "context_dropout": context_dropout}},
-    )
-
-
-def _distil_pair(pair="converted", **recipe):
-    """A pair distilled from the heavy network."""
-    return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": pair})
-
-
-TRAININGS = {
-    "heavy": Training(train_single_rate, ("--network", "heavy")),
-    "pair": _train_pair(4, 8, 16, 32),
-    # The paper's p, with the rows that see no context costing nothing heavy.
-    "dropout-pair": _train_pair(4, 8, 16, 32, context_dropout=0.5),
-    # An encoder that always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
-    "fresh-pair": _train_pair(10**6),
-    # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
-    "half-fresh-pair": _train_pair(*[10**6] * 4, 4, 8, 16, 32),
-    # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns,
-    # to predict what the heavy one would.
-    "converted": Training(
-        train_dual_rate,
-        ("--follow_encoder",),
-        changes={
-            "context_encoder": {"prediction_hand_over": True},
-            "denoiser": {"prediction_hand_over": True},
-            "training": {"max_train_steps": 1500, "context_dropout": 0.0, "context_steps": [2, 4, 8, 16]},
-        },
-        starts={"--pretrained_model_name_or_path": "heavy"},
-    ),
-    "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
-    "light": Training(train_single_rate, ("--network", "light")),
-    "unet": Training(train_unet, shape=("unet", "unet")),
-    "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
-    "pair-mmd": _distil_pair(),
-    "half-fresh-pair-mmd": _distil_pair("half-fresh-pair"),
-    "pair-mmd-full-rollout": _distil_pair(full_rollout=True),
-    "pair-mmd-4-steps": _distil_pair(num_inference_steps=4, num_context_steps=2),
-    "pair-mmd-2-steps": _distil_pair(num_inference_steps=2, num_context_steps=1),
-}
 
 
 @dataclass(frozen=True)

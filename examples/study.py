@@ -13,10 +13,8 @@ another `--work_dir`.
 
 import argparse
 import json
-import shutil
 import signal
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,11 +24,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import distill
 import report
-import train_single_rate
-import train_unet
-from arms import ARMS, DATA, EXAMPLES, TRAININGS, Sampler
+from arms import ARMS, Sampler
 from diffusers_dualrate.data import Augmentation, LabelledImages, load_images
 from diffusers_dualrate.evaluation import FeatureStatistics, ImageClassifier, fd_local, file_hash
 from diffusers_dualrate.flops import count_evaluations
@@ -38,6 +33,18 @@ from diffusers_dualrate.letters import Letters
 from diffusers_dualrate.losses import seed_of
 from evaluate import choose, environment
 from jobs import digest, run_jobs, write_json
+from trainings import (
+    DATA,
+    EXAMPLES,
+    TRAININGS,
+    budgets_of,
+    find_model,
+    given_count,
+    lineage,
+    make_preset,
+    train_model,
+    training_flops,
+)
 
 # Far from the seeds that trainings use, so that reference and floor are images that no training saw.
 _REFERENCE_SEED, _FLOOR_SEED = 2_000_003, 3_000_017
@@ -123,137 +130,9 @@ def sampling_seeds_of(args, data: str) -> list[int]:
     return given[data] or given[""] or [0]
 
 
-def given_count(args, name: str, data: str) -> int | None:
-    """What a data set is to be shrunk to, if to anything."""
-    given = dict(getattr(args, name))
-    return given.get(data, given.get(""))
-
-
 def count_of(args, name: str, data: str) -> int:
     """What a data set was shrunk to, or its own count."""
     return given_count(args, name, data) or getattr(DATA[data], name)
-
-
-# Training
-
-
-def make_preset(data: str, training: str, max_train_steps: int | None = None) -> dict:
-    """The preset of a data set as one training changes it, its steps shrunk where there are more."""
-    preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
-    recipe = preset["distillation" if TRAININGS[training].script is distill else "training"]
-    preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
-    for section, changes in TRAININGS[training].changes.items():
-        preset[section] |= changes
-    if shape := TRAININGS[training].shape:
-        field, section = shape
-        preset[section] = preset.get(section, {}) | getattr(DATA[data], field)
-    if max_train_steps is not None:
-        preset["training"]["max_train_steps"] = min(max_train_steps, preset["training"]["max_train_steps"])
-    return preset
-
-
-def configuration_of(training: str, preset: dict) -> dict:
-    """What of a preset decides the trained model: a single-rate network has no context and no second network."""
-    if TRAININGS[training].script not in (train_single_rate, train_unet):
-        return preset
-    network = "context_encoder" if "heavy" in TRAININGS[training].flags else "denoiser"
-    sections = {
-        "network": preset.get("unet", preset[network]),
-        "scheduler": preset["scheduler"],
-        "training": preset["training"],
-    }
-    alone = ("context", "hand_over")
-    return {
-        name: {key: value for key, value in section.items() if not any(word in key for word in alone)}
-        for name, section in sections.items()
-    }
-
-
-def run_training(data: str, training: str, preset: dict, folder: Path, *flags: str) -> None:
-    """Train with the script that a user calls."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if TRAININGS[training].script is distill:
-        preset = preset | {"distillation": preset["training"]}
-    (folder / f"{DATA[data].preset}.json").write_text(json.dumps(preset, indent=2) + "\n")
-    script = TRAININGS[training].script
-    common = ["--preset", str(folder / f"{DATA[data].preset}.json"), "--output_dir", str(folder)]
-    common += ["--dataset_name", DATA[data].dataset_name, "--label_column", "label", "--validation_steps", "0"]
-    if status := script.main(script.parse_args([*common, *TRAININGS[training].flags, *flags])):
-        raise SystemExit(status)  # stopped by a signal, and so is the study
-
-
-def start_flags(args, data: str, training: str, seed: int) -> list[str]:
-    """The trained models that a training starts from, as flags."""
-    starts = TRAININGS[training].starts.items()
-    return [part for flag, start in starts for part in (flag, str(find_model(args, data, start, "steps", seed)[0]))]
-
-
-def lineage(training: str) -> set[str]:
-    """A training and all that it starts from."""
-    return {training}.union(*(lineage(start) for start in TRAININGS[training].starts.values()))
-
-
-def training_flops(args, data: str, training: str) -> int:
-    """FLOPs of one training step, forwards and backwards, counted in the script itself.
-
-    They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
-    """
-    preset = make_preset(data, training)
-    cached = Path(args.work_dir, data, f"flops-{training}-{digest(configuration_of(training, preset))}.json")
-    if not cached.exists():
-        totals = []
-        for steps in (1, 3):
-            preset["training"]["max_train_steps"] = steps
-            with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH):
-                with FlopCounterMode(display=False) as counter:
-                    run_training(
-                        data, training, preset, Path(folder), *start_flags(args, data, training, args.seeds[0])
-                    )
-            totals.append(counter.get_total_flops())
-        write_json(cached, (totals[1] - totals[0]) // 2)
-    return json.loads(cached.read_text())
-
-
-def budgets_of(training: str, budgets: list[str]) -> list[str]:
-    """Budgets that a model is trained for: the heavy network is the measure of both, so it and what costs the same are trained once.
-
-    A conversion or distillation comes on top of what it starts from, for which there is no measure: it is run once, too.
-    """
-    return ["steps"] if training in ("heavy", "unet") or TRAININGS[training].starts else budgets
-
-
-def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[Path, dict]:
-    """Folder of a model and the preset that it is trained with."""
-    preset = make_preset(data, training, given_count(args, "max_train_steps", data))
-    if budget == "flops":
-        steps = preset["training"]["max_train_steps"]
-        ratio = training_flops(args, data, "heavy") / training_flops(args, data, training)
-        preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
-    configuration = configuration_of(training, preset)
-    if TRAININGS[training].starts:
-        # By their names, which hold what they were trained with: the work_dir may be moved.
-        configuration = [configuration, *(Path(part).name for part in start_flags(args, data, training, seed))]
-    name = f"{training}-{budget}-{seed}-{digest(configuration)}"
-    return Path(args.work_dir, data, name), preset
-
-
-def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
-    """Train one model, or finish or keep what is there."""
-    folder, preset = find_model(args, data, training, budget, seed)
-    training_flops(args, data, training)
-    if not (folder / "model_index.json").exists():
-        resume = [
-            "--resume_from_checkpoint",
-            "latest",
-            "--checkpointing_steps",
-            "250",
-            "--checkpoints_total_limit",
-            "1",
-        ]
-        starts = start_flags(args, data, training, seed)
-        run_training(data, training, preset, folder, "--seed", str(seed), *starts, *resume)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
 
 
 # Measuring

@@ -19,6 +19,7 @@ import arms
 import jobs
 import study
 import train_unet
+import trainings
 from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
@@ -33,19 +34,19 @@ def fresh_accelerate():
         state._reset_state()
 
 
-@pytest.mark.parametrize("data", arms.DATA)
+@pytest.mark.parametrize("data", trainings.DATA)
 def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
-    preset = study.make_preset(data, "sized")
+    preset = trainings.make_preset(data, "sized")
     sized = UViTDenoiser(**preset["denoiser"] | {"context_channels": None, "prediction_hand_over": False})
-    preset = study.make_preset(data, "pair")
+    preset = trainings.make_preset(data, "pair")
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     mean = image_flops(denoiser, encoder, num_inference_steps=64, num_context_steps=8) / 64
     assert network_flops(sized) == pytest.approx(mean, rel=0.04)
 
 
-@pytest.mark.parametrize("data", arms.DATA)
+@pytest.mark.parametrize("data", trainings.DATA)
 def test_the_unet_costs_what_the_heavy_network_costs(data):
-    preset = study.make_preset(data, "unet")
+    preset = trainings.make_preset(data, "unet")
     shape = {key: value for key, value in preset["context_encoder"].items() if "context" not in key}
     heavy = network_flops(UViTDenoiser(**{key: value for key, value in shape.items() if "hand_over" not in key}))
     size, channels = preset["unet"]["sample_size"], preset["unet"]["in_channels"]
@@ -63,16 +64,16 @@ def test_the_unet_is_told_the_timestep_that_its_schedulers_name():
 
 @pytest.fixture
 def unet(tmp_path):
-    preset = study.make_preset("digits", "unet", 2)
-    study.run_training("digits", "unet", preset, tmp_path / "unet", "--seed", "0")
+    preset = trainings.make_preset("digits", "unet", 2)
+    trainings.run_training("digits", "unet", preset, tmp_path / "unet", "--seed", "0")
     return tmp_path / "unet"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_study_trains_and_samples_on_the_gpu(tmp_path, unet):
-    preset = study.make_preset("digits", "pair", 2)
-    study.run_training("digits", "pair", preset, tmp_path / "pair", "--seed", "0")
+    preset = trainings.make_preset("digits", "pair", 2)
+    trainings.run_training("digits", "pair", preset, tmp_path / "pair", "--seed", "0")
     args = study.parse_args(["--num_samples", "20", "--work_dir", str(tmp_path)])
     classifier, statistics, *_ = study.open_reference(args, "digits")
     samplers = [arms.sample_as_trained(tmp_path / "pair", "dpmsolver++", 4, 2)]
@@ -223,7 +224,7 @@ def test_a_method_that_does_nothing_is_an_error(make_pipe):
 
 @pytest.mark.parametrize("data", ["letters", "digits"])
 def test_samples_and_floor_have_the_classes_in_the_shares_of_the_data(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(arms.DATA, data, dataclasses.replace(arms.DATA[data], num_references=60))
+    monkeypatch.setitem(trainings.DATA, data, dataclasses.replace(trainings.DATA[data], num_references=60))
     measured = []
     images_of = type(study.open_images(data, "floor"))
     load = images_of.__getitem__
@@ -246,10 +247,10 @@ def test_counts_are_shrunk_for_one_data_set_or_for_all():
     assert study.count_of(study.parse_args([]), "num_samples", "letters") == 5000
     # The steps of a training are shrunk, never stretched: a conversion's are fewer than those of what it starts from.
     args = study.parse_args(["--max_train_steps", "digits=2000"])
-    shrunk = {data: study.given_count(args, "max_train_steps", data) for data in ("letters", "digits")}
+    shrunk = {data: trainings.given_count(args, "max_train_steps", data) for data in ("letters", "digits")}
     assert shrunk == {"letters": None, "digits": 2000}
     for training, steps in (("heavy", 2000), ("converted", 1500)):
-        assert study.make_preset("digits", training, 2000)["training"]["max_train_steps"] == steps
+        assert trainings.make_preset("digits", training, 2000)["training"]["max_train_steps"] == steps
     for wrong in ("letters", "words=5", "0", "letters=-1"):
         with pytest.raises(SystemExit):
             study.parse_args(["--num_samples", wrong])
@@ -266,15 +267,15 @@ def test_a_data_set_has_sampling_seeds_of_its_own_or_those_for_all(tmp_path):
         study.parse_args(["--sampling_seeds", "words=1"])
 
 
-@pytest.mark.parametrize("data", arms.DATA)
+@pytest.mark.parametrize("data", trainings.DATA)
 def test_the_presets_train_what_the_arm_dual_rate_does(data):
-    own = json.loads(Path(f"examples/presets/{arms.DATA[data].preset}.json").read_text())["training"]
-    assert study.make_preset(data, "pair")["training"] == own
+    own = json.loads(Path(f"examples/presets/{trainings.DATA[data].preset}.json").read_text())["training"]
+    assert trainings.make_preset(data, "pair")["training"] == own
 
 
 def test_half_of_the_contexts_of_half_fresh_pairs_are_fresh():
     uniforms = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
-    ages = lags(uniforms, study.make_preset("digits", "half-fresh-pair")["training"]["context_steps"])
+    ages = lags(uniforms, trainings.make_preset("digits", "half-fresh-pair")["training"]["context_steps"])
     assert abs((ages < 1e-5).float().mean() - 0.5) < 0.02
     assert (ages[ages >= 1e-5] > 1e-3).float().mean() > 0.95
 
@@ -341,7 +342,7 @@ def until(condition, seconds):
 def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     """The digits as the networks of the preset `tiny` see them, enlarged and in colour."""
     monkeypatch.setitem(
-        arms.DATA, "digits", arms.Data("tiny", "digits", {"level_channels": [8, 24]}, {}, num_samples=20)
+        trainings.DATA, "digits", trainings.Data("tiny", "digits", {"level_channels": [8, 24]}, {}, num_samples=20)
     )
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
@@ -375,7 +376,7 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     assert pair["evaluations"] == {"denoiser": 8, "context_encoder": 4}
     assert points["feature-reuse", "steps", "ddim", 8, 4]["evaluations"] == {"denoiser": 8, "deep_levels": 4}
 
-    preset = study.make_preset("digits", "pair")
+    preset = trainings.make_preset("digits", "pair")
     classes = {"num_classes": 10}
     encoder = UViTContextEncoder(**preset["context_encoder"] | classes)
     denoiser = UViTDenoiser(**preset["denoiser"] | classes)
@@ -398,7 +399,7 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
 
 @pytest.mark.slow
 def test_students_are_distilled_from_models_of_the_study_whose_training_counts_as_theirs(tmp_path, monkeypatch):
-    monkeypatch.setitem(arms.DATA, "digits", arms.Data("tiny", "digits", {}, {}, num_samples=20))
+    monkeypatch.setitem(trainings.DATA, "digits", trainings.Data("tiny", "digits", {}, {}, num_samples=20))
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
         ["--data", "digits", "--max_train_steps", "2", "--solvers", "ancestral", "--budgets", "flops"]
@@ -408,7 +409,7 @@ def test_students_are_distilled_from_models_of_the_study_whose_training_counts_a
     single, dual = study.main(args)["points"]
     assert single["evaluations"] == {"denoiser": 8} and dual["evaluations"] == {"denoiser": 8, "context_encoder": 2}
     flops = {
-        name: 2 * study.training_flops(args, "digits", name)
+        name: 2 * trainings.training_flops(args, "digits", name)
         for name in ("heavy", "converted", "heavy-mmd", "pair-mmd")
     }
     assert single["training_flops"] == flops["heavy"] + flops["heavy-mmd"]
@@ -441,13 +442,13 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     for i, group in enumerate(groups):
         before = {model for earlier in groups[:i] for model in earlier}
         for data, training, _, seed in group:
-            starts = arms.TRAININGS[training].starts.values()
+            starts = trainings.TRAININGS[training].starts.values()
             assert before >= {(data, start, "steps", seed) for start in starts}
     assert {(data, arms.ARMS[name].training, budget, seed) for data, name, budget, _, seed in series} <= set(models)
 
 
 def test_what_a_distillation_spent_counts_each_training_that_led_to_it_once(monkeypatch):
     chain = {"a": (), "b": ("a",), "c": ("a", "b")}
-    trainings = {name: SimpleNamespace(starts=dict(enumerate(starts))) for name, starts in chain.items()}
-    monkeypatch.setattr(study, "TRAININGS", trainings)
-    assert study.lineage("c") == {"a", "b", "c"} and study.lineage("a") == {"a"}
+    trained = {name: SimpleNamespace(starts=dict(enumerate(starts))) for name, starts in chain.items()}
+    monkeypatch.setattr(trainings, "TRAININGS", trained)
+    assert trainings.lineage("c") == {"a", "b", "c"} and trainings.lineage("a") == {"a"}

@@ -1,0 +1,274 @@
+"""What the study trains: the data sets, how models are made on them, and where each is found again by its configuration."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import distill
+import train_dual_rate
+import train_single_rate
+import train_unet
+from jobs import digest, write_json
+
+EXAMPLES = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set of the study; the preset is the one of the same heavy and light networks for every arm.
+
+    Args:
+        preset: Name of the preset.
+        dataset_name: What the training scripts call the data set.
+        sized: Shape of the single-rate network that costs per step what the pair does on average at N = 64, K = 8.
+        unet: Shape of the `UNet2DModel` that costs what the heavy network does.
+        num_samples: n, images of a point and of the floor.
+        num_references: Images that both are held against; `None` for all there are.
+        max_evaluations: Largest N.
+    """
+
+    preset: str
+    dataset_name: str
+    sized: dict
+    unet: dict
+    num_samples: int
+    num_references: int | None = None
+    max_evaluations: int = 256
+
+
+def _unet(sample_size, channels, *widths):
+    """Arguments of a `UNet2DModel` of plain convolutional levels, with attention in the middle."""
+    return {
+        "sample_size": sample_size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * len(widths),
+        "up_block_types": ("UpBlock2D",) * len(widths),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
+
+
+DATA = {
+    "letters": Data(
+        "letters16",
+        "letters",
+        {"level_channels": [12, 16, 32], "level_blocks": [1, 1, 1], "embedding_dim": 96},
+        _unet(16, 1, 8, 20, 32),
+        num_samples=5000,
+        num_references=10_000,
+    ),
+    "digits": Data(
+        "digits8",
+        "digits",
+        {"level_channels": [16, 32], "level_blocks": [1, 1], "embedding_dim": 64},
+        _unet(8, 1, 8, 32),
+        num_samples=898,
+    ),
+    "emoji32": Data(
+        "emoji32",
+        str(EXAMPLES / "data/emoji32"),
+        {"level_channels": [27, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
+        _unet(32, 3, 16, 24, 48, 64),
+        num_samples=500,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is made.
+
+    Args:
+        script: The training script.
+        flags: Its flags.
+        changes: What is laid over sections of the data's preset.
+        shape: Field of `Data` that is laid over the preset too, and the section that it is laid over.
+        starts: For each flag of the script that names a model, the training whose model it is given: so a conversion, or a
+            distillation, which follows the preset's other recipe.
+    """
+
+    script: ModuleType
+    flags: tuple[str, ...] = ()
+    changes: dict[str, dict] = field(default_factory=dict)
+    shape: tuple[str, str] | None = None
+    starts: dict[str, str] = field(default_factory=dict)
+
+
+def _train_pair(*context_steps, context_dropout=0.0):
+    """Both networks of a pair, jointly, with these windows of the context's age."""
+    return Training(
+        train_dual_rate,
+        changes={"training": {"context_steps": list(context_steps), "context_dropout": context_dropout}},
+    )
+
+
+def _distil_pair(pair="converted", **recipe):
+    """A pair distilled from the heavy network."""
+    return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": pair})
+
+
+TRAININGS = {
+    "heavy": Training(train_single_rate, ("--network", "heavy")),
+    "pair": _train_pair(4, 8, 16, 32),
+    # The paper's p, with the rows that see no context costing nothing heavy.
+    "dropout-pair": _train_pair(4, 8, 16, 32, context_dropout=0.5),
+    # An encoder that always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
+    "fresh-pair": _train_pair(10**6),
+    # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
+    "half-fresh-pair": _train_pair(*[10**6] * 4, 4, 8, 16, 32),
+    # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns,
+    # to predict what the heavy one would.
+    "converted": Training(
+        train_dual_rate,
+        ("--follow_encoder",),
+        changes={
+            "context_encoder": {"prediction_hand_over": True},
+            "denoiser": {"prediction_hand_over": True},
+            "training": {"max_train_steps": 1500, "context_dropout": 0.0, "context_steps": [2, 4, 8, 16]},
+        },
+        starts={"--pretrained_model_name_or_path": "heavy"},
+    ),
+    "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
+    "light": Training(train_single_rate, ("--network", "light")),
+    "unet": Training(train_unet, shape=("unet", "unet")),
+    "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
+    "pair-mmd": _distil_pair(),
+    "half-fresh-pair-mmd": _distil_pair("half-fresh-pair"),
+    "pair-mmd-full-rollout": _distil_pair(full_rollout=True),
+    "pair-mmd-4-steps": _distil_pair(num_inference_steps=4, num_context_steps=2),
+    "pair-mmd-2-steps": _distil_pair(num_inference_steps=2, num_context_steps=1),
+}
+
+
+def given_count(args, name: str, data: str) -> int | None:
+    """What a data set is to be shrunk to, if to anything."""
+    given = dict(getattr(args, name))
+    return given.get(data, given.get(""))
+
+
+def make_preset(data: str, training: str, max_train_steps: int | None = None) -> dict:
+    """The preset of a data set as one training changes it, its steps shrunk where there are more."""
+    preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
+    recipe = preset["distillation" if TRAININGS[training].script is distill else "training"]
+    preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
+    for section, changes in TRAININGS[training].changes.items():
+        preset[section] |= changes
+    if shape := TRAININGS[training].shape:
+        field, section = shape
+        preset[section] = preset.get(section, {}) | getattr(DATA[data], field)
+    if max_train_steps is not None:
+        preset["training"]["max_train_steps"] = min(max_train_steps, preset["training"]["max_train_steps"])
+    return preset
+
+
+def configuration_of(training: str, preset: dict) -> dict:
+    """What of a preset decides the trained model: a single-rate network has no context and no second network."""
+    if TRAININGS[training].script not in (train_single_rate, train_unet):
+        return preset
+    network = "context_encoder" if "heavy" in TRAININGS[training].flags else "denoiser"
+    sections = {
+        "network": preset.get("unet", preset[network]),
+        "scheduler": preset["scheduler"],
+        "training": preset["training"],
+    }
+    alone = ("context", "hand_over")
+    return {
+        name: {key: value for key, value in section.items() if not any(word in key for word in alone)}
+        for name, section in sections.items()
+    }
+
+
+def run_training(data: str, training: str, preset: dict, folder: Path, *flags: str) -> None:
+    """Train with the script that a user calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if TRAININGS[training].script is distill:
+        preset = preset | {"distillation": preset["training"]}
+    (folder / f"{DATA[data].preset}.json").write_text(json.dumps(preset, indent=2) + "\n")
+    script = TRAININGS[training].script
+    common = ["--preset", str(folder / f"{DATA[data].preset}.json"), "--output_dir", str(folder)]
+    common += ["--dataset_name", DATA[data].dataset_name, "--label_column", "label", "--validation_steps", "0"]
+    if status := script.main(script.parse_args([*common, *TRAININGS[training].flags, *flags])):
+        raise SystemExit(status)  # stopped by a signal, and so is the study
+
+
+def start_flags(args, data: str, training: str, seed: int) -> list[str]:
+    """The trained models that a training starts from, as flags."""
+    starts = TRAININGS[training].starts.items()
+    return [part for flag, start in starts for part in (flag, str(find_model(args, data, start, "steps", seed)[0]))]
+
+
+def lineage(training: str) -> set[str]:
+    """A training and all that it starts from."""
+    return {training}.union(*(lineage(start) for start in TRAININGS[training].starts.values()))
+
+
+def training_flops(args, data: str, training: str) -> int:
+    """FLOPs of one training step, forwards and backwards, counted in the script itself.
+
+    They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
+    """
+    preset = make_preset(data, training)
+    cached = Path(args.work_dir, data, f"flops-{training}-{digest(configuration_of(training, preset))}.json")
+    if not cached.exists():
+        totals = []
+        for steps in (1, 3):
+            preset["training"]["max_train_steps"] = steps
+            with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH):
+                with FlopCounterMode(display=False) as counter:
+                    run_training(
+                        data, training, preset, Path(folder), *start_flags(args, data, training, args.seeds[0])
+                    )
+            totals.append(counter.get_total_flops())
+        write_json(cached, (totals[1] - totals[0]) // 2)
+    return json.loads(cached.read_text())
+
+
+def budgets_of(training: str, budgets: list[str]) -> list[str]:
+    """Budgets that a model is trained for: the heavy network is the measure of both, so it and what costs the same are trained once.
+
+    A conversion or distillation comes on top of what it starts from, for which there is no measure: it is run once, too.
+    """
+    return ["steps"] if training in ("heavy", "unet") or TRAININGS[training].starts else budgets
+
+
+def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[Path, dict]:
+    """Folder of a model and the preset that it is trained with."""
+    preset = make_preset(data, training, given_count(args, "max_train_steps", data))
+    if budget == "flops":
+        steps = preset["training"]["max_train_steps"]
+        ratio = training_flops(args, data, "heavy") / training_flops(args, data, training)
+        preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
+    configuration = configuration_of(training, preset)
+    if TRAININGS[training].starts:
+        # By their names, which hold what they were trained with: the work_dir may be moved.
+        configuration = [configuration, *(Path(part).name for part in start_flags(args, data, training, seed))]
+    name = f"{training}-{budget}-{seed}-{digest(configuration)}"
+    return Path(args.work_dir, data, name), preset
+
+
+def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
+    """Train one model, or finish or keep what is there."""
+    folder, preset = find_model(args, data, training, budget, seed)
+    training_flops(args, data, training)
+    if not (folder / "model_index.json").exists():
+        resume = [
+            "--resume_from_checkpoint",
+            "latest",
+            "--checkpointing_steps",
+            "250",
+            "--checkpoints_total_limit",
+            "1",
+        ]
+        starts = start_flags(args, data, training, seed)
+        run_training(data, training, preset, folder, "--seed", str(seed), *starts, *resume)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
