@@ -215,7 +215,9 @@ def main(args):
         start = torch.zeros(PROBES, dtype=torch.long, device=accelerator.device)
         log_snrs = grid_log_snr(log_snr, num_steps, probe.noise)
         ends = {"first": start, "last": start + num_steps, "num_steps": num_steps, "refresh_interval": interval}
+        networks.eval()  # without dropout, so that all processes find the same
         samples = networks(roll_out, probe.noise[:, 0], labels, probe.noise, log_snrs, **ends)
+        networks.train()
         share = samples.var(0).mean() / teacher_variance
         run.note(variance_share=share)
         if not share >= recipe["min_variance_share"]:
@@ -240,6 +242,8 @@ def main(args):
             is_auxiliary_step = not is_pretraining and (step - recipe["pretraining_steps"]) % 2 == 0
             for parameter in waiting:
                 parameter.requires_grad_(not is_pretraining)
+            if waiting:
+                encoder.train(not is_pretraining)  # it stays as it is, without dropout
 
             # What has no part in a step's loss has no gradient, so that clip and optimizer pass over it.
             with accelerator.accumulate(networks):

@@ -121,6 +121,28 @@ def test_a_student_learns_from_noise_alone(root, tmp_path):
         assert sum(not torch.equal(before[name], after[name]) for name in names) > len(names) / 2
 
 
+def test_dropout_acts_in_what_learns_alone(root, tmp_path, monkeypatch):
+    """Not in the encoder while it waits, nor in the samples that all processes hold against the teacher's."""
+    found = []
+
+    def watch(name):
+        original = getattr(distill, name)
+
+        def watched(denoise, encode, *args, **kwargs):
+            networks = denoise.__self__
+            found.append((name, networks.context_encoder.training, networks.denoiser.training))
+            return original(denoise, encode, *args, **kwargs)
+
+        monkeypatch.setattr(distill, name, watched)
+
+    for name in ("grid_denoising_loss", "auxiliary_loss", "student_loss", "roll_out"):
+        watch(name)
+    run(root, tmp_path, *data(root), "--checkpointing_steps", 1)
+    modes = {"grid_denoising_loss": (False, True), "roll_out": (False, False)}
+    assert {name for name, *_ in found} == {"grid_denoising_loss", "auxiliary_loss", "student_loss", "roll_out"}
+    assert all((encoder, denoiser) == modes.get(name, (True, True)) for name, encoder, denoiser in found)
+
+
 @pytest.mark.parametrize("prediction_hand_over", [False, True])
 def test_the_encoder_starts_as_the_teacher_and_waits_until_the_denoiser_has_learned(
     root, tmp_path, prediction_hand_over
