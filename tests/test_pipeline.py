@@ -239,6 +239,19 @@ def test_networks_in_bfloat16_leave_the_chain_in_float32(make_pipe, scale):
     assert 0 < (images - expected).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+)
+def test_so_they_do_under_in_tree_schedulers_which_answer_in_the_type_that_they_are_given(make_pipe, scheduler):
+    pipe = make_pipe(single_rate=True)
+    trained = {"trained_betas": pipe.scheduler.betas.tolist(), "prediction_type": "v_prediction"}
+    pipe.scheduler = scheduler(**trained, timestep_spacing="trailing")
+    pipe.denoiser.to(torch.bfloat16)
+    images = pipe([0, 1], 4, output_type="latent", generator=generator()).images
+    assert images.dtype == torch.float32
+    assert not torch.equal(images, images.bfloat16().float())  # as if it had been rounded on the way
+
+
 def test_the_progress_bar_counts_the_steps_and_can_be_switched_off(make_pipe, capsys):
     pipe = make_pipe()
     pipe([0], 3, 1, output_type="latent")

@@ -308,7 +308,7 @@ class DualRatePipeline(DiffusionPipeline):
 
                 # Fast rate: the light network, at every step.
                 v = self.denoise(z.to(dtype), log_snr, class_labels, context, context_log_snr, guides)
-                latents = self.scheduler.step(v, t, latents, **step_kwargs, return_dict=False)[0]
+                latents = self.scheduler.step(v.float(), t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "class_labels": class_labels, "context": context}
