@@ -233,7 +233,7 @@ def main(args):
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         "block_multiply_adds": {name: block_multiply_adds(network) for name, network in networks.items()},
         "data": {
-            "name": Path(args.dataset_name or args.train_data_dir).name,
+            "name": training.name_data(args),
             "arguments": " ".join(
                 f"--{name} {getattr(args, name)}"
                 for name in ("dataset_name", "train_data_dir", "dataset_config_name", "label_column", "num_classes")
@@ -262,6 +262,10 @@ def main(args):
         is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
         if path in args.rivals and not is_alike:
             raise ValueError(f"{path} has no evaluation.json of the same data and classifier: measure it first.")
+        if not is_alike:
+            warnings.warn(
+                f"{path} has no evaluation.json of the same data and classifier, so no samples.", stacklevel=2
+            )
         report["rivals"][name] = {
             "model": Path(path).name,
             "training": read_record(path, "training.json"),

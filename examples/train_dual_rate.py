@@ -58,11 +58,14 @@ def main(args):
     denoiser = UViTDenoiser(**{**preset["denoiser"], **classes})
     start = training.start_from(args, images)
     if start is not None:
-        handed_over = context_encoder.context_channels, context_encoder.config.prediction_hand_over
+        planned, name = context_encoder, args.pretrained_model_name_or_path
         if start.context_encoder is None:
+            handed_over = planned.config.context_channels, planned.config.prediction_hand_over
             context_encoder = UViTContextEncoder.from_denoiser(start.denoiser, *handed_over)
         else:
+            training.check_shape(name, start.denoiser, denoiser)
             context_encoder, denoiser = start.context_encoder, start.denoiser
+        training.check_shape(name, context_encoder, planned)
         recipe["pretrained"] = args.pretrained_model_name_or_path
     loss_function, shares = denoising_loss, {"context_dropout": recipe["context_dropout"]}
     if args.follow_encoder:

@@ -53,7 +53,15 @@ def test_a_model_that_does_not_fit_the_images_is_refused(single_rate, folder, tm
     options = ["--pretrained_model_name_or_path", single_rate, "--max_train_steps", 1]
     with pytest.raises(ValueError, match="sample_size is .* there and \\(24, 24\\) here"):
         train("dual", folder, tmp_path / "pair", *options, "--resolution", 24)
+    wider = ["--override", "context_encoder.level_channels=[16,64]"]
+    with pytest.raises(ValueError, match=r"level_channels of the UViTContextEncoder is .* there and \[16, 64\] here"):
+        train("dual", folder, tmp_path / "pair", *options, *wider)
+    with pytest.raises(ValueError, match=r"level_channels of the UViTDenoiser is .* there and \[16, 64\] here"):
+        train("single", folder, tmp_path / "pair", *options, *wider)
     train("dual", folder, tmp_path / "pair", "--max_train_steps", 0)
+    options[1] = tmp_path / "pair"
+    with pytest.raises(ValueError, match=r"dropout of the UViTDenoiser is 0.0 there and 0.1 here"):
+        train("dual", folder, tmp_path / "other", *options, "--override", "denoiser.dropout=0.1")
     with pytest.raises(ValueError, match="must be a single-rate model, but it is a pair"):
         train("single", folder, tmp_path / "single", "--pretrained_model_name_or_path", tmp_path / "pair")
     assert train_single_rate.parse_args(["--preset", "x", "--output_dir", "y"]).pretrained_model_name_or_path is None

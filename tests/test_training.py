@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -400,10 +401,50 @@ def test_a_process_whose_rows_would_all_lack_context_is_refused(folder, tmp_path
     args = train_dual_rate.parse_args(
         arguments(folder, tmp_path, "--train_batch_size", images, "--context_dropout", dropout, "--seed", 1)
     )
-    accelerator = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1)
+    accelerator = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1, distributed_type=DistributedType.NO)
     refused = pytest.raises(ValueError, match=f"With {images} images per process and forward pass and context_dropout")
     with refused if is_refused else pytest.raises(AttributeError):  # what comes next needs more of an Accelerator
         Run(accelerator, args, training.read_preset(args), torch.nn.Module(), [0])
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_what_no_run_was_made_for_is_refused(kind, folder, tmp_path):
+    args = train_dual_rate.parse_args(arguments(folder, tmp_path))
+    with pytest.raises(ValueError, match="is not supported: choose DDP, or FSDP2"):
+        Run(SimpleNamespace(distributed_type=kind), args, training.read_preset(args), torch.nn.Module(), [0])
+
+
+def test_a_run_is_told_by_what_its_networks_were_made_with_and_by_nothing_that_differs_between_processes(
+    folder, tmp_path
+):
+    """The host lists the arguments left to their defaults in the order of a set, which is another in each process."""
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    for name in ("dropout", "attention_head_dim", "prediction_hand_over"):
+        del preset["denoiser"][name]
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    short = [
+        "--preset",
+        tmp_path / "preset.json",
+        "--max_train_steps",
+        0,
+        "--override",
+        "denoiser.level_channels=[64,64]",
+    ]
+    train("dual", folder, tmp_path / "run", *short)
+    recorded = json.loads((tmp_path / "run/run.json").read_text())["networks"]["denoiser"]
+    assert recorded["dropout"] == 0.0 and recorded["level_channels"] == [64, 64]
+    assert not [name for name in recorded if name.startswith("_")]
+
+
+def test_records_call_a_folder_by_its_name_and_a_data_set_of_the_hub_in_full(folder):
+    for dataset_name, train_data_dir, expected in (
+        ("owner/set", None, "owner/set"),
+        (None, str(folder), folder.name),
+        ("examples/data/emoji32/", None, "emoji32"),
+        (None, None, "none"),
+    ):
+        args = argparse.Namespace(dataset_name=dataset_name, train_data_dir=train_data_dir)
+        assert training.name_data(args) == expected
 
 
 def test_a_preset_without_a_part_is_refused(folder, tmp_path):
@@ -422,6 +463,13 @@ def test_a_flag_overrides_the_preset_also_with_zero():
     assert preset["training"]["context_dropout"] == 0.0 and preset["training"]["learning_rate"] == 0.003
     assert preset["training"]["bias"] == 0.5 and preset["denoiser"]["level_blocks"] == [2, 2]
     assert preset["context_encoder"]["sample_size"] == preset["denoiser"]["sample_size"] == 8
+    assert "image_size" not in preset["scheduler"]
+
+
+def test_the_schedule_is_shifted_for_the_resolution_that_is_trained():
+    flags = ["--preset", "examples/presets/imagenet64.json", "--output_dir", "x", "--resolution", "128"]
+    preset = training.read_preset(train_dual_rate.parse_args(flags))
+    assert preset["scheduler"]["image_size"] == preset["denoiser"]["sample_size"] == 128
 
 
 def test_both_networks_learn_through_one_forward(make_networks):

@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
@@ -59,7 +59,7 @@ from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages, Stretch
-from .training import sample_images
+from .training import name_data, sample_images, shape_of
 
 LOGGING_STEPS = 50
 
@@ -87,7 +87,8 @@ class Run:
 
     Raises:
         ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
-            not exist, is damaged or belongs to another run; if a count is below 1, or the batch cannot be divided.
+            not exist, is damaged or belongs to another run; if a count is below 1, or the batch cannot be divided; if
+            Accelerate was told to run DeepSpeed or Megatron-LM.
     """
 
     def __init__(
@@ -98,6 +99,11 @@ class Run:
         networks: nn.Module,
         images: LabelledImages | StreamedImages,
     ):
+        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            name = accelerator.distributed_type.value
+            raise ValueError(
+                f"{name} is not supported: choose DDP, or FSDP2 where the memory of one GPU is not enough."
+            )
         self.accelerator, self.args, self.preset, self.images = accelerator, args, preset, images
         self.recipe, self.output_dir = preset["training"], Path(args.output_dir)
         counts = ("gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "train_batch_size")
@@ -133,7 +139,8 @@ class Run:
         """Checks that the output folder is free or holds this run; returns the checkpoint to resume from, if any."""
         args = self.args
         configuration = {
-            "networks": {name: dict(network.config) for name, network in networks.named_children()},
+            # Without what the host notes for itself, in an order that differs between processes.
+            "networks": {name: shape_of(network) for name, network in networks.named_children()},
             "scheduler": self.preset["scheduler"],
             # How long a run is may change while it goes on.
             "training": {key: value for key, value in self.recipe.items() if key != "max_train_steps"},
@@ -376,7 +383,7 @@ class Run:
             record = {
                 "preset": Path(self.args.preset).stem,
                 "network": network,
-                "data": Path(self.args.dataset_name or self.args.train_data_dir or "none").name,
+                "data": name_data(self.args),
                 "images_seen": self.step * self.recipe["train_batch_size"],
                 "corrupt_images": num_corrupt,
                 "seed": self.args.seed,

@@ -137,7 +137,15 @@ def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict
     if args.resolution is not None:
         for network in ("context_encoder", "denoiser"):
             preset[network]["sample_size"] = args.resolution
+        if preset["scheduler"].get("image_size") is not None:  # the schedule is shifted for the size
+            preset["scheduler"]["image_size"] = args.resolution
     return preset
+
+
+def name_data(args: argparse.Namespace) -> str:
+    """What records call the data: a folder by its own name, a data set of the Hub in full."""
+    name = args.dataset_name or args.train_data_dir or "none"
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
@@ -205,6 +213,22 @@ def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
             )
     check_classes(args.pretrained_model_name_or_path, pipeline, images)
     return pipeline
+
+
+def shape_of(network: nn.Module) -> dict:
+    """The arguments that a network was made with."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
+
+
+def check_shape(name: str, loaded: nn.Module, planned: nn.Module) -> None:
+    """Refuse a trained network whose shape is not the one that the preset plans."""
+    theirs, ours = shape_of(loaded), shape_of(planned)
+    differing = [key for key in ours if json.dumps(theirs.get(key)) != json.dumps(ours[key])]
+    if differing:
+        raise ValueError(
+            f"{name} does not fit the preset: {differing[0]} of the {type(planned).__name__} is {theirs.get(differing[0])} "
+            f"there and {ours[differing[0]]} here."
+        )
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: dict) -> torch.optim.AdamW:
