@@ -37,7 +37,7 @@ def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configur
     return {key: (flops[key], [fmean(values) for values in seeds.values()]) for key, seeds in found.items()}
 
 
-def budgets_of(study: dict, data: str) -> list[str]:
+def budgets_with_pairs(study: dict, data: str) -> list[str]:
     """Budgets at which Dual-Rate was trained on a data set."""
     trained = {p["budget"] for p in study["points"] if p["data"] == data and is_ours(p["arm"])}
     return [budget for budget in BUDGETS if budget in trained]
@@ -55,10 +55,10 @@ def is_rival(arm: str) -> bool:
 
 def is_single_rate(arm: str) -> bool:
     """Whether an arm is one network as it is trained, in any size and with any solver."""
-    return arm.startswith("single-rate") and not is_student(arm)
+    return arm.startswith("single-rate") and not is_distilled(arm)
 
 
-def is_student(arm: str) -> bool:
+def is_distilled(arm: str) -> bool:
     """Whether an arm was distilled."""
     return "-mmd" in arm
 
@@ -108,15 +108,15 @@ def _write_section(study, data):
         "| training | arm, solver, N/K | MFLOP | fd | front of others there | margin | others need, MFLOP | ratio | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for budget in budgets_of(study, data):
+    for budget in budgets_with_pairs(study, data):
         compared, grouped = comparisons(study, data, budget), group(study, data, budget)
-        best = [key for key, *_ in front_of(grouped, lambda arm: is_ours(arm) and not is_student(arm))]
-        for key in [*best, *(key for key in grouped if is_ours(key[0]) and is_student(key[0]))]:
+        best = [key for key, *_ in front_of(grouped, lambda arm: is_ours(arm) and not is_distilled(arm))]
+        for key in [*best, *(key for key in grouped if is_ours(key[0]) and is_distilled(key[0]))]:
             if key in compared:
                 cells = [training_of(study, data, key[0], budget), _name(key)]
                 cells += _write_comparison(compared[key], grouped[key][1])
                 lines.append("| " + " | ".join(cells) + " |")
-    for budget in budgets_of(study, data):
+    for budget in budgets_with_pairs(study, data):
         if held := against_sized(study, data, budget):
             listed = [
                 f"{arm} {counts['below']} / {counts['matches']} / {counts['above']}" for arm, counts in held.items()
@@ -139,7 +139,7 @@ def write_points(study: dict) -> str:
     ]
     for data in dict.fromkeys(p["data"] for p in study["points"]):
         lines += ["", f"## {data}", "", _write_title(study, data), "", _describe_trainings(study, data)]
-        for budget in budgets_of(study, data) or BUDGETS[:1]:
+        for budget in budgets_with_pairs(study, data) or BUDGETS[:1]:
             lines += ["", f"### Equal training {budget}", ""]
             for title, solvers in (("All solvers", SOLVERS), ("Ancestral sampling alone", SOLVERS[:1])):
                 front = _list_front(study, data, budget, solvers)

@@ -42,8 +42,8 @@ from trainings import (
     given_count,
     lineage,
     make_preset,
+    step_flops,
     train_model,
-    training_flops,
 )
 
 # Far from the seeds that trainings use, so that reference and floor are images that no training saw.
@@ -231,7 +231,7 @@ def measure_point(args, key: dict, folder: Path, reference) -> dict:
         "evaluations": {name: times for name, (_, times) in sampler.evaluations.items()},
         "fd": fd_local(measure(classifier, batches()), statistics),
         "n": len(labels),
-        "training_flops": spent(lambda training, _: training_flops(args, data, training)),
+        "training_flops": spent(lambda training, _: step_flops(args, data, training)),
         "training_images": spent(lambda _, preset: preset["train_batch_size"]),
     }
 
@@ -270,6 +270,8 @@ def main(args):
     for name in [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]:
         args.leave_out += [f"{data}/{name}" for data in args.data]
         print(f"The arm {name} is left out: pip install {ARMS[name].requires}.")
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("The study is drawn with matplotlib: pip install matplotlib.")
     if args.readme:
         report.check_markers(Path(args.readme))
     if not args.report_only:

@@ -211,7 +211,7 @@ def lineage(training: str) -> set[str]:
     return {training}.union(*(lineage(start) for start in TRAININGS[training].starts.values()))
 
 
-def training_flops(args, data: str, training: str) -> int:
+def step_flops(args, data: str, training: str) -> int:
     """FLOPs of one training step, forwards and backwards, counted in the script itself.
 
     They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
@@ -245,7 +245,7 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
     preset = make_preset(data, training, given_count(args, "max_train_steps", data))
     if budget == "flops":
         steps = preset["training"]["max_train_steps"]
-        ratio = training_flops(args, data, "heavy") / training_flops(args, data, training)
+        ratio = step_flops(args, data, "heavy") / step_flops(args, data, training)
         preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
     configuration = configuration_of(training, preset)
     if TRAININGS[training].starts:
@@ -258,7 +258,7 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
 def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
     """Train one model, or finish or keep what is there."""
     folder, preset = find_model(args, data, training, budget, seed)
-    training_flops(args, data, training)
+    step_flops(args, data, training)
     if not (folder / "model_index.json").exists():
         resume = [
             "--resume_from_checkpoint",

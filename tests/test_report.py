@@ -58,9 +58,9 @@ def test_an_arm_that_was_not_trained_at_equal_flops_is_not_held_against_those_th
     study = make_study()
     study["points"] = [p for p in study["points"] if (p["arm"], p["budget"]) != ("single-rate-sized", "flops")]
     assert {key[0] for key in report.group(study, "letters", "flops")} == {"single-rate", "dual-rate"}
-    assert report.budgets_of(study, "letters") == ["steps", "flops"]
+    assert report.budgets_with_pairs(study, "letters") == ["steps", "flops"]
     study["points"] = [p for p in study["points"] if p["budget"] == "steps"]
-    assert report.budgets_of(study, "letters") == ["steps"] and "| flops |" not in report.write_table(study)
+    assert report.budgets_with_pairs(study, "letters") == ["steps"] and "| flops |" not in report.write_table(study)
 
 
 def test_sampling_seeds_are_averaged_and_training_seeds_are_not():

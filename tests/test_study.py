@@ -103,7 +103,7 @@ def test_a_trained_unet_loads_as_its_pipeline_and_predicts_velocities(unet):
 
 
 def test_an_arm_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    monkeypatch.setattr(study, "find_spec", lambda name: None if name == "DeepCache" else name)
     (tmp_path / "study.json").write_text('{"points": [], "floors": {}}')
     monkeypatch.setattr(study.report, "plot", lambda *_: None)
     args = study.parse_args(["--report_only", "--output", str(tmp_path / "study.json")])
@@ -114,12 +114,15 @@ def test_an_arm_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys,
         study.parse_args(["--leave_out", "digits/deepcach"])
 
 
-def test_what_would_fail_after_the_work_is_refused_before_it(tmp_path):
+def test_what_would_fail_after_the_work_is_refused_before_it(tmp_path, monkeypatch):
     (tmp_path / "page.md").write_text("no markers")
     with pytest.raises(ValueError, match="must hold"):
         study.main(study.parse_args(["--work_dir", str(tmp_path / "work"), "--readme", str(tmp_path / "page.md")]))
     with pytest.raises(ValueError, match="There is no classifier"):
         study.main(study.parse_args(["--work_dir", str(tmp_path / "work"), "--classifiers", str(tmp_path)]))
+    monkeypatch.setattr(study, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        study.main(study.parse_args(["--work_dir", str(tmp_path / "work")]))
     assert not (tmp_path / "work").exists()
 
 
@@ -409,7 +412,7 @@ def test_students_are_distilled_from_models_of_the_study_whose_training_counts_a
     single, dual = study.main(args)["points"]
     assert single["evaluations"] == {"denoiser": 8} and dual["evaluations"] == {"denoiser": 8, "context_encoder": 2}
     flops = {
-        name: 2 * trainings.training_flops(args, "digits", name)
+        name: 2 * trainings.step_flops(args, "digits", name)
         for name in ("heavy", "converted", "heavy-mmd", "pair-mmd")
     }
     assert single["training_flops"] == flops["heavy"] + flops["heavy-mmd"]
