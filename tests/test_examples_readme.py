@@ -17,7 +17,7 @@ from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
 
 README = Path("examples/README.md").read_text(encoding="utf-8")
 COMMANDS = {
-    title: re.search(r"```bash\n(.*?)```", text, re.DOTALL).group(1).splitlines()
+    title: "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
     for title, text in re.findall(r"^## (ImageNet \d+|Conversion)\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
 }
 CONVERSION = COMMANDS.pop("Conversion")
@@ -69,10 +69,13 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
         script, argv = re.fullmatch(r"(?:accelerate launch|python) examples/(\w+)\.py (.*)", command).groups()
         argv = [re.sub(r"^benjamin-paine/.*", eight, argument) for argument in shlex.split(argv)]
         argv = [re.sub(r"^runs/", f"{tmp_path}/", argument) for argument in argv]
-        argv += ["--resolution", "16"] if script.startswith("train") else []
+        argv += ["--resolution", "16"] if script.startswith(("train", "distill")) else []
         if script.endswith("rate"):
             # JSON knows no single quotes, and the shell of a reader no matter.
             argv += ["--override", *(value.replace("'", '"') for value in TINY)]
+        elif script == "distill":
+            more = ["training.pretraining_steps=1", "training.max_train_steps=2", "training.min_variance_share=0"]
+            argv += ["--override", *(value.replace("'", '"') for value in TINY), *more]
         elif script == "train_classifier":
             argv += ["--max_train_steps", "2", "--held_out", "0.25"]
         else:
@@ -80,12 +83,15 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
             argv += ["--num_noises", "8", "--cache_dir", str(tmp_path / "cache")]
         run(script, argv)
         scripts.append(script)
-    assert scripts == ["train_dual_rate", "train_single_rate", "train_classifier", "evaluate"]
     size = title.removeprefix("ImageNet ")
+    assert scripts == [
+        *("train_dual_rate", "train_single_rate", "train_classifier", "evaluate", "evaluate"),
+        *(["distill"] if size == "64" else []),
+    ]
     pipe = DualRatePipeline.from_pretrained(tmp_path / f"dualrate-imagenet{size}")
     assert pipe.id2label == {0: "a", 1: "b"} and pipe.context_encoder is not None
     report = json.loads((tmp_path / f"dualrate-imagenet{size}" / "evaluation.json").read_text())
-    assert "v_loss" in report
+    assert "v_loss" in report and report["rivals"]["single_rate_heavy"]["samples"][0]["num_inference_steps"] == 2
 
 
 def test_the_flags_of_the_readme_exist():
