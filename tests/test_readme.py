@@ -110,15 +110,21 @@ def test_a_shell_command_of_the_readme_runs(command, tmp_path, monkeypatch):
 
 def test_the_readme_repeats_the_figures_of_the_cards():
     text = (ROOT / "README.md").read_text()
-    nearest_of = re.search(r"of (\d+) samples", text).group(1)
+    nearest_of = re.search(r"of (\d+) samples, how many", text).group(1)
     evaluations = {card.name: json.loads((card / "evaluation.json").read_text()) for card in CARDS}
-    for name, evaluation in evaluations.items():
-        samples = evaluation["samples"][0]
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| [{name}]")]
-        nearest = f"{samples[f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
-        v_loss = f"{evaluation['v_loss']['model']:.4f}" if "v_loss" in evaluation else "–"  # a student has none
-        figures = [f"{samples['flops_with_guidance'] / 1e9:.2f}", nearest, v_loss]
-        assert [cell.strip() for cell in row.split("|")[3:6]] == figures
+    shown = [(f"| [{name}]", evaluation["samples"][0], evaluation) for name, evaluation in evaluations.items()]
+    solvers = evaluations["single-rate-emoji32"]["samples"]
+    shown += [(f"|  | the same under DPM-Solver++, N = {s['num_inference_steps']}", s, None) for s in solvers[2:]]
+    for start, samples, evaluation in shown:
+        (row,) = [line for line in text.splitlines() if line.startswith(start)]
+        distance, recall, nearest = (
+            samples[f"{name}_{nearest_of}"] for name in ("fd_local", "recall_local", "class_of_nearest")
+        )
+        figures = [f"{samples['flops_with_guidance'] / 1e9:.2f}", f"{distance['mean']:.2f} ± {distance['std']:.2f}"]
+        figures += [f"{recall['mean']:.0%}".replace("%", " %"), f"{nearest['mean']:.1%}".replace("%", " %")]
+        if evaluation is not None:  # a student has no v-loss
+            figures += [f"{evaluation['v_loss']['model']:.4f}" if "v_loss" in evaluation else "–"]
+        assert [cell.strip() for cell in row.split("|")[3 : 3 + len(figures)]] == figures
         assert f"N = {samples['num_inference_steps']}" in row
     pair = evaluations["dualrate-emoji32"]
     assert f"K = {pair['samples'][0]['num_context_steps']}" in text
