@@ -262,7 +262,7 @@ def main(args):
         is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
         if path in args.rivals and not is_alike:
             raise ValueError(f"{path} has no evaluation.json of the same data and classifier: measure it first.")
-        if not is_alike:
+        if not is_alike and accelerator.is_main_process:
             warnings.warn(
                 f"{path} has no evaluation.json of the same data and classifier, so no samples.", stacklevel=2
             )

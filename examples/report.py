@@ -25,10 +25,11 @@ def group(study: dict, data: str, budget: str, solvers=SOLVERS) -> dict[Configur
     points = [point for point in study["points"] if point["data"] == data]
     measure = max((point["training_flops"] for point in points if point["arm"] == "single-rate"), default=0)
     repeated = "seed" if len({point["seed"] for point in points}) > 1 else "sampling_seed"
+    has_own = {point["arm"] for point in points if point["budget"] == "flops"}
     found = defaultdict(lambda: defaultdict(list))
     flops = {}
     for point in points:
-        costs_the_same = math.isclose(point["training_flops"], measure, rel_tol=0.02)
+        costs_the_same = math.isclose(point["training_flops"], measure, rel_tol=0.02) and point["arm"] not in has_own
         belongs = point["budget"] == budget or (budget == "flops" and costs_the_same)
         if belongs and point["solver"] in solvers:
             key = (point["arm"], point["solver"], point["N"], point["K"])

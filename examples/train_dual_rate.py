@@ -58,14 +58,13 @@ def main(args):
     denoiser = UViTDenoiser(**{**preset["denoiser"], **classes})
     start = training.start_from(args, images)
     if start is not None:
-        planned, name = context_encoder, args.pretrained_model_name_or_path
-        if start.context_encoder is None:
-            handed_over = planned.config.context_channels, planned.config.prediction_hand_over
-            context_encoder = UViTContextEncoder.from_denoiser(start.denoiser, *handed_over)
+        name, trained = args.pretrained_model_name_or_path, start.context_encoder
+        if trained is None:
+            handed_over = context_encoder.config.context_channels, context_encoder.config.prediction_hand_over
+            trained = UViTContextEncoder.from_denoiser(start.denoiser, *handed_over)
         else:
-            training.check_shape(name, start.denoiser, denoiser)
-            context_encoder, denoiser = start.context_encoder, start.denoiser
-        training.check_shape(name, context_encoder, planned)
+            training.take_over(name, denoiser, start.denoiser)
+        training.take_over(name, context_encoder, trained)
         recipe["pretrained"] = args.pretrained_model_name_or_path
     loss_function, shares = denoising_loss, {"context_dropout": recipe["context_dropout"]}
     if args.follow_encoder:

@@ -53,8 +53,7 @@ def main(args):
     if start is not None:
         if start.context_encoder is not None:
             raise ValueError(f"{args.pretrained_model_name_or_path} must be a single-rate model, but it is a pair.")
-        training.check_shape(args.pretrained_model_name_or_path, start.denoiser, denoiser)
-        denoiser.load_state_dict(start.denoiser.state_dict())
+        training.take_over(args.pretrained_model_name_or_path, denoiser, start.denoiser)
         recipe["pretrained"] = args.pretrained_model_name_or_path
     scheduler = DualRateScheduler(**preset["scheduler"])
     if args.gradient_checkpointing:

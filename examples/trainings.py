@@ -163,8 +163,8 @@ def make_preset(data: str, training: str, max_train_steps: int | None = None) ->
     for section, changes in TRAININGS[training].changes.items():
         preset[section] |= changes
     if shape := TRAININGS[training].shape:
-        field, section = shape
-        preset[section] = preset.get(section, {}) | getattr(DATA[data], field)
+        name, section = shape
+        preset[section] = preset.get(section, {}) | getattr(DATA[data], name)
     if max_train_steps is not None:
         preset["training"]["max_train_steps"] = min(max_train_steps, preset["training"]["max_train_steps"])
     return preset

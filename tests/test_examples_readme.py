@@ -91,6 +91,9 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
     pipe = DualRatePipeline.from_pretrained(tmp_path / f"dualrate-imagenet{size}")
     assert pipe.id2label == {0: "a", 1: "b"} and pipe.context_encoder is not None
     report = json.loads((tmp_path / f"dualrate-imagenet{size}" / "evaluation.json").read_text())
+    if size == "64":
+        student = DualRatePipeline.from_pretrained(tmp_path / "distilled-imagenet64")
+        assert (student.config.num_inference_steps, student.config.num_context_steps) == (8, 4)
     assert "v_loss" in report and report["rivals"]["single_rate_heavy"]["samples"][0]["num_inference_steps"] == 2
 
 

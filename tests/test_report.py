@@ -52,6 +52,8 @@ def test_an_arm_whose_training_cost_what_the_heavy_networks_did_belongs_to_both_
     for budget, others in (("steps", {"deepcache", "encoder-sharing"}), ("flops", {"deepcache"})):
         found = {key[0] for key in report.group(study, "letters", budget)}
         assert found & {"deepcache", "encoder-sharing"} == others
+    study["points"] += [heavy | {"arm": "deepcache", "training_flops": 7.0, "budget": "flops", "fd": 1.5}]
+    assert report.group(study, "letters", "flops")["deepcache", "ddim", 4, None] == (10e6, [1.5])
 
 
 def test_an_arm_that_was_not_trained_at_equal_flops_is_not_held_against_those_that_were():

@@ -422,18 +422,17 @@ def test_a_run_is_told_by_what_its_networks_were_made_with_and_by_nothing_that_d
     for name in ("dropout", "attention_head_dim", "prediction_hand_over"):
         del preset["denoiser"][name]
     (tmp_path / "preset.json").write_text(json.dumps(preset))
-    short = [
-        "--preset",
-        tmp_path / "preset.json",
-        "--max_train_steps",
-        0,
-        "--override",
-        "denoiser.level_channels=[64,64]",
-    ]
-    train("dual", folder, tmp_path / "run", *short)
-    recorded = json.loads((tmp_path / "run/run.json").read_text())["networks"]["denoiser"]
+    options = ["--preset", tmp_path / "preset.json", "--override", "denoiser.level_channels=[64,64]"]
+    train("dual", folder, tmp_path / "run", *options, "--max_train_steps", 1)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    recorded = record["networks"]["denoiser"]
     assert recorded["dropout"] == 0.0 and recorded["level_channels"] == [64, 64]
     assert not [name for name in recorded if name.startswith("_")]
+    # Records that were written with it are read, too.
+    recorded |= {"_class_name": "UViTDenoiser", "_use_default_values": ["patch_size", "dropout"]}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    resume = ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
+    assert train("dual", folder, tmp_path / "run", *options, *resume) == 0
 
 
 def test_records_call_a_folder_by_its_name_and_a_data_set_of_the_hub_in_full(folder):
@@ -469,7 +468,10 @@ def test_a_flag_overrides_the_preset_also_with_zero():
 def test_the_schedule_is_shifted_for_the_resolution_that_is_trained():
     flags = ["--preset", "examples/presets/imagenet64.json", "--output_dir", "x", "--resolution", "128"]
     preset = training.read_preset(train_dual_rate.parse_args(flags))
-    assert preset["scheduler"]["image_size"] == preset["denoiser"]["sample_size"] == 128
+    assert preset["scheduler"] == {"image_size": 128, "noise_low": 32, "noise_high": 128}
+    assert preset["context_encoder"]["sample_size"] == preset["denoiser"]["sample_size"] == 128
+    flags += ["--override", "scheduler.image_size=64"]
+    assert training.read_preset(train_dual_rate.parse_args(flags))["scheduler"]["image_size"] == 64
 
 
 def test_both_networks_learn_through_one_forward(make_networks):

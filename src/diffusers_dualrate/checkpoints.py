@@ -99,7 +99,7 @@ def claim_folder(
         ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
             not exist, is damaged or belongs to another run.
     """
-    configuration, chosen = json.loads(json.dumps(configuration)), None
+    configuration, chosen = _read_configuration(json.dumps(configuration)), None
     if resume_from_checkpoint not in (None, "latest"):
         chosen = Path(resume_from_checkpoint)
         if not is_checkpoint(chosen):
@@ -117,7 +117,7 @@ def claim_folder(
         )
     for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
         record = folder / _RECORD
-        known = json.loads(record.read_text()) if record.is_file() else {}
+        known = _read_configuration(record.read_text()) if record.is_file() else {}
         differing = [key for key in configuration if known.get(key) != configuration[key]]
         if differing:
             raise ValueError(
@@ -223,6 +223,11 @@ def agree_on_any(accelerator: Accelerator, flag: bool) -> bool:
 def gather(parameter: torch.Tensor) -> torch.Tensor:
     """The whole of a parameter that FSDP may have spread over the processes."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _read_configuration(text: str) -> dict:
+    """JSON without what the host notes in its own configurations, in part in an order that differs between processes."""
+    return json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if not k.startswith("_")})
 
 
 def _spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages, Stretch
-from .training import name_data, sample_images, shape_of
+from .training import name_data, sample_images
 
 LOGGING_STEPS = 50
 
@@ -139,8 +139,7 @@ class Run:
         """Checks that the output folder is free or holds this run; returns the checkpoint to resume from, if any."""
         args = self.args
         configuration = {
-            # Without what the host notes for itself, in an order that differs between processes.
-            "networks": {name: shape_of(network) for name, network in networks.named_children()},
+            "networks": {name: dict(network.config) for name, network in networks.named_children()},
             "scheduler": self.preset["scheduler"],
             # How long a run is may change while it goes on.
             "training": {key: value for key, value in self.recipe.items() if key != "max_train_steps"},

@@ -119,6 +119,15 @@ def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict
     if missing:
         raise ValueError(f"The preset {args.preset} lacks {', '.join(sorted(missing))}.")
     recipe = preset["training"] = preset[recipe_name]
+    if args.resolution is not None:  # first, since an override names one value
+        for network in ("context_encoder", "denoiser"):
+            preset[network]["sample_size"] = args.resolution
+        size = preset["scheduler"].get(
+            "image_size"
+        )  # the schedule is shifted for it, at the data's end mostly not at all
+        for name in ("image_size", "noise_high"):
+            if size is not None and preset["scheduler"].get(name) == size:
+                preset["scheduler"][name] = args.resolution
     for override in args.override:
         key, _, value = override.partition("=")
         part, _, name = key.partition(".")
@@ -134,18 +143,13 @@ def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict
         for key, value in vars(args).items()
         if key in recipe and value is not None and key != "train_batch_size"
     }
-    if args.resolution is not None:
-        for network in ("context_encoder", "denoiser"):
-            preset[network]["sample_size"] = args.resolution
-        if preset["scheduler"].get("image_size") is not None:  # the schedule is shifted for the size
-            preset["scheduler"]["image_size"] = args.resolution
     return preset
 
 
 def name_data(args: argparse.Namespace) -> str:
     """What records call the data: a folder by its own name, a data set of the Hub in full."""
     name = args.dataset_name or args.train_data_dir or "none"
-    return Path(name).resolve().name if Path(name).exists() else name
+    return Path(name).name if Path(name).exists() else name
 
 
 def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
@@ -215,20 +219,21 @@ def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
     return pipeline
 
 
-def shape_of(network: nn.Module) -> dict:
-    """The arguments that a network was made with."""
-    return {name: value for name, value in network.config.items() if not name.startswith("_")}
+def take_over(name: str, planned: nn.Module, trained: nn.Module) -> None:
+    """Load a trained network's weights into the one that the preset plans.
 
-
-def check_shape(name: str, loaded: nn.Module, planned: nn.Module) -> None:
-    """Refuse a trained network whose shape is not the one that the preset plans."""
-    theirs, ours = shape_of(loaded), shape_of(planned)
-    differing = [key for key in ours if json.dumps(theirs.get(key)) != json.dumps(ours[key])]
-    if differing:
-        raise ValueError(
-            f"{name} does not fit the preset: {differing[0]} of the {type(planned).__name__} is {theirs.get(differing[0])} "
-            f"there and {ours[differing[0]]} here."
-        )
+    Raises:
+        ValueError: If their shapes differ.
+    """
+    shape = ("level_channels", "level_types", "level_blocks", "patch_size", "attention_head_dim", "embedding_dim")
+    for key in (*shape, "context_channels", "prediction_hand_over"):
+        theirs, ours = (network.config[key] for network in (trained, planned))
+        if key == "context_channels":  # by default the levels' own
+            theirs, ours = theirs or trained.config["level_channels"], ours or planned.config["level_channels"]
+        if json.dumps(theirs) != json.dumps(ours):  # lists and tuples alike
+            place = f"{key} of the {type(planned).__name__}"
+            raise ValueError(f"{name} does not fit the preset: {place} is {theirs} there and {ours} here.")
+    planned.load_state_dict(trained.state_dict())
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: dict) -> torch.optim.AdamW:
