@@ -233,9 +233,10 @@ def step_flops(args, data: str, training: str) -> int:
 
 
 def budgets_of(training: str, budgets: list[str]) -> list[str]:
-    """Budgets that a model is trained for: the heavy network is the measure of both, so it and what costs the same are trained once.
+    """Budgets that a model is trained for.
 
-    A conversion or distillation comes on top of what it starts from, for which there is no measure: it is run once, too.
+    The heavy network is the measure of both, so it, and the U-Net that costs the same, is trained once. A conversion or
+    distillation comes on top of what it starts from, for which there is no measure: it is run once, too.
     """
     return ["steps"] if training in ("heavy", "unet") or TRAININGS[training].starts else budgets
 
