@@ -1,9 +1,11 @@
 """Time whole sampling loops, and show what the loop costs beside its networks.
 
     python examples/benchmark.py --preset examples/presets/emoji32.json
+    python examples/benchmark.py --preset examples/presets/imagenet64.json --device cuda --dtype bfloat16 --compile
 
-Weights do not matter to time, so the networks come from a preset, untrained. Times are process time on one thread, the
-lower quartile over repeats, arms interleaved; on a shared machine wall time would say little.
+Weights do not matter to time, so the networks come from a preset, untrained. Arms are interleaved. On a CPU times are
+process time on one thread, the lower quartile over repeats, since on a shared machine wall time would say little; on an
+accelerator they are wall time, the median, with its queue empty before and after each loop.
 """
 
 import argparse
@@ -27,15 +29,21 @@ def parse_args(argv=None):
     parser.add_argument("--num_inference_steps", type=int, default=64)
     parser.add_argument("--num_context_steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", type=torch.device, default="cpu", help="where the loops run")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile each network to one graph; timed apart")
     return parser.parse_args(argv)
 
 
 class Stopwatch:
-    """Process time spent inside networks, and how often they were evaluated."""
+    """How often networks were evaluated and, on a CPU, the process time spent inside them."""
 
-    def __init__(self, *networks):
+    def __init__(self, *networks, on_cpu):
         self.seconds, self.evaluations, self._started = 0.0, 0, 0.0
         for network in networks:
+            if not on_cpu:  # its work is queued, and waiting for it here would slow the loop
+                network.register_forward_hook(self._count)
+                continue
             network.register_forward_pre_hook(self._start)
             network.register_forward_hook(self._stop)
             network.register_forward_hook(self._count)
@@ -54,8 +62,18 @@ class Stopwatch:
         self.evaluations += 1
 
 
+def read_clock(device):
+    """Seconds: of this process on a CPU, else of the wall once all that was queued is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def main(args):
-    torch.set_num_threads(1)
+    on_cpu = args.device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
     preset = json.loads(Path(args.preset).read_text())
     scheduler = DualRateScheduler(**preset["scheduler"])
     heavy = UViTDenoiser(**{**preset["context_encoder"], **SINGLE_RATE}).eval()
@@ -67,34 +85,50 @@ def main(args):
     n, k = args.num_inference_steps, args.num_context_steps
     steps = {"dual-rate": {"num_context_steps": k}, "single-rate": {}}
     expected = {"dual-rate": n + k, "single-rate": n}
-    watches = {
-        name: Stopwatch(*[net for net in (pipe.context_encoder, pipe.denoiser) if net is not None])
-        for name, pipe in arms.items()
-    }
+    watches, flops = {}, {}
+    for name, pipe in arms.items():
+        flops[name] = image_flops(pipe.denoiser, pipe.context_encoder, num_inference_steps=n, num_context_steps=k)
+        networks = [network for network in (pipe.context_encoder, pipe.denoiser) if network is not None]
+        watches[name] = Stopwatch(*networks, on_cpu=on_cpu)
+        pipe.to(args.device, getattr(torch, args.dtype)).set_progress_bar_config(disable=True)
+        for network in networks if args.compile else ():
+            # Not `network.compile()`, which would take the hooks in, too.
+            network.forward = torch.compile(network.forward, fullgraph=True)
+
+    def sample(name):
+        arms[name](batch_size=args.batch_size, num_inference_steps=n, output_type="latent", **steps[name])
+
+    began = time.perf_counter()
+    for name in arms:  # to warm up
+        sample(name)
+    began = time.perf_counter() - began
     totals, inside = {name: [] for name in arms}, {name: [] for name in arms}
-    for repeat in tqdm(range(args.repeats + 1)):  # the first warms up
-        for name, pipe in arms.items():
-            pipe.set_progress_bar_config(disable=True)
+    for _ in tqdm(range(args.repeats)):
+        for name in arms:
             watch = watches[name]
             watch.seconds, watch.evaluations = 0.0, 0
-            started = time.process_time()
-            pipe(batch_size=args.batch_size, num_inference_steps=n, output_type="latent", **steps[name])
-            total = time.process_time() - started
+            started = read_clock(args.device)
+            sample(name)
+            totals[name].append(read_clock(args.device) - started)
             if watch.evaluations != expected[name]:
                 raise RuntimeError(f"{name} made {watch.evaluations} evaluations instead of {expected[name]}.")
-            if repeat:
-                totals[name].append(total)
-                inside[name].append(watch.seconds)
+            inside[name].append(watch.seconds)
 
+    kind = "process time on one thread" if on_cpu else f"wall time on {args.device}"
+    print(f"\nbatch {args.batch_size}, N = {n}, K = {k}, {args.dtype}{', compiled' * args.compile}, {kind}")
+    print(f"warming up took {began:.0f} s\n")
+    print(f"{'':14}{'seconds':>9}{'p10':>8}{'p90':>8}{'GFLOP/image':>13}{'outside the networks' * on_cpu:>22}")
     report = {}
-    print(f"\nbatch {args.batch_size}, N = {n}, K = {k}, process time on one thread\n")
-    print(f"{'':14}{'seconds':>9}{'p10':>8}{'p90':>8}{'GFLOP/image':>13}{'outside the networks':>22}")
-    for name, pipe in arms.items():
-        tenths, quartiles = quantiles(totals[name], n=10), quantiles(totals[name], n=4)
-        overhead = median((total - net) / net for total, net in zip(totals[name], inside[name], strict=True))
-        flops = image_flops(pipe.denoiser, pipe.context_encoder, num_inference_steps=n, num_context_steps=k)
-        report[name] = {"seconds": quartiles[0], "flops": flops, "overhead": overhead}
-        print(f"{name:14}{quartiles[0]:>9.3f}{tenths[0]:>8.3f}{tenths[-1]:>8.3f}{flops / 1e9:>13.3f}{overhead:>21.1%}")
+    for name in arms:
+        tenths = quantiles(totals[name], n=10)
+        seconds = quantiles(totals[name], n=4)[0] if on_cpu else median(totals[name])
+        report[name] = {"seconds": seconds, "flops": flops[name]}
+        row = f"{name:14}{seconds:>9.3f}{tenths[0]:>8.3f}{tenths[-1]:>8.3f}{flops[name] / 1e9:>13.3f}"
+        if on_cpu:
+            shares = [(total - net) / net for total, net in zip(totals[name], inside[name], strict=True)]
+            report[name]["overhead"] = median(shares)
+            row += f"{report[name]['overhead']:>22.1%}"
+        print(row)
     ratio = {key: report["single-rate"][key] / report["dual-rate"][key] for key in ("flops", "seconds")}
     print(f"\nDual-Rate needs {ratio['flops']:.2f}x fewer FLOPs and {ratio['seconds']:.2f}x less time.")
     return report

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,15 +377,36 @@ def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_whe
     assert zero == pytest.approx((1 + x.square().mean().item()) / 2, rel=0.02)
 
 
-def test_benchmark_counts_evaluations_and_reports_ratios(capsys):
-    report = benchmark.main(
-        benchmark.parse_args(
-            ["--preset", "examples/presets/tiny.json", "--batch_size", "2", "--repeats", "3"]
-            + ["--num_inference_steps", "4", "--num_context_steps", "2"]
-        )
+def run_benchmark(*flags):
+    arguments = ["--preset", "examples/presets/tiny.json", "--batch_size", "2", "--repeats", "3"]
+    return benchmark.main(
+        benchmark.parse_args([*arguments, "--num_inference_steps", "4", "--num_context_steps", "2", *flags])
     )
+
+
+def test_benchmark_counts_evaluations_and_reports_ratios(capsys):
+    report = run_benchmark()
     assert report["dual-rate"]["flops"] < report["single-rate"]["flops"]
-    assert "fewer FLOPs" in capsys.readouterr().out
+    assert all(arm["seconds"] > 0 < arm["overhead"] for arm in report.values())
+    text = capsys.readouterr().out
+    assert "fewer FLOPs" in text and "float32, process time on one thread" in text
+
+
+def test_benchmark_counts_evaluations_of_compiled_networks_in_half_precision_too(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    run_benchmark("--compile", "--dtype", "bfloat16")
+    torch.compiler.reset()
+    assert "bfloat16, compiled, process time" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="times an accelerator")
+def test_benchmark_times_an_accelerator_by_the_wall(capsys):
+    device = torch.accelerator.current_accelerator()
+    report = run_benchmark("--device", str(device), "--dtype", "bfloat16")
+    assert all(arm.keys() == {"seconds", "flops"} for arm in report.values())
+    assert f"wall time on {device}" in capsys.readouterr().out
 
 
 def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_path):
