@@ -77,7 +77,7 @@ def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, **evaluat
             warnings.filterwarnings("ignore", message=".*samples off the Markov law")
             return pipe(labels, n, k, generator=generators, guidance_scale=1.0, output_type="latent").images
 
-    evaluations["denoiser"] = (pipe.denoiser, n)
+    evaluations["denoiser"] = (pipe.denoiser, n - k if pipe.config.encoder_denoises else n)
     if pipe.context_encoder is not None:
         evaluations["context_encoder"] = (pipe.context_encoder, k)
     return Sampler(draw, evaluations)

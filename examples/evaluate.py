@@ -138,13 +138,14 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
             first = measured.first if first is None else first
     pipe.scheduler = own_scheduler
     # Every way to sample proves what it evaluated, all processes together.
-    heavy, light = steps["num_context_steps"] or 0, steps["num_inference_steps"]
+    n, heavy, spared = steps["num_inference_steps"], steps["num_context_steps"] or 0, pipe.config.encoder_denoises
+    light = n - heavy if spared else n
     evaluations = [sum(counts) for counts in zip(*gather_object([evaluations]), strict=True)]
     if evaluations != [heavy * calls, light * calls]:
         raise RuntimeError(
             f"{solver} made {evaluations} evaluations of {heavy} and {light} in each of {calls} batches."
         )
-    counts = {"num_inference_steps": light, "num_context_steps": heavy}
+    counts = {"num_inference_steps": n, "num_context_steps": heavy, "encoder_denoises": spared}
     report = {
         "solver": solver,
         **steps,

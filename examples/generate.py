@@ -68,12 +68,14 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
         ).images
     seconds = time.perf_counter() - start
     refreshes, steps_run = evaluations
+    spared = pipe.config.encoder_denoises
     flops = image_flops(
         pipe.denoiser,
         pipe.context_encoder,
-        num_inference_steps=steps_run,
+        num_inference_steps=steps_run + refreshes if spared else steps_run,
         num_context_steps=refreshes,
         guided=guidance_scale > 1,
+        encoder_denoises=spared,
     )
     # The network that runs at every step of a single-rate model is the heavy one.
     heavy, light = (steps_run, 0) if pipe.context_encoder is None else (refreshes, steps_run)

@@ -104,6 +104,8 @@ def test_a_light_network_learns_to_follow_its_encoder(single_rate, folder, tmp_p
     assert all(torch.equal(before[name], after[name]) for name in known)
     learned = [name for name in after if name not in before]
     assert learned and not any(torch.equal(first[name], after[name]) for name in learned)
+    # Where the context is fresh it can be no better than what it follows.
+    assert DualRatePipeline.from_pretrained(pair).config.encoder_denoises
     # Another loss is another run.
     with pytest.raises(ValueError, match="another configuration: .*training"):
         options[2] = "--freeze_encoder"

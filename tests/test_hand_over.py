@@ -5,11 +5,16 @@ images is the mean given z_t alone, k_t z_t, whatever z_τ says, since the chain
 for snr_t, the sign of m x̂ and of z_τ's information, σ for σ² in either, P left out of the denominator.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import plain_loop
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
-from diffusers_dualrate.flops import network_flops
+from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.training import TrainablePair
 
@@ -124,6 +129,87 @@ def test_a_pair_with_hand_over_samples_saves_and_reloads_bit_equal(make_pair, tm
     assert torch.equal(sample(DualRatePipeline.from_pretrained(tmp_path)), expected)
     alone = pipe([2], generator=[torch.Generator().manual_seed(1)], num_inference_steps=6, num_context_steps=2)
     assert len(alone.images) == 1
+
+
+def sample_three(pipe, *labels, **options):
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(i) for i in range(3)]
+    return pipe(*labels, generator=generator, output_type="latent", **options).images
+
+
+@pytest.mark.parametrize(
+    "guidance", [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "guidance_interval": (-2.0, 4.0)}]
+)
+def test_an_encoder_that_denoises_is_the_single_rate_network_where_every_step_refreshes(
+    make_pair, make_networks, guidance
+):
+    """Kills: a denoiser evaluation at refreshes; the branches swapped; x̂ taken for v."""
+    _, heavy = make_networks(num_classes=4, context_channels=None)
+    _, denoiser = make_pair()
+    encoder = UViTContextEncoder.from_denoiser(heavy, denoiser.config.context_channels, prediction_hand_over=True)
+    pair = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
+    with count_evaluations(denoiser) as evaluations:
+        images = sample_three(pair, [0, 1, 2], num_inference_steps=6, num_context_steps=6, **guidance)
+    expected = sample_three(DualRatePipeline(heavy, DualRateScheduler()), [0, 1, 2], num_inference_steps=6, **guidance)
+    assert evaluations == [0]
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_where_the_encoder_denoises_the_denoiser_runs_at_the_other_steps_alone(make_pair, guidance_scale):
+    """Held to the plain loop, whose denoiser is told to repeat the encoder where the context is fresh."""
+    encoder, denoiser = make_pair()
+
+    class Spared(torch.nn.Module):
+        config, project_context = denoiser.config, staticmethod(denoiser.project_context)
+
+        def forward(self, z, level, labels, context, level_of_context):
+            if level == level_of_context:
+                return SimpleNamespace(sample=diffusion.v_from_x(z, context[-2], torch.tensor(level)))
+            return denoiser(z, level, labels, context, level_of_context)
+
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
+    noise, labels, steps = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2]), {"refresh_steps": [0, 1, 4]}
+    one, other = (torch.Generator().manual_seed(7) for _ in range(2))
+    with count_evaluations(encoder, denoiser) as evaluations:
+        images = pipe(
+            labels, 8, **steps, latents=noise, generator=one, guidance_scale=guidance_scale, output_type="latent"
+        ).images
+    assert evaluations == [3, 5]
+    times = [1 - i / 8 for i in range(8)]
+    expected = plain_loop.sample(Spared(), encoder, times, [0, 1, 4], labels, noise, other, guidance_scale)
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_encoder_spares_is_saved_counted_and_refused_without_a_prediction(make_pair, make_networks, tmp_path):
+    encoder, denoiser = make_pair()
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
+    steps = {"num_inference_steps": 5, "num_context_steps": 3}
+    expected = sample_three(pipe, [0, 1, 2], **steps)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(sample_three(DualRatePipeline.from_pretrained(tmp_path), [0, 1, 2], **steps), expected)
+    always = DualRatePipeline.from_pretrained(tmp_path, encoder_denoises=False)
+    assert not torch.equal(sample_three(always, [0, 1, 2], **steps), expected)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sample_three(pipe, [0, 1, 2], **steps, guidance_scale=1.0)
+    assert counter.get_total_flops() == 3 * image_flops(denoiser, encoder, **steps, encoder_denoises=True)
+    plain_encoder, plain_denoiser = make_networks(num_classes=4)
+    for parts in ((plain_denoiser, DualRateScheduler(), plain_encoder), (denoiser, DualRateScheduler())):
+        with pytest.raises(ValueError, match="needs a context_encoder that hands over its prediction"):
+            DualRatePipeline(*parts, encoder_denoises=True)
+
+
+def test_guidance_switched_on_between_refreshes_refreshes_with_the_encoders_prediction(make_pair):
+    encoder, denoiser = make_pair()
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
+
+    def switch_on(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 2.0 if step >= 1 else 1.0
+        return {}
+
+    with count_evaluations(encoder, denoiser) as evaluations:
+        images = sample_three(pipe, [0, 1, 2], 6, 2, guidance_scale=1.0, callback_on_step_end=switch_on)
+    assert evaluations == [3, 3] and images.isfinite().all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])

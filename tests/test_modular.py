@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.modular import DualRateBlocks
 from loopback_hub import LoopbackHub
 
@@ -36,6 +37,15 @@ def test_the_blocks_give_the_latents_of_the_pipeline(make_pipe, tmp_path, option
     expected = pipe(["dog", 3], generator=generator(), output_type="latent", **options).images
     latents = load(tmp_path)(class_labels=["dog", 3], generator=generator(), output="latents", **options)
     assert torch.equal(latents, expected)
+
+
+def test_a_pair_whose_encoder_denoises_runs_in_the_same_blocks(make_networks, tmp_path):
+    encoder, denoiser = make_networks(num_classes=4, prediction_hand_over=True)
+    defaults = {"num_inference_steps": 4, "num_context_steps": 2, "encoder_denoises": True}
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, **defaults)
+    pipe.save_pretrained(tmp_path)
+    expected = pipe([0], generator=generator(), output_type="latent").images
+    assert torch.equal(load(tmp_path)(class_labels=[0], generator=generator(), output="latents"), expected)
 
 
 def test_a_single_rate_model_runs_in_the_same_blocks(make_pipe, tmp_path):

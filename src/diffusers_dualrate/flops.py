@@ -84,6 +84,7 @@ def image_flops(
     num_inference_steps: int,
     num_context_steps: int = 0,
     guided: bool = False,
+    encoder_denoises: bool = False,
     size: tuple[int, int] | None = None,
 ) -> int:
     """FLOPs of generating one image: K heavy evaluations with their projections, N light ones.
@@ -94,6 +95,7 @@ def image_flops(
         num_inference_steps: N.
         num_context_steps: K, from 1 to N with an encoder; without meaning for a single-rate model.
         guided: Whether guidance evaluates both branches at every step, which doubles everything.
+        encoder_denoises: Whether the light network is spared at refreshes, as the pipeline's option of this name does.
         size: Height and width; default: the denoiser's `sample_size`.
     """
     if context_encoder is not None and not 1 <= num_context_steps <= num_inference_steps:
@@ -101,7 +103,8 @@ def image_flops(
             f"num_context_steps must be between 1 and num_inference_steps={num_inference_steps}, got {num_context_steps}."
         )
     size = _size(denoiser, size)
-    total = num_inference_steps * network_flops(denoiser, size)
+    light = num_inference_steps - num_context_steps if encoder_denoises else num_inference_steps
+    total = light * network_flops(denoiser, size)
     if context_encoder is not None:
         total += num_context_steps * (network_flops(context_encoder, size) + context_flops(denoiser, size))
     return total * (2 if guided else 1)

@@ -34,9 +34,11 @@ class DualRatePipeline(DiffusionPipeline):
         scheduler: [`DualRateScheduler`], or an in-tree variance-preserving scheduler that predicts v.
         context_encoder: Network that runs at refreshes only; `None` for a single-rate model.
         id2label: Name of each class.
-        num_inference_steps: Default number N of denoiser evaluations per image.
+        num_inference_steps: Default number N of steps, each a denoiser evaluation.
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
         guidance_scale: Default guidance scale; 1 is none.
+        encoder_denoises: Whether a refresh takes the prediction that the encoder hands over, so that the denoiser runs at
+            the N − K other steps only: for an encoder that the denoiser was trained to follow (beyond the paper).
 
     Raises:
         ValueError: If the two networks do not fit each other, or the defaults do not.
@@ -56,6 +58,7 @@ class DualRatePipeline(DiffusionPipeline):
         num_inference_steps: int = 64,
         num_context_steps: int | None = None,
         guidance_scale: float = 1.0,
+        encoder_denoises: bool = False,
     ):
         super().__init__()
         if context_encoder is not None:
@@ -63,6 +66,8 @@ class DualRatePipeline(DiffusionPipeline):
         plan_refreshes(num_inference_steps, num_context_steps)
         if not guidance_scale >= 1:
             raise ValueError(f"guidance_scale must be at least 1, which is none, got {guidance_scale}.")
+        if encoder_denoises and (context_encoder is None or not denoiser.config.prediction_hand_over):
+            raise ValueError("encoder_denoises=True needs a context_encoder that hands over its prediction.")
         # JSON knows only strings as keys.
         self._id2label = {int(key): name for key, name in (id2label or {}).items()}
         num_classes = denoiser.config.num_classes or 0
@@ -74,6 +79,7 @@ class DualRatePipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             num_context_steps=num_context_steps,
             guidance_scale=guidance_scale,
+            encoder_denoises=encoder_denoises,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._step, self._cached_rows = None, {}
@@ -196,8 +202,16 @@ class DualRatePipeline(DiffusionPipeline):
         z, class_labels = self._with_null_branch(z, class_labels) if guides else (z, class_labels)
         with self._cache_context(self.denoiser, guides):
             v = self.denoiser(z, log_snr, class_labels, context, context_log_snr).sample
-        if not guides:
-            return v
+        return self._guide(v) if guides else v
+
+    def take_prediction(self, z: Tensor, log_snr: Tensor, context: tuple[Tensor, ...], guides: bool) -> Tensor:
+        """Instead of `denoise`, at a refresh: the velocity at z that the encoder's own prediction implies."""
+        rows = 2 * len(z) if guides else len(z)
+        context = tuple(part[-rows:] for part in context)  # the branch with the class comes last
+        v = self.denoiser.handed_over_velocity(torch.cat([z, z]) if guides else z, log_snr, context)
+        return self._guide(v) if guides else v
+
+    def _guide(self, v: Tensor) -> Tensor:
         v_null, v_class = v.chunk(2)
         return v_null + self._guidance_scale * (v_class - v_null)
 
@@ -231,7 +245,7 @@ class DualRatePipeline(DiffusionPipeline):
 
         Args:
             class_labels: Classes by number or name, one or several, or an integer tensor; `None` for no class.
-            num_inference_steps: Number N of denoiser evaluations; default: the model's.
+            num_inference_steps: Number N of steps, each a denoiser evaluation; default: the model's.
             num_context_steps: Number K ≤ N of context encoder evaluations; default: the model's, at most N.
             refresh_steps: Instead of K, the steps that refresh the context: 0 first, rising.
             timesteps: Instead of N, the timesteps themselves, falling.
@@ -300,14 +314,18 @@ class DualRatePipeline(DiffusionPipeline):
 
                 # Slow rate: the heavy network, at refreshes, and where a callback has just switched guidance on.
                 lacks_null = guides and context is not None and len(context[0]) == len(z)
-                if self.context_encoder is not None and (refreshes[i] or lacks_null):
+                refreshed = self.context_encoder is not None and (refreshes[i] or lacks_null)
+                if refreshed:
                     segment = levels[i : _next_refresh(refreshes, i)]
                     both = class_labels is not None and any(self._guides(level) for level in segment)
                     context = self.encode_context(z, log_snr, class_labels, both)
                     context_log_snr = log_snr.clone()  # one tensor given twice would be another graph to a compiler
 
-                # Fast rate: the light network, at every step.
-                v = self.denoise(z.to(dtype), log_snr, class_labels, context, context_log_snr, guides)
+                # Fast rate: the light network, at every step, or at every other one.
+                if refreshed and self.config.encoder_denoises:
+                    v = self.take_prediction(z, log_snr, context, guides)
+                else:
+                    v = self.denoise(z.to(dtype), log_snr, class_labels, context, context_log_snr, guides)
                 latents = self.scheduler.step(v.float(), t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
