@@ -155,9 +155,12 @@ def test_an_encoder_that_denoises_is_the_single_rate_network_where_every_step_re
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_where_the_encoder_denoises_the_denoiser_runs_at_the_other_steps_alone(make_pair, guidance_scale):
-    """Held to the plain loop, whose denoiser is told to repeat the encoder where the context is fresh."""
+@pytest.mark.parametrize("scales", [[1.0] * 8, [2.5] * 8, [1.0] * 2 + [2.5] * 2 + [1.0] * 4])
+def test_where_the_encoder_denoises_the_denoiser_runs_at_the_other_steps_alone(make_pair, scales):
+    """Held to the plain loop, whose denoiser is told to repeat the encoder where the context is fresh.
+
+    Kills, where guidance acts from a step between refreshes on: the branch without a class taken at the refresh before.
+    """
     encoder, denoiser = make_pair()
 
     class Spared(torch.nn.Module):
@@ -171,13 +174,13 @@ def test_where_the_encoder_denoises_the_denoiser_runs_at_the_other_steps_alone(m
     pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
     noise, labels, steps = torch.randn(3, 3, 8, 8), torch.tensor([0, 1, 2]), {"refresh_steps": [0, 1, 4]}
     one, other = (torch.Generator().manual_seed(7) for _ in range(2))
-    with count_evaluations(encoder, denoiser) as evaluations:
-        images = pipe(
-            labels, 8, **steps, latents=noise, generator=one, guidance_scale=guidance_scale, output_type="latent"
-        ).images
-    assert evaluations == [3, 5]
     times = [1 - i / 8 for i in range(8)]
-    expected = plain_loop.sample(Spared(), encoder, times, [0, 1, 4], labels, noise, other, guidance_scale)
+    guided = [plain_loop.log_snr_at(t) for t, scale in zip(times, scales, strict=True) if scale > 1] or [100.0]
+    guidance = {"guidance_scale": 2.5, "guidance_interval": (guided[0] - 0.01, guided[-1] + 0.01)}
+    with count_evaluations(encoder, denoiser) as evaluations:
+        images = pipe(labels, 8, **steps, latents=noise, generator=one, **guidance, output_type="latent").images
+    assert evaluations == [3, 5]
+    expected = plain_loop.sample(Spared(), encoder, times, [0, 1, 4], labels, noise, other, scales)
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-4)
 
 
