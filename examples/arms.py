@@ -4,6 +4,7 @@ A new arm is an entry of ARMS, and where no training fits it, one of `trainings.
 "dual-rate" is held against all whose name does not.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,14 @@ def sample_with_reuse(folder: Path, solver: str, n: int, k: int) -> Sampler:
     return make_sampler(pipe, n, deep_levels=(pipe.denoiser.trunk.trunk.middle, k))
 
 
+def sample_stitched(folder: Path, light_folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """Two single-rate networks in one chain (T-Stitch, arXiv 2402.14167): the light one, then the heavy one for K steps."""
+    pipe, light = open_pipeline(folder, solver), open_pipeline(light_folder, solver).denoiser
+    heavy, is_heavy = pipe.denoiser.forward, itertools.cycle([False] * (n - k) + [True] * k)
+    pipe.denoiser.forward = lambda *inputs: heavy(*inputs) if next(is_heavy) else light(*inputs)
+    return make_sampler(pipe, n, light=(light, n - k), heavy=(pipe.denoiser.trunk, k))
+
+
 def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
     """A `UNet2DModel` whose deep features the DeepCache package computes K times, in every (N / K)-th step."""
     from DeepCache import DeepCacheSDHelper
@@ -135,13 +144,20 @@ def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
 class Arm:
     """What is compared: how to train (a name in TRAININGS), how to sample, and the (N, K) of every solver.
 
-    An arm that requires a package which is not installed is left out.
+    An arm that requires a package which is not installed is left out. One with a second network, `beside`, a training's
+    name too, gives its sampler both folders.
     """
 
     training: str
-    sample: Callable[[Path, str, int, int | None], Sampler]
+    sample: Callable[..., Sampler]
     steps: dict[str, tuple[tuple[int, int | None], ...]]
     requires: str | None = None
+    beside: str | None = None
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """All that it is made of."""
+        return tuple(filter(None, (self.training, self.beside)))
 
 
 def _single(*counts):
@@ -196,6 +212,32 @@ ARMS = {
             "dpmsolver++": ((16, 8), (12, 6), (12, 4), (8, 4), (6, 3)),
             "sde-dpmsolver++": ((32, 16), (16, 8), (16, 4), (12, 6), (12, 4), (8, 4)),
         },
+    ),
+    "stitching": Arm(
+        "heavy",
+        sample_stitched,
+        {
+            "ancestral": ((16, 8), (12, 6), (12, 4), (8, 6), (8, 4), (8, 2), (6, 3)),
+            "ddim": ((16, 8), (12, 6), (8, 4), (6, 3)),
+            "dpmsolver++": (
+                (16, 8),
+                (12, 8),
+                (12, 6),
+                (12, 4),
+                (10, 5),
+                (8, 6),
+                (8, 4),
+                (8, 2),
+                (6, 4),
+                (6, 3),
+                (6, 2),
+            ),
+            "sde-dpmsolver++": (
+                *((24, 12), (16, 8), (12, 8), (12, 6), (12, 4), (10, 5), (10, 3), (8, 6), (8, 4), (8, 3), (8, 2)),
+                *((6, 4), (6, 3), (6, 2), (5, 3), (4, 2)),
+            ),
+        },
+        beside="light",
     ),
     "encoder-sharing": Arm("fresh-pair", sample_as_trained, _SHARED),
     "deepcache": Arm(

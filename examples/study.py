@@ -203,11 +203,11 @@ def draw_checked(sampler: Sampler, labels: list[int], seeds: list[int]) -> Tenso
     return images
 
 
-def measure_point(args, key: dict, folder: Path, reference) -> dict:
+def measure_point(args, key: dict, folders: list[Path], reference) -> dict:
     """One point: FLOPs and evaluations of an image, counted, and the distance of n images."""
     classifier, statistics, labels, _ = reference
     data, arm = key["data"], ARMS[key["arm"]]
-    sampler = arm.sample(folder, key["solver"], key["N"], key["K"])
+    sampler = arm.sample(*folders, key["solver"], key["N"], key["K"])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         draw_checked(sampler, labels[:1], [0])
 
@@ -220,7 +220,7 @@ def measure_point(args, key: dict, folder: Path, reference) -> dict:
     def spent(unit):
         """In all steps of the training and of those that it started from."""
         total = 0
-        for training in lineage(arm.training):
+        for training in set().union(*map(lineage, arm.trainings)):
             budget = key["budget"] if training == arm.training else "steps"
             preset = find_model(args, data, training, budget, key["seed"])[1]["training"]
             total += preset["max_train_steps"] * unit(training, preset)
@@ -236,10 +236,12 @@ def measure_point(args, key: dict, folder: Path, reference) -> dict:
     }
 
 
-def list_points(args, data: str, name: str, budget: str, solver: str, seed: int) -> list[tuple[dict, Path, Path]]:
-    """Key, model and file of every point of an arm with a solver."""
+def list_points(
+    args, data: str, name: str, budget: str, solver: str, seed: int
+) -> list[tuple[dict, list[Path], Path]]:
+    """Key, models and file of every point of an arm with a solver."""
     arm = ARMS[name]
-    folder, _ = find_model(args, data, arm.training, budget, seed)
+    folders = [find_model(args, data, training, budget, seed)[0] for training in arm.trainings]
     limit = count_of(args, "max_evaluations", data)
     listed = []
     for sampling_seed in sampling_seeds_of(args, data):
@@ -249,18 +251,18 @@ def list_points(args, data: str, name: str, budget: str, solver: str, seed: int)
                 key |= {"seed": seed, "sampling_seed": sampling_seed}
                 size = count_of(args, "num_samples", data)
                 classifier = file_hash(Path(args.classifiers, f"{data}.safetensors"))
-                name_of_file = digest([key, folder.name, size, classifier])
-                listed.append((key, folder, Path(args.work_dir, data, "points", f"{name_of_file}.json")))
+                name_of_file = digest([key, *(folder.name for folder in folders), size, classifier])
+                listed.append((key, folders, Path(args.work_dir, data, "points", f"{name_of_file}.json")))
     return listed
 
 
 def sample_arm(args, data: str, name: str, budget: str, solver: str, seed: int) -> None:
     """Measure every point of an arm with a solver that is not there yet."""
     reference = None
-    for key, folder, file in list_points(args, data, name, budget, solver, seed):
+    for key, folders, file in list_points(args, data, name, budget, solver, seed):
         if not file.exists():
             reference = reference or open_reference(args, data)
-            write_json(file, measure_point(args, key, folder, reference))
+            write_json(file, measure_point(args, key, folders, reference))
 
 
 # The whole
@@ -308,7 +310,9 @@ def list_series(args) -> list[tuple]:
 
 def list_models(series: list[tuple]) -> list[list[tuple]]:
     """What is trained for that: groups of data set, training, budget and seed, each after those that it starts from."""
-    wanted = [(data, ARMS[name].training, budget, seed) for data, name, budget, _, seed in series]
+    wanted = [
+        (data, training, budget, seed) for data, name, budget, _, seed in series for training in ARMS[name].trainings
+    ]
     groups = []
     while wanted:
         groups.insert(0, list(dict.fromkeys(wanted)))
