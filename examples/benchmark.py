@@ -101,6 +101,7 @@ def main(args):
     began = time.perf_counter()
     for name in arms:  # to warm up
         sample(name)
+    read_clock(args.device)  # until all is done
     began = time.perf_counter() - began
     totals, inside = {name: [] for name in arms}, {name: [] for name in arms}
     for _ in tqdm(range(args.repeats)):

@@ -44,6 +44,7 @@ class Row:
 
     title: str
     images: list
+    steps: tuple[int, int | None]
     heavy: int
     light: int
     flops: int
@@ -67,20 +68,22 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
             **steps,
         ).images
     seconds = time.perf_counter() - start
-    refreshes, steps_run = evaluations
+    refreshes, light = evaluations
     spared = pipe.config.encoder_denoises
+    n = light + refreshes if spared else light
     flops = image_flops(
         pipe.denoiser,
         pipe.context_encoder,
-        num_inference_steps=steps_run + refreshes if spared else steps_run,
+        num_inference_steps=n,
         num_context_steps=refreshes,
         guided=guidance_scale > 1,
         encoder_denoises=spared,
     )
     # The network that runs at every step of a single-rate model is the heavy one.
-    heavy, light = (steps_run, 0) if pipe.context_encoder is None else (refreshes, steps_run)
+    is_pair = pipe.context_encoder is not None
+    heavy, light = (refreshes, light) if is_pair else (light, 0)
     title = f"{name}: {heavy} heavy + {light} light evaluations"
-    return Row(title, images, heavy, light, flops, guidance_scale, seconds)
+    return Row(title, images, (n, refreshes if is_pair else None), heavy, light, flops, guidance_scale, seconds)
 
 
 def draw(rows, column_names, args):
@@ -146,9 +149,9 @@ def main(args):
     print(f"{'':28}{'N':>5}{'K':>5}{'guidance':>10}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
     for row in rows:
         name, count = row.title.partition(":")[0], len(row.images)
-        n, k = (row.light, row.heavy) if row.light else (row.heavy, "-")
+        n, k = row.steps
         print(
-            f"{name:28}{n:>5}{k:>5}{row.guidance_scale:>10g}{row.heavy:>7}{row.light:>7}{row.flops / 1e9:>8.2f}"
+            f"{name:28}{n:>5}{k or '-':>5}{row.guidance_scale:>10g}{row.heavy:>7}{row.light:>7}{row.flops / 1e9:>8.2f}"
             f"{row.flops / rows[0].flops:>8.2f}{row.seconds / count:>9.3f}"
         )
     print(f"\nThe picture is {Path(args.output).resolve()}.")

@@ -113,7 +113,7 @@ def main(args):
         num_inference_steps=recipe["num_inference_steps"],
         num_context_steps=recipe["num_context_steps"],
         guidance_scale=recipe["guidance_scale"] if images.num_classes else 1.0,
-        # Where the context is fresh, a denoiser that follows the encoder can be no better than the encoder itself.
+        # Where the context is fresh, a denoiser that follows the encoder would at best repeat it.
         encoder_denoises=args.follow_encoder,
     )
 

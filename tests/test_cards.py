@@ -197,6 +197,14 @@ def test_the_card_of_a_single_rate_student_from_noise_shows_no_other_solver_and_
     assert "DPMSolverMultistepScheduler(" not in text and "distilled in" not in text
 
 
+def test_the_card_of_a_pair_whose_encoder_denoises_counts_what_it_spares(parts):
+    evaluation, index, notes = parts
+    n, k = index["num_inference_steps"], index["num_context_steps"]
+    for spares, light in ((False, n), (True, n - k)):
+        text = make_card.make_card(evaluation, index | {"encoder_denoises": spares}, notes)
+        assert f"parameters runs {k} times per image" in text and f"parameters {light} times." in text
+
+
 @pytest.mark.parametrize("name", ["limits", "intended_use", "license"])
 def test_a_card_without_what_a_person_has_to_say_is_refused(parts, name):
     parts[2][name] = []

@@ -106,6 +106,9 @@ def test_a_light_network_learns_to_follow_its_encoder(single_rate, folder, tmp_p
     assert learned and not any(torch.equal(first[name], after[name]) for name in learned)
     # Where the context is fresh it can be no better than what it follows.
     assert DualRatePipeline.from_pretrained(pair).config.encoder_denoises
+    frozen = ["--freeze_encoder", *HAND_OVER, "--max_train_steps", 0]
+    train("dual", folder, tmp_path / "frozen", "--pretrained_model_name_or_path", single_rate, *frozen)
+    assert not DualRatePipeline.from_pretrained(tmp_path / "frozen").config.encoder_denoises
     # Another loss is another run.
     with pytest.raises(ValueError, match="another configuration: .*training"):
         options[2] = "--freeze_encoder"

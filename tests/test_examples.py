@@ -99,6 +99,33 @@ def test_generate_shows_a_student_at_its_own_steps_and_without_guidance_beside_g
     assert line.split()[1:6] == ["2", "1", "1", "1", "2"]
 
 
+@pytest.fixture
+def spared(make_networks, models):
+    """Folder of a pair whose encoder denoises at refreshes."""
+    encoder, denoiser = make_networks(num_classes=NUM_CLASSES, sample_size=16, prediction_hand_over=True)
+    options = {"num_inference_steps": 5, "num_context_steps": 2, "guidance_scale": 2.0, "encoder_denoises": True}
+    DualRatePipeline(denoiser, DualRateScheduler(), encoder, **options).save_pretrained(models / "spared")
+    return models / "spared"
+
+
+def test_generate_counts_what_a_pair_spares_whose_encoder_denoises(spared, tmp_path, capsys):
+    arguments = ["--model", str(spared), "--output", str(tmp_path / "picture.png"), "--num_columns", "2"]
+    (row,) = generate.main(generate.parse_args(arguments))
+    pair = DualRatePipeline.from_pretrained(spared)
+    steps = {"num_inference_steps": 5, "num_context_steps": 2, "guided": True, "encoder_denoises": True}
+    assert (row.heavy, row.light) == (2, 3) and row.flops == image_flops(pair.denoiser, pair.context_encoder, **steps)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Dual-Rate")]
+    assert line.split()[1:6] == ["5", "2", "2", "2", "3"]
+
+
+def test_evaluate_counts_what_a_pair_spares_whose_encoder_denoises(spared, measure):
+    report = measure("--model", spared, "--seeds", 0)["samples"][0]
+    assert report["evaluations"] == {"context_encoder": 2, "denoiser": 3} and report["num_inference_steps"] == 5
+    pair = DualRatePipeline.from_pretrained(spared)
+    steps = {"num_inference_steps": 5, "num_context_steps": 2, "encoder_denoises": True}
+    assert report["flops"] == image_flops(pair.denoiser, pair.context_encoder, **steps)
+
+
 def test_generate_takes_named_classes_and_steps(models):
     rows = generate.main(
         generate.parse_args(
@@ -393,10 +420,17 @@ def test_benchmark_counts_evaluations_and_reports_ratios(capsys):
 
 
 def test_benchmark_counts_evaluations_of_compiled_networks_in_half_precision_too(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
     run_benchmark("--compile", "--dtype", "bfloat16")
     torch.compiler.reset()
+    assert len(graphs) == 3  # an encoder, its denoiser, and the single-rate network
     assert "bfloat16, compiled, process time" in capsys.readouterr().out
 
 

@@ -16,6 +16,7 @@ import plain_loop
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.scheduler import log_snr_of_steps
 from diffusers_dualrate.training import TrainablePair
 
 
@@ -200,6 +201,10 @@ def test_what_the_encoder_spares_is_saved_counted_and_refused_without_a_predicti
     for parts in ((plain_denoiser, DualRateScheduler(), plain_encoder), (denoiser, DualRateScheduler())):
         with pytest.raises(ValueError, match="needs a context_encoder that hands over its prediction"):
             DualRatePipeline(*parts, encoder_denoises=True)
+    pipe = DualRatePipeline(plain_denoiser, DualRateScheduler(), plain_encoder)
+    pipe.register_to_config(encoder_denoises=True)
+    with pytest.raises(ValueError, match="encoder_denoises=True needs"):
+        sample_three(pipe, [0, 1, 2], **steps)
 
 
 def test_guidance_switched_on_between_refreshes_refreshes_with_the_encoders_prediction(make_pair):
@@ -212,7 +217,26 @@ def test_guidance_switched_on_between_refreshes_refreshes_with_the_encoders_pred
 
     with count_evaluations(encoder, denoiser) as evaluations:
         images = sample_three(pipe, [0, 1, 2], 6, 2, guidance_scale=1.0, callback_on_step_end=switch_on)
-    assert evaluations == [3, 3] and images.isfinite().all()
+    assert evaluations == [3, 3]
+    # The same plan, told beforehand: guidance from step 2 on, which the refresh at step 2 brings its context for.
+    levels = log_snr_of_steps(pipe.scheduler)
+    options = {"guidance_scale": 2.0, "guidance_interval": ((levels[1] + levels[2]).item() / 2, 100.0)}
+    torch.testing.assert_close(images, sample_three(pipe, [0, 1, 2], 6, refresh_steps=[0, 2, 3], **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_velocity_that_is_taken_in_half_precision_is_the_encoders_own(make_networks, make_pair, dtype):
+    """Kills: the unrounded z in place of the one that the encoder saw, which a small σ multiplies by up to 150."""
+    _, heavy = make_networks(num_classes=4, context_channels=None)
+    _, denoiser = make_pair()
+    encoder = UViTContextEncoder.from_denoiser(heavy, denoiser.config.context_channels, prediction_hand_over=True)
+    heavy, encoder, denoiser = (network.to(dtype) for network in (heavy, encoder, denoiser))
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
+    z, level = torch.randn(3, 3, 8, 8), torch.tensor(9.9)
+    with torch.no_grad():
+        taken = pipe.take_prediction(z, level, pipe.encode_context(z, level, None, False), False)
+        expected = heavy(z.to(dtype), level).sample.float()
+    torch.testing.assert_close(taken, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])

@@ -87,10 +87,10 @@ def image_flops(
     encoder_denoises: bool = False,
     size: tuple[int, int] | None = None,
 ) -> int:
-    """FLOPs of generating one image: K heavy evaluations with their projections, N light ones.
+    """FLOPs of generating one image: K heavy evaluations with their projections, N or N − K light ones.
 
     Args:
-        denoiser: Network that runs N times.
+        denoiser: Network that runs at every step, or where the encoder does not.
         context_encoder: Network that runs K times; `None` for a single-rate model.
         num_inference_steps: N.
         num_context_steps: K, from 1 to N with an encoder; without meaning for a single-rate model.

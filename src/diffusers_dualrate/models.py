@@ -358,16 +358,15 @@ class UViTDenoiser(_UViTModel):
         """The encoder's own prediction x̂ [B, C, H, W] in a context, projected or not; `None` where there is none."""
         return context[-2] if self.config.prediction_hand_over else None
 
-    def handed_over_velocity(self, sample: Tensor, log_snr: Tensor | float, context: tuple[Tensor, ...]) -> Tensor:
-        """Velocity [B, C, H, W], in float32, that the encoder's own prediction in a context implies.
+    def handed_over_velocity(self, context_log_snr: Tensor | float, context: tuple[Tensor, ...]) -> Tensor:
+        """The encoder's own velocity [B, C, H, W] at z_τ, in float32.
 
         Args:
-            sample: The noisy images z_τ [B, C, H, W] that the context was computed from.
-            log_snr: Their log-SNR λ_τ, a scalar or [B].
+            context_log_snr: Log-SNR λ_τ of the images that the context was computed from, a scalar or [B].
             context: A context that ends with a prediction, projected or not.
         """
-        level = _per_sample(log_snr, sample)[:, None, None, None]
-        return diffusion.v_from_x(sample.float(), self.handed_over_prediction(context), level)
+        z_tau, x, _ = context[-3:]  # z_τ as the encoder saw it: rounded in half precision, which a small σ would tell
+        return diffusion.v_from_x(z_tau, x, _per_sample(context_log_snr, z_tau)[:, None, None, None])
 
     def forward(
         self,

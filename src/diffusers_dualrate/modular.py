@@ -19,7 +19,7 @@ from .pipeline import DualRatePipeline
 _DEFAULTS = ("num_inference_steps", "num_context_steps", "guidance_scale", "encoder_denoises")
 _INPUTS = {
     "class_labels": "Classes by number or name, one or several; `None` for no class.",
-    "num_inference_steps": "Number N of steps, each a denoiser evaluation; default: the model's.",
+    "num_inference_steps": "Number N of steps; default: the model's.",
     "num_context_steps": "Number K of context encoder evaluations; default: the model's.",
     "refresh_steps": "Instead of K, the steps that refresh the context.",
     "timesteps": "Instead of N, the timesteps themselves.",

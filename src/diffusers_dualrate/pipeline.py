@@ -1,7 +1,7 @@
 """`DualRatePipeline`: the two-rate loop.
 
-The context encoder runs K times per image, the denoiser N times; between refreshes the denoiser reuses the newest
-context. Without an encoder the pipeline samples an ordinary single-rate model.
+In N steps the context encoder runs K times, the denoiser at each, or at those alone that do not refresh; between
+refreshes it reuses the newest context. Without an encoder the pipeline samples an ordinary single-rate model.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ class DualRatePipeline(DiffusionPipeline):
     """Generate images with a pair of networks at two rates, or with a single-rate network.
 
     Args:
-        denoiser: Network that runs at every step.
+        denoiser: Network that runs at every step, or with `encoder_denoises` at those that do not refresh.
         scheduler: [`DualRateScheduler`], or an in-tree variance-preserving scheduler that predicts v.
         context_encoder: Network that runs at refreshes only; `None` for a single-rate model.
         id2label: Name of each class.
-        num_inference_steps: Default number N of steps, each a denoiser evaluation.
+        num_inference_steps: Default number N of steps.
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
         guidance_scale: Default guidance scale; 1 is none.
         encoder_denoises: Whether a refresh takes the prediction that the encoder hands over, so that the denoiser runs at
@@ -66,8 +66,7 @@ class DualRatePipeline(DiffusionPipeline):
         plan_refreshes(num_inference_steps, num_context_steps)
         if not guidance_scale >= 1:
             raise ValueError(f"guidance_scale must be at least 1, which is none, got {guidance_scale}.")
-        if encoder_denoises and (context_encoder is None or not denoiser.config.prediction_hand_over):
-            raise ValueError("encoder_denoises=True needs a context_encoder that hands over its prediction.")
+        _check_encoder_denoises(encoder_denoises, context_encoder, denoiser)
         # JSON knows only strings as keys.
         self._id2label = {int(key): name for key, name in (id2label or {}).items()}
         num_classes = denoiser.config.num_classes or 0
@@ -205,10 +204,10 @@ class DualRatePipeline(DiffusionPipeline):
         return self._guide(v) if guides else v
 
     def take_prediction(self, z: Tensor, log_snr: Tensor, context: tuple[Tensor, ...], guides: bool) -> Tensor:
-        """Instead of `denoise`, at a refresh: the velocity at z that the encoder's own prediction implies."""
+        """Instead of `denoise`, at a refresh: the velocity at z that the encoder predicted."""
         rows = 2 * len(z) if guides else len(z)
         context = tuple(part[-rows:] for part in context)  # the branch with the class comes last
-        v = self.denoiser.handed_over_velocity(torch.cat([z, z]) if guides else z, log_snr, context)
+        v = self.denoiser.handed_over_velocity(log_snr, context)
         return self._guide(v) if guides else v
 
     def _guide(self, v: Tensor) -> Tensor:
@@ -245,7 +244,7 @@ class DualRatePipeline(DiffusionPipeline):
 
         Args:
             class_labels: Classes by number or name, one or several, or an integer tensor; `None` for no class.
-            num_inference_steps: Number N of steps, each a denoiser evaluation; default: the model's.
+            num_inference_steps: Number N of steps; default: the model's.
             num_context_steps: Number K ≤ N of context encoder evaluations; default: the model's, at most N.
             refresh_steps: Instead of K, the steps that refresh the context: 0 first, rising.
             timesteps: Instead of N, the timesteps themselves, falling.
@@ -321,7 +320,7 @@ class DualRatePipeline(DiffusionPipeline):
                     context = self.encode_context(z, log_snr, class_labels, both)
                     context_log_snr = log_snr.clone()  # one tensor given twice would be another graph to a compiler
 
-                # Fast rate: the light network, at every step, or at every other one.
+                # Fast rate: the light network, at every step, or between refreshes only.
                 if refreshed and self.config.encoder_denoises:
                     v = self.take_prediction(z, log_snr, context, guides)
                 else:
@@ -405,6 +404,7 @@ class DualRatePipeline(DiffusionPipeline):
             raise ValueError(f"batch_size and num_images_per_prompt must be at least 1, got {batch_size} images.")
         if height < 1 or width < 1 or height % stride or width % stride:
             raise ValueError(f"height and width must be divisible by {stride}, got {height} and {width}.")
+        _check_encoder_denoises(self.config.encoder_denoises, self.context_encoder, self.denoiser)
         if not self._guidance_scale >= 1:
             raise ValueError(f"guidance_scale must be at least 1, which is none, got {self._guidance_scale}.")
         if self._guidance_scale > 1 and class_labels is None:
@@ -433,6 +433,16 @@ def _check_pair(context_encoder: UViTContextEncoder, denoiser: UViTDenoiser) -> 
         raise ValueError(
             f"The pair does not fit: the encoder hands out context of widths {context_encoder.context_channels}, "
             f"the denoiser takes {expected if expected is None else tuple(expected)}."
+        )
+
+
+def _check_encoder_denoises(
+    encoder_denoises: bool, context_encoder: UViTContextEncoder | None, denoiser: UViTDenoiser
+) -> None:
+    if encoder_denoises and (context_encoder is None or not denoiser.config.prediction_hand_over):
+        raise ValueError(
+            "encoder_denoises=True needs a context_encoder that hands over its prediction; without one, load the model "
+            "with encoder_denoises=False."
         )
 
 
