@@ -60,9 +60,9 @@ def make_dpmsolver(solver: str, **process) -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(**process, use_lu_lambdas=True)
 
 
-def open_pipeline(folder: Path, solver: str) -> DualRatePipeline:
-    """A trained model with a solver, on the device that trainings use, too."""
-    pipe = DualRatePipeline.from_pretrained(folder).to(PartialState().device)
+def open_pipeline(folder: Path, solver: str, **options) -> DualRatePipeline:
+    """A trained model with a solver and options of the pipeline, on the device that trainings use, too."""
+    pipe = DualRatePipeline.from_pretrained(folder, **options).to(PartialState().device)
     pipe.scheduler = make_scheduler(solver, pipe.scheduler)
     for network in filter(None, (pipe.denoiser, pipe.context_encoder)):
         network.to(memory_format=torch.channels_last)  # on a CPU 1.5 times as fast
@@ -87,6 +87,16 @@ def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, **evaluat
 def sample_as_trained(folder: Path, solver: str, n: int, k: int | None) -> Sampler:
     """A pair or a single-rate network with N and K."""
     return make_sampler(open_pipeline(folder, solver), n, k)
+
+
+def sample_converted(folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """A conversion whose denoiser runs at every step, at refreshes too."""
+    return make_sampler(open_pipeline(folder, solver, encoder_denoises=False), n, k)
+
+
+def sample_spared(folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """A conversion whose encoder denoises at refreshes, so that the denoiser is spared there."""
+    return make_sampler(open_pipeline(folder, solver, encoder_denoises=True), n, k)
 
 
 def sample_without_context(folder: Path, solver: str, n: int, k: None) -> Sampler:
@@ -196,7 +206,8 @@ ARMS = {
     "single-rate-sized": Arm("sized", sample_as_trained, {"ancestral": _single(6, 8, 12, 16, 32, 64, 128), **_FEW}),
     "dual-rate": Arm("pair", sample_as_trained, {**_SHARED, "ancestral": ((128, 16), *_SHARED["ancestral"])}),
     "dual-rate-context-dropout": Arm("dropout-pair", sample_as_trained, _SHARED),
-    "dual-rate-converted": Arm("converted", sample_as_trained, _SHARED),
+    "dual-rate-converted": Arm("converted", sample_converted, _SHARED),
+    "dual-rate-converted-spared": Arm("converted", sample_spared, _SHARED),
     "dual-rate-half-fresh": Arm("half-fresh-pair", sample_as_trained, _SHARED),
     "dual-rate-no-context": Arm(
         "dropout-pair",

@@ -20,7 +20,7 @@ import jobs
 import study
 import train_unet
 import trainings
-from diffusers_dualrate import DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.losses import lags
@@ -236,6 +236,17 @@ def test_stitching_begins_with_the_light_network_and_ends_with_the_heavy_one(sol
     assert torch.equal(first, again) and torch.equal(first, expected)
     alone = study.draw_checked(arms.sample_stitched(*folders, solver, 6, 6), [0], [5])
     assert torch.equal(alone, study.draw_checked(arms.sample_as_trained(folders[0], solver, 6, None), [0], [5]))
+
+
+def test_a_conversion_is_sampled_both_ways_whatever_its_folder_says(make_networks, tmp_path):
+    encoder, denoiser = make_networks(num_classes=4, prediction_hand_over=True)
+    for saved in (False, True):
+        pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=saved)
+        pipe.save_pretrained(tmp_path / str(saved))
+        for sample, light in ((arms.sample_converted, 6), (arms.sample_spared, 4)):
+            sampler = sample(tmp_path / str(saved), "ancestral", 6, 2)
+            study.draw_checked(sampler, [0], [0])
+            assert sampler.evaluations["denoiser"][1] == light and sampler.evaluations["context_encoder"][1] == 2
 
 
 def test_a_method_that_does_nothing_is_an_error(make_pipe):
