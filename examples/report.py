@@ -275,9 +275,11 @@ def plot(study: dict, path: Path) -> None:
 
     panels = list(dict.fromkeys((p["data"], p["budget"]) for p in study["points"]))
     arms = list(dict.fromkeys(p["arm"] for p in study["points"]))
+    pairs_of_colours = plt.colormaps["tab20"].colors  # the ten usual ones, each followed by a pale one
+    colours = pairs_of_colours[::2] + pairs_of_colours[1::2]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(7 * columns, 6 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(8 * columns, 5.5 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (data, budget) in zip(axes.flat, panels, strict=False):
@@ -291,7 +293,7 @@ def plot(study: dict, path: Path) -> None:
                     [fmean(fds) for _, fds in own],
                     yerr=spread if any(spread) else None,
                     fmt="-s" if is_ours(arm) else "--o",
-                    color=f"C{arms.index(arm) % 10}",
+                    color=colours[arms.index(arm) % len(colours)],
                     linewidth=2 if is_ours(arm) else 1,
                     markersize=4,
                     capsize=2,
@@ -310,6 +312,6 @@ def plot(study: dict, path: Path) -> None:
             ylabel=f"fd_local, n = {study['floors'][data]['n']:,}, best solver",
         )
         axis.set_title(f"{data}, equal training {budget}")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=90)
     plt.close(figure)
