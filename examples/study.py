@@ -221,7 +221,7 @@ def measure_point(args, key: dict, folders: list[Path], reference) -> dict:
         """In all steps of the training and of those that it started from."""
         total = 0
         for training in set().union(*map(lineage, arm.trainings)):
-            budget = key["budget"] if training == arm.training else "steps"
+            budget = key["budget"] if training in arm.trainings else "steps"
             preset = find_model(args, data, training, budget, key["seed"])[1]["training"]
             total += preset["max_train_steps"] * unit(training, preset)
         return total
