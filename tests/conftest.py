@@ -20,6 +20,7 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -27,6 +28,18 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def reset_accelerate():
+    """Forget what the first `Accelerator` of a process fixes for all later ones: a script expects to be the first."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """No test inherits the precision or the device of the one before, whatever the order; nor of its own fixtures."""
+    reset_accelerate()
 
 
 PRESET = json.loads((Path(__file__).parents[1] / "examples/presets/tiny.json").read_text())

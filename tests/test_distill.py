@@ -6,29 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 import distill
-from conftest import PRESET
+from conftest import PRESET, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.checkpoints import list_checkpoints
 from test_training import assert_equal_weights, weights
 
 CLASSES = {0: "cat", 1: "dog"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A script owns Accelerate's process-wide state; the next test must not inherit it."""
-    yield
-    reset()
-
-
-def reset():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def save(folder, encoder=None, scheduler=None, **changes):
@@ -85,7 +72,7 @@ def run(root, output_dir, *more, teacher="teacher"):
     arguments = ["--preset", "examples/presets/tiny.json", "--output_dir", output_dir, "--validation_steps", 0]
     arguments += ["--teacher", root / teacher, *more]
     status = distill.main(distill.parse_args([str(argument) for argument in arguments]))
-    reset()
+    reset_accelerate()
     return status
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 import train_single_rate
+from conftest import reset_accelerate
 from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
 
 README = Path("examples/README.md").read_text(encoding="utf-8")
@@ -44,8 +44,7 @@ def eight(tmp_path):
 def run(script, argv):
     module = importlib.import_module(script)
     module.main(module.parse_args(argv))
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
 
 
 @pytest.mark.slow

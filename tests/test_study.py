@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import arms
@@ -25,13 +24,6 @@ from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.losses import lags
 from diffusers_dualrate.scheduler import log_snr_of_steps
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.mark.parametrize("data", trainings.DATA)

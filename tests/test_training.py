@@ -11,27 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_dual_rate
 import train_single_rate
+from conftest import reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, training
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.runs import Run
 
 SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """A script owns Accelerate's process-wide state; the next test must not inherit it."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +51,7 @@ def train(script, folder, output_dir, *more):
     try:
         return module.main(module.parse_args(arguments(folder, output_dir, *more)))
     finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerate()
 
 
 @pytest.fixture
