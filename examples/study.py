@@ -8,7 +8,8 @@ done: stopped and started again, the study goes on where it was. `--max_train_st
 `--max_evaluations` shrink it. It ends with one JSON file, and a table, a plot and a list of all points made from that file alone.
 
 What was computed is found again by its configuration, which the code is no part of: after a change of the code, name
-another `--work_dir`.
+another `--work_dir`. With `--measured examples/study.json` the published points are found so, too, and only what is new,
+such as an arm of your own, is trained and measured.
 """
 
 import argparse
@@ -82,6 +83,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side, of one thread each.")
     parser.add_argument("--work_dir", default="runs/study", help="Where models and points are kept.")
+    parser.add_argument(
+        "--measured", metavar="FILE", help="JSON of an earlier study, whose points are not trained and measured again."
+    )
     parser.add_argument(
         "--output", help="The JSON file, plot and points beside it; default: study.json in the work_dir."
     )
@@ -256,6 +260,23 @@ def list_points(
     return listed
 
 
+def read_measured(path: Path) -> dict[str, dict]:
+    """Points of an earlier study by their names, which hold what decides them: model, steps, seeds, n and classifier."""
+    points = json.loads(path.read_text())["points"]
+    if not all("name" in point for point in points):
+        raise ValueError(f"{path} is of a version whose points had no names: collect it again with this one.")
+    return {point["name"]: point for point in points}
+
+
+def is_measured(args, key: tuple, measured: dict[str, dict]) -> bool:
+    """Whether every point of an arm with a solver is there, those that an earlier study measured taken over."""
+    files = [file for *_, file in list_points(args, *key)]
+    for file in files:
+        if file.stem in measured and not file.exists():
+            write_json(file, measured[file.stem])
+    return all(file.exists() for file in files)
+
+
 def sample_arm(args, data: str, name: str, budget: str, solver: str, seed: int) -> None:
     """Measure every point of an arm with a solver that is not there yet."""
     reference = None
@@ -279,10 +300,13 @@ def main(args):
     if not args.report_only:
         for data in args.data:
             ImageClassifier.load(Path(args.classifiers, f"{data}.safetensors"))  # missing ones before work, not after
+        measured = read_measured(Path(args.measured)) if args.measured else {}
         series = list_series(args)
-        for models in list_models(series):
+        run_jobs(args, step_flops, list_counted(series))
+        missing = [key for key in series if not is_measured(args, key, measured)]
+        for models in list_models(missing):
             run_jobs(args, train_model, models)
-        run_jobs(args, sample_arm, series)
+        run_jobs(args, sample_arm, missing)
         write_json(Path(args.output), collect(args, series))
     study = json.loads(Path(args.output).read_text())
     report.plot(study, Path(args.output).with_suffix(".png"))
@@ -306,6 +330,18 @@ def list_series(args) -> list[tuple]:
         if not {f"{data}/{part}" for part in (name, budget, f"{name}/{budget}")} & set(args.leave_out)
         and (seed == args.seeds[0] or not {data, name, budget, f"{data}/{name}"} & set(args.first_seed_only))
     ]
+
+
+def list_counted(series: list[tuple]) -> list[tuple]:
+    """Data set and training of all whose steps equal training FLOPs decide: a step of each is counted before any other work."""
+    return sorted(
+        {
+            (data, training)
+            for data, name, budget, *_ in series
+            if budget == "flops"
+            for training in ("heavy", *ARMS[name].trainings)
+        }
+    )
 
 
 def list_models(series: list[tuple]) -> list[list[tuple]]:
@@ -337,7 +373,11 @@ def collect(args, series: list[tuple]) -> dict:
         "environment": facts,
         "left_out": sorted(set(args.leave_out)),
         "floors": {data: open_reference(args, data)[3] for data in args.data},
-        "points": [json.loads(file.read_text()) for key in series for _, _, file in list_points(args, *key)],
+        "points": [
+            {"name": file.stem} | json.loads(file.read_text())
+            for key in series
+            for _, _, file in list_points(args, *key)
+        ],
     }
 
 

@@ -433,6 +433,30 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     assert "**digits**" in capsys.readouterr().out
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
+    # Elsewhere, from the file alone, but for one point that it lacks: only that point's model is trained.
+    fewer = [point for point in found["points"] if point is not equal]
+    (tmp_path / "earlier.json").write_text(json.dumps(found | {"points": fewer}))
+    args.measured, args.work_dir = str(tmp_path / "earlier.json"), str(tmp_path / "elsewhere")
+    assert study.main(args)["points"] == found["points"]
+    trained = [path.parent.name for path in Path(args.work_dir).glob("digits/*/model_index.json")]
+    assert [name.split("-")[:2] for name in trained] == [["pair", "flops"]]
+
+
+def test_what_an_earlier_study_measured_differently_is_not_taken_over(tmp_path):
+    flags = ["--data", "digits", "--work_dir", str(tmp_path / "work"), "--max_evaluations", "8"]
+    args = study.parse_args([*flags, "--num_samples", "20"])
+    key = ("digits", "single-rate", "steps", "ddim", 0)
+    measured = {file.stem: {"fd": 1.0} for *_, file in study.list_points(args, *key)}
+    for other in (["--num_samples", "21"], ["--num_samples", "20", "--max_train_steps", "5"]):
+        assert not study.is_measured(study.parse_args([*flags, *other]), key, measured)
+    assert not study.is_measured(args, (*key[:-1], 1), measured) and not (tmp_path / "work").exists()
+    partly = dict(list(measured.items())[1:])
+    assert not study.is_measured(args, key, partly) and len(list(tmp_path.glob("work/digits/points/*"))) == len(partly)
+    assert study.is_measured(args, key, measured)
+    (tmp_path / "old.json").write_text('{"points": [{"fd": 1.0}]}')
+    with pytest.raises(ValueError, match="old.json is of a version whose points had no names: collect it again"):
+        study.read_measured(tmp_path / "old.json")
+
 
 @pytest.mark.slow
 def test_students_are_distilled_from_models_of_the_study_whose_training_counts_as_theirs(tmp_path, monkeypatch):
