@@ -32,7 +32,10 @@ def parse_args(argv=None):
     parser.add_argument("--device", type=torch.device, default="cpu", help="where the loops run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile each network to one graph; timed apart")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.repeats < 2:
+        parser.error("argument --repeats: a spread needs at least 2")
+    return args
 
 
 class Stopwatch:

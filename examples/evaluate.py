@@ -45,6 +45,7 @@ from diffusers_dualrate.data import Augmentation
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
 from figures import (
+    check_classifier,
     distance_name,
     figures_of,
     load_extractors,
@@ -205,6 +206,13 @@ def main(args):
     for name in ("num_samples", "num_reference"):
         if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
             raise ValueError(f"{name} must be at least 4, got {getattr(args, name)}.")
+    for name, counts in (
+        ("num_noises", [args.num_noises]),
+        ("batch_size", [args.batch_size]),
+        ("solver_steps", args.solver_steps),
+    ):
+        if min(counts, default=1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {min(counts)}.")
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
@@ -218,6 +226,8 @@ def main(args):
         floor_images = open_images(args, size, augmentation, args.floor_split, channels=channels)
     plain_images = open_images(args, size, Augmentation(), channels=channels) if published else None
     training.check_classes(args.model, pipe, images)
+    if classifier is not None:
+        check_classifier(args.classifier, classifier, channels, images.num_classes)
     steps = choose_steps(args, pipe)
     judges = {}
     if classifier is not None and images.num_classes:
@@ -227,6 +237,9 @@ def main(args):
     if images.num_classes and len(images) <= _NEAREST_LIMIT:
         judges["class_of_nearest"] = make_nearest_judge(images, args, augmentation)
 
+    trained = read_record(args.model, "training.json")
+    if trained is None and accelerator.is_main_process:
+        warnings.warn(f"{args.model} has no training.json, so no model card can be made of this.", stacklevel=2)
     num_reference = len(images) if args.num_reference is None else args.num_reference
     networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
     report = {
@@ -250,7 +263,7 @@ def main(args):
         "classifier": None
         if classifier is None
         else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
-        "training": read_record(args.model, "training.json"),
+        "training": trained,
         "rivals": {},
     }
 

@@ -48,6 +48,17 @@ def load_extractors(args, device):
     return classifier, own, published
 
 
+def check_classifier(path: str, classifier: ImageClassifier, channels: int, num_classes: int | None) -> None:
+    """Refuse a classifier of other images: its features and classes would still give figures.
+
+    Raises:
+        ValueError: If it has other channels, or other classes where the images have some.
+    """
+    for name, count in {"in_channels": channels, "num_classes": num_classes}.items():
+        if count is not None and classifier.config[name] != count:
+            raise ValueError(f"The classifier {path} has {name} {classifier.config[name]}, and the data {count}.")
+
+
 @dataclass
 class Measured:
     """What a set of images shows, gathered over processes: by extractor, features; and how many have their class."""

@@ -112,8 +112,30 @@ def draw(rows, column_names, args):
     return picture
 
 
+def check(args):
+    """Refuse, before any image is made, what would fail after the last."""
+    for name in ("num_columns", "num_images_per_class", "solver_steps", "zoom"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if Path(args.output).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output must end in a kind of picture, such as .png, got {args.output!r}.")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+
+
+def open_beside(path, pipe):
+    """A model that draws the same classes, or `None` where there is no path."""
+    if path is None:
+        return None
+    other = DualRatePipeline.from_pretrained(path)
+    if other.denoiser.config.num_classes != pipe.denoiser.config.num_classes:
+        raise ValueError(f"{path} has {other.denoiser.config.num_classes or 'no'} classes, not those of the pair.")
+    return other
+
+
 def main(args):
+    check(args)
     pipe = DualRatePipeline.from_pretrained(args.model)
+    single, student = open_beside(args.compare, pipe), open_beside(args.distilled, pipe)
     num_classes = pipe.denoiser.config.num_classes
     class_labels = args.class_labels and [int(label) if label.isdigit() else label for label in args.class_labels]
     if class_labels is None and num_classes:
@@ -130,8 +152,7 @@ def main(args):
     rows = [
         sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),
     ]
-    if args.compare:
-        single = DualRatePipeline.from_pretrained(args.compare)
+    if single is not None:
         rows.append(sample(single, "single-rate", *common, num_inference_steps=steps))
         single.scheduler = DPMSolverMultistepScheduler(
             trained_betas=single.scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
@@ -139,8 +160,7 @@ def main(args):
         rows.append(
             sample(single, "single-rate, DPM-Solver++", *common, num_inference_steps=args.solver_steps),
         )
-    if args.distilled:
-        student = DualRatePipeline.from_pretrained(args.distilled)
+    if student is not None:
         # N, K and guidance are those that it was distilled for, and no others.
         rows.append(sample(student, "distilled", args, class_labels, student.config.guidance_scale))
     draw(rows, names, args).save(args.output)

@@ -134,10 +134,14 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
     """The card's text.
 
     Raises:
-        ValueError: If the notes lack a part.
+        ValueError: If the notes lack a part, or the model that was evaluated had no training.json.
     """
     if missing := [name for name in NOTES if not notes.get(name) and name != "example_label"]:
         raise ValueError(f"notes.json lacks {', '.join(missing)}.")
+    if evaluation["training"] is None:
+        raise ValueError(
+            "evaluation.json knows no training: put training.json beside the weights, and evaluate again."
+        )
     parameters, record, data = evaluation["parameters"], evaluation["training"], evaluation["data"]
     is_pair, is_student = "context_encoder" in parameters, record["network"].startswith("distilled")
     n, k = index["num_inference_steps"], index["num_context_steps"]

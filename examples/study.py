@@ -290,9 +290,6 @@ def sample_arm(args, data: str, name: str, budget: str, solver: str, seed: int) 
 
 
 def main(args):
-    for name in [name for name in args.arms if ARMS[name].requires and find_spec(ARMS[name].requires) is None]:
-        args.leave_out += [f"{data}/{name}" for data in args.data]
-        print(f"The arm {name} is left out: pip install {ARMS[name].requires}.")
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("The study is drawn with matplotlib: pip install matplotlib.")
     if args.readme:
@@ -301,13 +298,14 @@ def main(args):
         for data in args.data:
             ImageClassifier.load(Path(args.classifiers, f"{data}.safetensors"))  # missing ones before work, not after
         measured = read_measured(Path(args.measured)) if args.measured else {}
-        series = list_series(args)
-        run_jobs(args, step_flops, list_counted(series))
-        missing = [key for key in series if not is_measured(args, key, measured)]
+        run_jobs(args, step_flops, list_counted(list_series(args)))
+        missing = leave_out_unavailable(
+            args, [key for key in list_series(args) if not is_measured(args, key, measured)]
+        )
         for models in list_models(missing):
             run_jobs(args, train_model, models)
         run_jobs(args, sample_arm, missing)
-        write_json(Path(args.output), collect(args, series))
+        write_json(Path(args.output), collect(args, list_series(args)))
     study = json.loads(Path(args.output).read_text())
     report.plot(study, Path(args.output).with_suffix(".png"))
     Path(args.output).with_suffix(".md").write_text(report.write_points(study), encoding="utf-8")
@@ -330,6 +328,16 @@ def list_series(args) -> list[tuple]:
         if not {f"{data}/{part}" for part in (name, budget, f"{name}/{budget}")} & set(args.leave_out)
         and (seed == args.seeds[0] or not {data, name, budget, f"{data}/{name}"} & set(args.first_seed_only))
     ]
+
+
+def leave_out_unavailable(args, missing: list[tuple]) -> list[tuple]:
+    """Leave out the arms that are yet to be measured and need a package that is not installed; returns the others."""
+    for data, name in sorted({(data, name) for data, name, *_ in missing}):
+        package = ARMS[name].requires
+        if package and find_spec(package) is None:
+            args.leave_out.append(f"{data}/{name}")
+            print(f"The arm {name} is left out on {data}, and with it a rival: pip install {package}.")
+    return [key for key in missing if "/".join(key[:2]) not in args.leave_out]
 
 
 def list_counted(series: list[tuple]) -> list[tuple]:

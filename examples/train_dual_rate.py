@@ -66,10 +66,11 @@ def main(args):
             training.take_over(name, denoiser, start.denoiser)
         training.take_over(name, context_encoder, trained)
         recipe["pretrained"] = args.pretrained_model_name_or_path
+    elif args.freeze_encoder or args.follow_encoder:
+        flag = "--follow_encoder" if args.follow_encoder else "--freeze_encoder"
+        raise ValueError(f"{flag} needs a trained model: give --pretrained_model_name_or_path.")
     loss_function, shares = denoising_loss, {"context_dropout": recipe["context_dropout"]}
     if args.follow_encoder:
-        if start is None:
-            raise ValueError("--follow_encoder needs a trained model: give --pretrained_model_name_or_path.")
         if recipe["context_dropout"]:
             raise ValueError(f"--follow_encoder needs --context_dropout 0, got {recipe['context_dropout']}.")
         if not denoiser.config.prediction_hand_over:

@@ -21,9 +21,21 @@ from diffusers_dualrate import DualRateScheduler, training
 from diffusers_dualrate.batches import ShuffledIndices
 from diffusers_dualrate.losses import denoising_loss, draw
 
+_UNSUPPORTED = (
+    *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "train_batch_size"),
+    *("streaming", "report_to", "push_to_hub", "hub_model_id"),
+)
+
 
 def parse_args(argv=None):
-    return training.argument_parser(__doc__).parse_args(argv)
+    parser = training.argument_parser(__doc__)
+    args = parser.parse_args(argv)
+    given = [f"--{name}" for name in _UNSUPPORTED if getattr(args, name) != parser.get_default(name)]
+    if given:
+        parser.error(
+            f"this script has no {', '.join(given)}; the preset's batch is --override training.train_batch_size"
+        )
+    return args
 
 
 def timesteps_of(log_snr, scheduler):

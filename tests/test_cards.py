@@ -137,6 +137,12 @@ def test_a_card_gives_the_command_that_trained_the_model(parts, network, argumen
     assert expected in text and ("distill.py" in text) == network.startswith("distilled")
 
 
+def test_a_card_of_a_model_whose_training_nobody_recorded_is_refused(parts):
+    parts[0]["training"] = None
+    with pytest.raises(ValueError, match="put training.json beside the weights, and evaluate again"):
+        make_card.make_card(*parts)
+
+
 @pytest.fixture
 def student(parts):
     """The same for a student of that pair, whose teacher is guided."""

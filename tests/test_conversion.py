@@ -6,7 +6,7 @@ import torch
 import train_single_rate
 from diffusers_dualrate import DualRatePipeline, diffusion
 from diffusers_dualrate.losses import coupled_pair
-from test_training import folder, fresh_accelerator, train  # noqa: F401 (fixtures)
+from test_training import folder, train  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,8 @@ def test_a_light_network_learns_to_follow_its_encoder(single_rate, folder, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (FOLLOW, "needs a trained model: give --pretrained"),
+        (FOLLOW, "--follow_encoder needs a trained model: give --pretrained"),
+        (["--freeze_encoder"], "--freeze_encoder needs a trained model: give --pretrained"),
         ([*FOLLOW, "--context_dropout", 0.5], "needs --context_dropout 0, got 0.5"),
         (FOLLOW[:3], "prediction_hand_over=true, and the pair's have false"),
     ],

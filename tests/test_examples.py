@@ -145,6 +145,23 @@ def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mod
         generate.main(generate.parse_args(["--model", str(models / "pair"), flag, "0"]))
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--output", "picture.txt"], "must end in a kind of picture, such as .png, got 'picture.txt'"),
+        (["--solver_steps", "0"], "--solver_steps must be at least 1, got 0"),
+        (["--distilled", "other"], "other has 3 classes, not those of the pair"),
+        (["--compare", "other"], "other has 3 classes, not those of the pair"),
+    ],
+)
+def test_generate_refuses_what_would_fail_later_before_any_image(models, make_pipe, flags, sentence, monkeypatch):
+    make_pipe(single_rate=True, num_classes=3).save_pretrained(models / "other")
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(generate, "sample", lambda *_, **__: pytest.fail("an image was made"))
+    with pytest.raises(ValueError, match=sentence):
+        generate.main(generate.parse_args(["--model", "pair", *flags]))
+
+
 @pytest.fixture
 def measure(models, data):
     """Runs evaluate.py on the pair, with a classifier that nobody trained; returns what it writes."""
@@ -246,6 +263,29 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
     assert torch.equal(real[0][0], real[1][0]) and torch.equal(real[1][1], images.class_labels[:10])
     others = collect(1, image_sets.sampled_batches, pipe, labels, 10, 1, steps)[0]
     assert len(torch.cat([sampled[0][0], others]).flatten(1).unique(dim=0)) == 20  # no seed repeats another's image
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--num_noises", 0], "num_noises must be at least 1, got 0"),
+        (["--batch_size", 0], "batch_size must be at least 1, got 0"),
+        (["--solver_steps", 4, 0], "solver_steps must be at least 1, got 0"),
+        (["--classifier", "grey.safetensors"], "classifier .*grey.safetensors has in_channels 1, and the data 3"),
+        (["--classifier", "few.safetensors"], "classifier .*few.safetensors has num_classes 5, and the data 8"),
+    ],
+)
+def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, monkeypatch):
+    ImageClassifier(1, NUM_CLASSES).save(models / "grey.safetensors")
+    ImageClassifier(3, 5).save(models / "few.safetensors")
+    for name in ("measure_v_loss", "measure_reference", "measure"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("something was measured"))
+    monkeypatch.chdir(models)
+    flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
+    monkeypatch.setattr(evaluate, "open_images", lambda *_, **__: SimpleNamespace(num_classes=8, id2label={}))
+    monkeypatch.setattr(evaluate.training, "check_classes", lambda *_: None)
+    with pytest.raises(ValueError, match=sentence):
+        measure("--preset", Path(__file__).parents[1] / "examples/presets/tiny.json", *flags)
 
 
 def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):
@@ -409,6 +449,12 @@ def run_benchmark(*flags):
     return benchmark.main(
         benchmark.parse_args([*arguments, "--num_inference_steps", "4", "--num_context_steps", "2", *flags])
     )
+
+
+def test_benchmark_refuses_a_single_repeat_which_has_no_spread(capsys):
+    with pytest.raises(SystemExit):
+        run_benchmark("--repeats", "1")
+    assert "a spread needs at least 2" in capsys.readouterr().err
 
 
 def test_benchmark_counts_evaluations_and_reports_ratios(capsys):

@@ -86,6 +86,15 @@ def test_the_unet_trains_and_samples_with_deepcache_where_that_is_installed(unet
         study.draw_checked(arms.sample_with_deepcache(unet, solver, 6, 3), [0], [0])
 
 
+def test_the_unet_refuses_the_flags_that_it_would_ignore(capsys):
+    common = ["--preset", "p.json", "--output_dir", "o", "--resume_from_checkpoint", "latest"]
+    assert train_unet.parse_args(common).preset == "p.json"
+    for flags in (["--mixed_precision", "bf16"], ["--train_batch_size", "8"], ["--push_to_hub"]):
+        with pytest.raises(SystemExit):
+            train_unet.parse_args([*common, *flags])
+        assert f"this script has no {flags[0]};" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_trained_unet_loads_as_its_pipeline_and_predicts_velocities(unet):
     pipe = DDIMPipeline.from_pretrained(unet)
@@ -94,14 +103,15 @@ def test_a_trained_unet_loads_as_its_pipeline_and_predicts_velocities(unet):
     assert pipe.unet(z, 999, class_labels=torch.tensor([3])).sample.abs().max() > 0
 
 
-def test_an_arm_whose_package_is_missing_is_left_out_and_named(tmp_path, capsys, monkeypatch):
+def test_an_arm_whose_package_is_missing_is_left_out_and_named_where_it_must_be_measured(capsys, monkeypatch):
     monkeypatch.setattr(study, "find_spec", lambda name: None if name == "DeepCache" else name)
-    (tmp_path / "study.json").write_text('{"points": [], "floors": {}}')
-    monkeypatch.setattr(study.report, "plot", lambda *_: None)
-    args = study.parse_args(["--report_only", "--output", str(tmp_path / "study.json")])
-    study.main(args)
-    assert "deepcache is left out: pip install DeepCache" in capsys.readouterr().out
-    assert "deepcache" not in {name for _, name, *_ in study.list_series(args)}
+    args = study.parse_args(["--data", "digits", "letters"])
+    series = study.list_series(args)
+    missing = [key for key in series if key[0] == "digits"]
+    kept = study.leave_out_unavailable(args, missing)
+    assert kept == [key for key in missing if key[1] != "deepcache"] and len(kept) < len(missing)
+    assert "deepcache is left out on digits, and with it a rival: pip install DeepCache" in capsys.readouterr().out
+    assert {data for data, name, *_ in study.list_series(args) if name == "deepcache"} == {"letters"}
     with pytest.raises(SystemExit):
         study.parse_args(["--leave_out", "digits/deepcach"])
 
