@@ -1,8 +1,8 @@
 """The front of quality against compute, and where a method lies relative to it.
 
 A point is (FLOPs per image, Fréchet distance); both are better when smaller. The front of some points are those that no
-other one equals or beats in both, joined linearly in (log FLOPs, distance): a mixture of two neighbours' step counts is
-taken to reach what lies between them. Pure functions of numbers.
+other one equals or beats in both, joined linearly in (log FLOPs, distance); what lies between two of them is a
+convention, which nobody measured. Pure functions of numbers.
 """
 
 import math

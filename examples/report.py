@@ -109,6 +109,7 @@ def _write_section(study, data):
         "| training | arm, solver, N/K | MFLOP | fd | front of others there | margin | others need, MFLOP | ratio | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    seeds = set()
     for budget in budgets_with_pairs(study, data):
         compared, grouped = comparisons(study, data, budget), group(study, data, budget)
         best = [key for key, *_ in front_of(grouped, lambda arm: is_ours(arm) and not is_distilled(arm))]
@@ -117,6 +118,9 @@ def _write_section(study, data):
                 cells = [training_of(study, data, key[0], budget), _name(key)]
                 cells += _write_comparison(compared[key], grouped[key][1])
                 lines.append("| " + " | ".join(cells) + " |")
+                seeds |= {len(grouped[key][1])}
+    if len(seeds) > 1 and 1 in seeds:
+        lines += ["", "Rows without ± have one seed: their margin is the spread of those on the front alone."]
     for budget in budgets_with_pairs(study, data):
         if held := against_sized(study, data, budget):
             listed = [

@@ -16,6 +16,7 @@ from PIL import Image
 
 import distill
 import report
+import study
 import train_dual_rate
 import train_single_rate
 
@@ -127,6 +128,16 @@ def test_the_readme_repeats_the_figures_of_the_cards():
     assert f"K = {pair['samples'][0]['num_context_steps']}" in text
     fresh = f"{pair['floor'][f'class_of_nearest_{nearest_of}']['mean']:.1%}".replace("%", " %")
     assert f"training\nimages it is {fresh}" in text
+
+
+def test_the_published_points_are_found_again_by_the_code_as_it_stands(tmp_path):
+    """Whatever decides a point, a preset, a recipe, steps or a classifier, has not changed since, so `--measured` takes it."""
+    published = ROOT / "examples/study.json"
+    flags = shlex.split(json.loads(published.read_text())["command"])[2:]
+    args = study.parse_args([*flags, "--budgets", "steps", "--work_dir", str(tmp_path)])
+    measured = study.read_measured(published)
+    series = study.list_series(args)
+    assert len(series) > 100 and all(study.is_measured(args, key, measured) for key in series)
 
 
 def test_the_readme_shows_the_study_that_its_json_holds():
