@@ -64,6 +64,13 @@ def test_presets_reproduce_the_published_cost_of_an_image(preset, denoiser_steps
     assert round(total / 1e12, digits) == tera
 
 
+def test_a_compiled_network_costs_what_it_cost_before():
+    encoder, denoiser = load("tiny")
+    compiled = [torch.compile(network, backend="eager") for network in (encoder, denoiser)]
+    steps = {"num_inference_steps": 6, "num_context_steps": 2}
+    assert image_flops(*reversed(compiled), **steps) == image_flops(denoiser, encoder, **steps)
+
+
 def test_the_heavy_network_of_the_demonstration_costs_about_five_light_ones():
     context_encoder, denoiser = load("emoji32")
     assert 4.5 < network_flops(context_encoder) / network_flops(denoiser) < 6

@@ -316,6 +316,8 @@ def test_an_encoder_made_from_a_denoiser_has_its_features_and_leaves_it_untouche
         for parameter in made.parameters():
             parameter.zero_()
     assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
+    with pytest.raises(ValueError, match="this denoiser is handed a prediction beside it"):
+        UViTContextEncoder.from_denoiser(denoiser(num_classes=num_classes, prediction_hand_over=True))
 
 
 @pytest.mark.parametrize("make", [encoder, denoiser])

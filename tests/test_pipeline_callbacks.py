@@ -39,6 +39,8 @@ def test_a_callback_gets_the_pipeline_the_step_the_timestep_and_the_tensors_it_a
     asked = []
     run(pipe, lambda _, i, t, tensors: asked.append(list(tensors)), ["context"])
     assert asked == [["context"]] * 6
+    run(pipe, lambda _, i, t, tensors: asked.append(list(tensors)), None)
+    assert asked[6:] == [[]] * 6
 
 
 def test_a_single_rate_model_has_no_context_to_hand_out(make_pipe):

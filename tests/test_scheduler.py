@@ -343,6 +343,9 @@ def test_a_step_keeps_no_state_so_the_order_of_calls_does_not_matter():
         assert torch.equal(first, second)
     for t in (500.0, scheduler.timesteps[3], scheduler.timesteps[3].item()):  # a number does as well as a tensor
         assert torch.equal(scheduler.step(v, t, z, generator()).prev_sample, forwards[3])
+    for rounded in (torch.floor, torch.ceil):  # as loops hold them that count in whole timesteps
+        for t, expected in zip(scheduler.timesteps, forwards, strict=True):
+            assert torch.equal(scheduler.step(v, int(rounded(t)), z, generator()).prev_sample, expected)
 
 
 def test_in_a_list_of_generators_each_image_draws_from_its_own():

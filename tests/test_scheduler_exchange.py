@@ -109,6 +109,15 @@ def test_a_scheduler_without_alphas_cumprod_is_refused_by_name():
         log_snr_of_steps(theirs)
 
 
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])
+def test_a_step_of_noise_alone_is_refused_before_any_image(cls, make_pipe):
+    pipe = make_pipe(single_rate=True)
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = in_tree(cls, pipe.scheduler, **options)
+    with pytest.raises(ValueError, match=f"{cls.__name__} has a step without any signal.*rescale_betas_zero_snr"):
+        pipe([0], 4)
+
+
 def test_every_scheduler_named_compatible_exists_in_diffusers_and_can_be_made_from_ours():
     ours = DualRateScheduler()
     assert len(ours._compatibles) >= 4 and len(set(ours._compatibles)) == len(ours._compatibles)

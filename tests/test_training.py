@@ -288,6 +288,37 @@ def test_a_run_is_not_resumed_as_another(folder, tmp_path, options):
         train("single", folder, tmp_path / "new", "--resume_from_checkpoint", tmp_path / "checkpoint-1", *options)
 
 
+def test_a_run_is_not_resumed_with_the_labels_of_another_column(folder, tmp_path):
+    train("single", folder, tmp_path, "--max_train_steps", 1)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["columns"] == ["image", "label"]
+    (tmp_path / "run.json").write_text(json.dumps(record | {"columns": ["image", "colour"]}))
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", 2]
+    with pytest.raises(ValueError, match="another configuration: columns differ"):
+        train("single", folder, tmp_path, *resume)
+    del record["columns"]  # as in earlier records
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    train("single", folder, tmp_path, *resume)
+    assert find_damage(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming"], ["--num_classes", "26"]])
+def test_letters_are_refused_where_the_preset_or_a_flag_wants_other_images(flags):
+    channels = 1 if flags else 3
+    parser = training.argument_parser("")
+    args = parser.parse_args(["--preset", "p", "--output_dir", "o", "--dataset_name", "letters", *flags])
+    with pytest.raises(ValueError, match=f"in_channels 1, .*this has {channels}.* neither --streaming nor --num_cl"):
+        training.open_images(args, {"denoiser": {"in_channels": channels, "sample_size": 16}})
+
+
+def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pipe):
+    pipe = make_pipe(num_classes=3)
+    training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
+    training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
+    with pytest.raises(ValueError, match="3 classes and the data 4"):
+        training.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
+
+
 def test_a_start_that_failed_does_not_block_its_folder(folder, tmp_path):
     with pytest.raises(ValueError, match="divisible by 4"):
         train("single", folder, tmp_path, "--resolution", 18)

@@ -118,6 +118,8 @@ def claim_folder(
     for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
         record = folder / _RECORD
         known = _read_configuration(record.read_text()) if record.is_file() else {}
+        # Earlier records name no columns.
+        known = {"columns": configuration.get("columns")} | known
         differing = [key for key in configuration if known.get(key) != configuration[key]]
         if differing:
             raise ValueError(

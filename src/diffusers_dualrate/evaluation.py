@@ -42,6 +42,7 @@ class FeatureStatistics:
 
     def update(self, features: Tensor) -> None:
         """Add features [B, D]."""
+        features = features.cpu() if features.device.type == "mps" else features  # which has no float64
         extended = pad(features.double(), (1, 0), value=1.0)
         moments = extended.T @ extended
         self.moments = moments if self.moments is None else self.moments + moments

@@ -29,9 +29,10 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, i
     Adding a projected context costs additions only, which are not counted.
 
     Args:
-        network: Either network; it is neither run nor changed.
+        network: Either network, compiled or not; it is neither run nor changed.
         size: Height and width; default: its `sample_size`.
     """
+    network = getattr(network, "_orig_mod", network)  # what `torch.compile` wrapped
     height, width = _size(network, size)
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()

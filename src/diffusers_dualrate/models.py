@@ -242,7 +242,14 @@ class UViTContextEncoder(_UViTModel):
             denoiser: The network to start from; it is left as it is.
             context_channels: Width of the map that each level hands out; `None` for the level's own width.
             prediction_hand_over: Whether it hands over its prediction beside the maps.
+
+        Raises:
+            ValueError: If the network is the denoiser of a pair that is handed a prediction beside the noisy image.
         """
+        if denoiser.config.prediction_hand_over:
+            raise ValueError(
+                "An encoder sees a noisy image alone, and this denoiser is handed a prediction beside it."
+            )
         config = {key: denoiser.config[key] for key in cls._get_init_keys(cls) if key in denoiser.config}
         encoder = cls(**{**config, "context_channels": context_channels, "prediction_hand_over": prediction_hand_over})
         for name in ("trunk", "noise_embedding", "class_embedding", "norm_out", "proj_out"):

@@ -183,7 +183,8 @@ class DualRatePipeline(DiffusionPipeline):
         with self._cache_context(self.context_encoder, both):
             encoded = self.context_encoder(z.to(self.context_encoder.dtype), log_snr, class_labels)
         dtype, levels = self.denoiser.dtype, len(self.denoiser.config.level_channels)
-        maps, handed_over = encoded.context[:levels], encoded.context[levels:]  # a prediction stays in float32
+        # A prediction stays in float32, and serves many steps: a copy, since CUDA graphs write over what they returned.
+        maps, handed_over = encoded.context[:levels], [part.clone() for part in encoded.context[levels:]]
         return self.denoiser.project_context((*(part.to(dtype) for part in maps), *handed_over))
 
     def denoise(
@@ -269,6 +270,7 @@ class DualRatePipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ()
         if num_inference_steps is None and timesteps is None:
             num_inference_steps = self.config.num_inference_steps
         if guidance_scale is None:  # without classes there is nothing to guide towards
@@ -282,6 +284,11 @@ class DualRatePipeline(DiffusionPipeline):
             if batch_size not in (None, len(class_labels)):
                 raise ValueError(f"batch_size is {batch_size}, but there are {len(class_labels)} class_labels.")
             batch_size = len(class_labels)
+        counts = {"batch_size": batch_size, "num_images_per_prompt": num_images_per_prompt}
+        counts |= {"num_inference_steps": num_inference_steps, "num_context_steps": num_context_steps}
+        for name, count in counts.items():
+            if not (count is None or hasattr(count, "__index__")):
+                raise ValueError(f"{name} must be an integer, got {count!r}.")
         batch_size = (1 if batch_size is None else batch_size) * num_images_per_prompt
         sides = self.denoiser.config.sample_size
         sides = (sides, sides) if isinstance(sides, int) else sides

@@ -147,6 +147,7 @@ class Run:
             "mixed_precision": self.accelerator.mixed_precision,
             "data": args.dataset_name or args.train_data_dir,
             "data_config": args.dataset_config_name,
+            "columns": [args.image_column, args.label_column],
             "shuffle_buffer": args.shuffle_buffer if args.streaming else None,
             "images": self._count,
             "seed": args.seed,

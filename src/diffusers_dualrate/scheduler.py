@@ -215,17 +215,17 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
     ) -> DualRateSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw z_s ~ q(z_s | z_t, x) for the predicted clean image x, s being the timestep after `timestep`.
 
-        Where a step stands follows from `timestep` alone, by comparison on the device. Only of second order does it
-        keep a state, the predicted image, so steps are then taken in turn and `set_timesteps` begins a run.
+        Where a step stands follows from `timestep` alone, by comparison on the device: it is that of the nearest of
+        `timesteps`, which a loop may have rounded. Only of second order does it keep a state, the predicted image, so steps are then taken in turn and `set_timesteps` begins a run.
 
         Args:
             model_output: Predicted velocity at `timestep` [B, C, H, W].
-            timestep: One of `timesteps`.
+            timestep: One of `timesteps`, rounded or not.
             sample: Noisy image z_t [B, C, H, W].
             generator: Source of noise; in a list, one for each image.
             return_dict: Whether to return an output object or a plain tuple.
         """
-        index = (self.timesteps > timestep).sum().reshape(1)
+        index = (self.timesteps - timestep).abs().argmin().reshape(1)
         alpha, sigma, factor_z, factor_x, std, carried = self._table.index_select(1, index).unbind()
         z, v = sample.float(), model_output.float()
         x = alpha * z - sigma * v
@@ -273,7 +273,7 @@ def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
     """Log-SNR [N] at every step of a run, on the CPU, for ours or any in-tree variance-preserving scheduler.
 
     Raises:
-        ValueError: If the scheduler has neither `sigmas` nor `alphas_cumprod` to read it from.
+        ValueError: If the scheduler has neither `sigmas` nor `alphas_cumprod` to read it from, or steps of noise alone.
     """
     if isinstance(scheduler, DualRateScheduler):
         return scheduler.step_log_snrs
@@ -284,4 +284,10 @@ def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
     if sigmas is not None and len(sigmas) == len(timesteps) + 1:
         # Solvers that place their steps in log-SNR round the timesteps but not these: σ/α in our terms.
         return -2 * torch.log(torch.as_tensor(sigmas[:-1]).cpu().float())
-    return torch.logit(scheduler.alphas_cumprod.cpu().double()[timesteps.long()]).float()
+    log_snrs = torch.logit(scheduler.alphas_cumprod.cpu().double()[timesteps.long()]).float()
+    if not log_snrs.isfinite().all():
+        raise ValueError(
+            f"{type(scheduler).__name__} has a step without any signal, whose log-SNR no network knows: leave out "
+            "rescale_betas_zero_snr."
+        )
+    return log_snrs

@@ -155,6 +155,12 @@ def name_data(args: argparse.Namespace) -> str:
 def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
     """Open the data set that the arguments name, augmented as the preset says; letters are rendered, not read."""
     if args.dataset_name == "letters":
+        channels = preset["denoiser"]["in_channels"]
+        if channels != 1 or args.streaming or args.num_classes is not None:
+            raise ValueError(
+                "The letters are grey, rendered and of 26 classes: they take a preset with in_channels 1, such as letters16 "
+                f"(this has {channels}), and neither --streaming nor --num_classes."
+            )
         return Letters(preset["denoiser"]["sample_size"], label_column=args.label_column, seed=args.seed)
     dataset = load_images(
         args.dataset_name,
@@ -188,7 +194,8 @@ def check_classes(name: str, pipe: DualRatePipeline, images) -> None:
         raise ValueError(
             f"{name} has {theirs or 'no'} classes and the data {ours or 'no'}: see --label_column, --num_classes."
         )
-    differing = [i for i in range(ours or 0) if pipe.id2label.get(i, images.id2label[i]) != images.id2label[i]]
+    named = pipe.id2label.keys() & (images.id2label or {}).keys()
+    differing = [i for i in sorted(named) if pipe.id2label[i] != images.id2label[i]]
     if differing:
         i = differing[0]
         raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
