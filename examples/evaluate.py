@@ -227,7 +227,7 @@ def main(args):
     plain_images = open_images(args, size, Augmentation(), channels=channels) if published else None
     training.check_classes(args.model, pipe, images)
     if classifier is not None:
-        check_classifier(args.classifier, classifier, channels, images.num_classes)
+        check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     steps = choose_steps(args, pipe)
     judges = {}
     if classifier is not None and images.num_classes:

@@ -117,7 +117,7 @@ def check(args):
     for name in ("num_columns", "num_images_per_class", "solver_steps", "zoom"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if Path(args.output).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output must end in a kind of picture, such as .png, got {args.output!r}.")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
 
@@ -129,6 +129,8 @@ def open_beside(path, pipe):
     other = DualRatePipeline.from_pretrained(path)
     if other.denoiser.config.num_classes != pipe.denoiser.config.num_classes:
         raise ValueError(f"{path} has {other.denoiser.config.num_classes or 'no'} classes, not those of the pair.")
+    if any(other.id2label[i] != pipe.id2label[i] for i in other.id2label.keys() & pipe.id2label.keys()):
+        raise ValueError(f"{path} has other classes than the pair, or the same in another order.")
     return other
 
 

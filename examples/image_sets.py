@@ -18,7 +18,7 @@ FRESH_SEED = 1_000_003
 def open_images(args, size, augmentation, split=None, *, channels=3):
     """A split of the data set at a size, augmented as no training saw it; letters are rendered, and have no splits."""
     if args.dataset_name == "letters":
-        return Letters(size, label_column=args.label_column, seed=FRESH_SEED)
+        return Letters(size, label_column=args.label_column, channels=channels, seed=FRESH_SEED)
     dataset = load_images(
         args.dataset_name,
         args.train_data_dir,

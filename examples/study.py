@@ -9,7 +9,7 @@ done: stopped and started again, the study goes on where it was. `--max_train_st
 
 What was computed is found again by its configuration, which the code is no part of: after a change of the code, name
 another `--work_dir`. With `--measured examples/study.json` the published points are found so, too, and only what is new,
-such as an arm of your own, is trained and measured.
+such as an arm of your own, is measured, and what it samples trained.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def measure_point(args, key: dict, folders: list[Path], reference) -> dict:
         "evaluations": {name: times for name, (_, times) in sampler.evaluations.items()},
         "fd": fd_local(measure(classifier, batches()), statistics),
         "n": len(labels),
-        "training_flops": spent(lambda training, _: step_flops(args, data, training)),
+        "training_flops": spent(lambda training, _: step_flops(args, data, training, key["seed"])),
         "training_images": spent(lambda _, preset: preset["train_batch_size"]),
     }
 
@@ -336,7 +336,7 @@ def leave_out_unavailable(args, missing: list[tuple]) -> list[tuple]:
         package = ARMS[name].requires
         if package and find_spec(package) is None:
             args.leave_out.append(f"{data}/{name}")
-            print(f"The arm {name} is left out on {data}, and with it a rival: pip install {package}.")
+            print(f"The arm {name} is left out on {data}, with all that was measured of it: pip install {package}.")
     return [key for key in missing if "/".join(key[:2]) not in args.leave_out]
 
 

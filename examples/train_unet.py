@@ -23,7 +23,8 @@ from diffusers_dualrate.losses import denoising_loss, draw
 
 _UNSUPPORTED = (
     *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "train_batch_size"),
-    *("streaming", "report_to", "push_to_hub", "hub_model_id"),
+    *("streaming", "resolution", "report_to", "push_to_hub", "hub_model_id"),
+    *("resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit"),
 )
 
 
@@ -32,9 +33,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     given = [f"--{name}" for name in _UNSUPPORTED if getattr(args, name) != parser.get_default(name)]
     if given:
-        parser.error(
-            f"this script has no {', '.join(given)}; the preset's batch is --override training.train_batch_size"
-        )
+        parser.error(f"this script has no {', '.join(given)}")
     return args
 
 

@@ -200,7 +200,7 @@ def run_training(data: str, training: str, preset: dict, folder: Path, *flags: s
         raise SystemExit(status)  # stopped by a signal, and so is the study
 
 
-def start_flags(args, data: str, training: str, seed: int) -> list[str]:
+def start_flags(args, data: str, training: str, seed: int | None) -> list[str]:
     """The trained models that a training starts from, as flags."""
     starts = TRAININGS[training].starts.items()
     return [part for flag, start in starts for part in (flag, str(find_model(args, data, start, "steps", seed)[0]))]
@@ -211,10 +211,10 @@ def lineage(training: str) -> set[str]:
     return {training}.union(*(lineage(start) for start in TRAININGS[training].starts.values()))
 
 
-def step_flops(args, data: str, training: str) -> int:
+def step_flops(args, data: str, training: str, seed: int | None = None) -> int:
     """FLOPs of one training step, forwards and backwards, counted in the script itself.
 
-    They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
+    Where it starts from a trained model, that is the one of `seed`. They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
     """
     preset = make_preset(data, training)
     cached = Path(args.work_dir, data, f"flops-{training}-{digest(configuration_of(training, preset))}.json")
@@ -224,9 +224,7 @@ def step_flops(args, data: str, training: str) -> int:
             preset["training"]["max_train_steps"] = steps
             with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH):
                 with FlopCounterMode(display=False) as counter:
-                    run_training(
-                        data, training, preset, Path(folder), *start_flags(args, data, training, args.seeds[0])
-                    )
+                    run_training(data, training, preset, Path(folder), *start_flags(args, data, training, seed))
             totals.append(counter.get_total_flops())
         write_json(cached, (totals[1] - totals[0]) // 2)
     return json.loads(cached.read_text())
@@ -259,7 +257,7 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
 def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
     """Train one model, or finish or keep what is there."""
     folder, preset = find_model(args, data, training, budget, seed)
-    step_flops(args, data, training)
+    step_flops(args, data, training, seed)
     if not (folder / "model_index.json").exists():
         resume = [
             "--resume_from_checkpoint",
@@ -269,6 +267,8 @@ def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
             "--checkpoints_total_limit",
             "1",
         ]
+        if TRAININGS[training].script is train_unet:
+            resume = []  # it has no checkpoints
         starts = start_flags(args, data, training, seed)
         run_training(data, training, preset, folder, "--seed", str(seed), *starts, *resume)
         for checkpoint in folder.glob("checkpoint-*"):

@@ -38,7 +38,9 @@ def reset_accelerate():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """No test inherits the precision or the device of the one before, whatever the order; nor of its own fixtures."""
+    """No test inherits the precision or the device of the one before, whatever the order, nor do fixtures of a module."""
+    reset_accelerate()
+    yield
     reset_accelerate()
 
 

@@ -71,9 +71,10 @@ def data(root):
 def run(root, output_dir, *more, teacher="teacher"):
     arguments = ["--preset", "examples/presets/tiny.json", "--output_dir", output_dir, "--validation_steps", 0]
     arguments += ["--teacher", root / teacher, *more]
-    status = distill.main(distill.parse_args([str(argument) for argument in arguments]))
-    reset_accelerate()
-    return status
+    try:
+        return distill.main(distill.parse_args([str(argument) for argument in arguments]))
+    finally:
+        reset_accelerate()
 
 
 @pytest.mark.parametrize("student", [None, "pair", "teacher"])

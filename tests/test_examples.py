@@ -149,6 +149,7 @@ def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mod
     ("flags", "sentence"),
     [
         (["--output", "picture.txt"], "must end in a kind of picture, such as .png, got 'picture.txt'"),
+        (["--output", "picture.psd"], "must end in a kind of picture, such as .png, got 'picture.psd'"),
         (["--solver_steps", "0"], "--solver_steps must be at least 1, got 0"),
         (["--distilled", "other"], "other has 3 classes, not those of the pair"),
         (["--compare", "other"], "other has 3 classes, not those of the pair"),
@@ -282,7 +283,7 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
         monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("something was measured"))
     monkeypatch.chdir(models)
     flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
-    monkeypatch.setattr(evaluate, "open_images", lambda *_, **__: SimpleNamespace(num_classes=8, id2label={}))
+    monkeypatch.setattr(evaluate, "open_images", lambda *_, **__: SimpleNamespace(num_classes=8, channels=3))
     monkeypatch.setattr(evaluate.training, "check_classes", lambda *_: None)
     with pytest.raises(ValueError, match=sentence):
         measure("--preset", Path(__file__).parents[1] / "examples/presets/tiny.json", *flags)

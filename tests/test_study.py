@@ -87,12 +87,12 @@ def test_the_unet_trains_and_samples_with_deepcache_where_that_is_installed(unet
 
 
 def test_the_unet_refuses_the_flags_that_it_would_ignore(capsys):
-    common = ["--preset", "p.json", "--output_dir", "o", "--resume_from_checkpoint", "latest"]
+    common = ["--preset", "p.json", "--output_dir", "o"]
     assert train_unet.parse_args(common).preset == "p.json"
-    for flags in (["--mixed_precision", "bf16"], ["--train_batch_size", "8"], ["--push_to_hub"]):
+    for flags in (["--mixed_precision", "bf16"], ["--train_batch_size", "8"], ["--resume_from_checkpoint", "latest"]):
         with pytest.raises(SystemExit):
             train_unet.parse_args([*common, *flags])
-        assert f"this script has no {flags[0]};" in capsys.readouterr().err
+        assert f"this script has no {flags[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -110,7 +110,10 @@ def test_an_arm_whose_package_is_missing_is_left_out_and_named_where_it_must_be_
     missing = [key for key in series if key[0] == "digits"]
     kept = study.leave_out_unavailable(args, missing)
     assert kept == [key for key in missing if key[1] != "deepcache"] and len(kept) < len(missing)
-    assert "deepcache is left out on digits, and with it a rival: pip install DeepCache" in capsys.readouterr().out
+    assert (
+        "deepcache is left out on digits, with all that was measured of it: pip install DeepCache"
+        in capsys.readouterr().out
+    )
     assert {data for data, name, *_ in study.list_series(args) if name == "deepcache"} == {"letters"}
     with pytest.raises(SystemExit):
         study.parse_args(["--leave_out", "digits/deepcach"])
@@ -521,6 +524,15 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     assert wanted <= set(models)
     alone = study.list_series(study.parse_args(["--data", "letters", "--arms", "stitching"]))
     assert {training for _, training, *_ in study.list_models(alone)[-1]} == {"heavy", "light"}
+
+
+def test_a_step_that_starts_from_a_model_is_counted_from_that_of_its_own_seed(tmp_path, monkeypatch):
+    """Another seed's may have been measured elsewhere, and so not be there."""
+    given = []
+    monkeypatch.setattr(trainings, "run_training", lambda *arguments: given.append(arguments[4:]))
+    args = study.parse_args(["--seeds", "0", "1", "--work_dir", str(tmp_path)])
+    trainings.train_model(args, "digits", "converted", "steps", 1)
+    assert len(given) == 3 and all("/heavy-steps-1-" in " ".join(flags) for flags in given)
 
 
 def test_what_a_distillation_spent_counts_each_training_that_led_to_it_once(monkeypatch):

@@ -52,11 +52,15 @@ class Letters(torch.utils.data.Dataset):
         ValueError: If an argument is not as described.
     """
 
-    def __init__(self, resolution: int = 16, *, label_column: str | None = "label", seed: int = 0):
+    def __init__(self, resolution: int = 16, *, label_column: str | None = "label", channels: int = 1, seed: int = 0):
         if not isinstance(resolution, int) or resolution < 1:
             raise ValueError(f"`resolution` is {resolution!r}, but must be a positive integer.")
         if label_column not in ("label", None):
             raise ValueError(f"The letters have no column {label_column!r}; they have image, label.")
+        if channels != 1:
+            raise ValueError(
+                f"The letters are grey, and the networks take {channels} channels: take a preset with 1, such as letters16."
+            )
         self.height = self.width = resolution
         self.channels, self.seed, self.corrupt = 1, seed, []
         self.id2label = dict(enumerate(LETTERS)) if label_column else None

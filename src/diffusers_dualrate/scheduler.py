@@ -216,7 +216,8 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         """Draw z_s ~ q(z_s | z_t, x) for the predicted clean image x, s being the timestep after `timestep`.
 
         Where a step stands follows from `timestep` alone, by comparison on the device: it is that of the nearest of
-        `timesteps`, which a loop may have rounded. Only of second order does it keep a state, the predicted image, so steps are then taken in turn and `set_timesteps` begins a run.
+        `timesteps`, which a loop may have rounded by less than half a step. Only of second order does it keep a state,
+        the predicted image, so steps are then taken in turn and `set_timesteps` begins a run.
 
         Args:
             model_output: Predicted velocity at `timestep` [B, C, H, W].

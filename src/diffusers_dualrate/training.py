@@ -155,13 +155,12 @@ def name_data(args: argparse.Namespace) -> str:
 def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
     """Open the data set that the arguments name, augmented as the preset says; letters are rendered, not read."""
     if args.dataset_name == "letters":
-        channels = preset["denoiser"]["in_channels"]
-        if channels != 1 or args.streaming or args.num_classes is not None:
+        if args.streaming or args.num_classes not in (None, 26):
             raise ValueError(
-                "The letters are grey, rendered and of 26 classes: they take a preset with in_channels 1, such as letters16 "
-                f"(this has {channels}), and neither --streaming nor --num_classes."
+                "The letters are rendered, of 26 classes: they take neither --streaming nor --num_classes."
             )
-        return Letters(preset["denoiser"]["sample_size"], label_column=args.label_column, seed=args.seed)
+        size, channels = preset["denoiser"]["sample_size"], preset["denoiser"]["in_channels"]
+        return Letters(size, label_column=args.label_column, channels=channels, seed=args.seed)
     dataset = load_images(
         args.dataset_name,
         args.train_data_dir,
