@@ -120,7 +120,7 @@ def _write_section(study, data):
                 lines.append("| " + " | ".join(cells) + " |")
                 seeds |= {len(grouped[key][1])}
     if len(seeds) > 1 and 1 in seeds:
-        lines += ["", "Rows without ± have one seed: their margin is the spread of those on the front alone."]
+        lines += ["", "Rows without ± have one seed: their margin comes from the spread of those on the front alone."]
     for budget in budgets_with_pairs(study, data):
         if held := against_sized(study, data, budget):
             listed = [
