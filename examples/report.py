@@ -118,7 +118,7 @@ def _write_section(study, data):
                 cells = [training_of(study, data, key[0], budget), _name(key)]
                 cells += _write_comparison(compared[key], grouped[key][1])
                 lines.append("| " + " | ".join(cells) + " |")
-                seeds |= {len(grouped[key][1])}
+                seeds.add(len(grouped[key][1]))
     if len(seeds) > 1 and 1 in seeds:
         lines += ["", "Rows without ± have one seed: their margin comes from the spread of those on the front alone."]
     for budget in budgets_with_pairs(study, data):

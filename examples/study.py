@@ -246,15 +246,14 @@ def list_points(
     """Key, models and file of every point of an arm with a solver."""
     arm = ARMS[name]
     folders = [find_model(args, data, training, budget, seed)[0] for training in arm.trainings]
-    limit = count_of(args, "max_evaluations", data)
+    limit, size = count_of(args, "max_evaluations", data), count_of(args, "num_samples", data)
+    classifier = file_hash(Path(args.classifiers, f"{data}.safetensors"))
     listed = []
     for sampling_seed in sampling_seeds_of(args, data):
         for n, k in arm.steps.get(solver, ()):
             if n <= limit:
                 key = {"data": data, "arm": name, "budget": budget, "solver": solver, "N": n, "K": k}
                 key |= {"seed": seed, "sampling_seed": sampling_seed}
-                size = count_of(args, "num_samples", data)
-                classifier = file_hash(Path(args.classifiers, f"{data}.safetensors"))
                 name_of_file = digest([key, *(folder.name for folder in folders), size, classifier])
                 listed.append((key, folders, Path(args.work_dir, data, "points", f"{name_of_file}.json")))
     return listed

@@ -214,7 +214,8 @@ def lineage(training: str) -> set[str]:
 def step_flops(args, data: str, training: str, seed: int | None = None) -> int:
     """FLOPs of one training step, forwards and backwards, counted in the script itself.
 
-    Where it starts from a trained model, that is the one of `seed`. They are half of what three steps have more than one: in a distillation steps of two kinds alternate.
+    Where it starts from a trained model, that is the one of `seed`. They are half of what three steps have more than one:
+    in a distillation steps of two kinds alternate.
     """
     preset = make_preset(data, training)
     cached = Path(args.work_dir, data, f"flops-{training}-{digest(configuration_of(training, preset))}.json")
@@ -259,17 +260,10 @@ def train_model(args, data: str, training: str, budget: str, seed: int) -> None:
     folder, preset = find_model(args, data, training, budget, seed)
     step_flops(args, data, training, seed)
     if not (folder / "model_index.json").exists():
-        resume = [
-            "--resume_from_checkpoint",
-            "latest",
-            "--checkpointing_steps",
-            "250",
-            "--checkpoints_total_limit",
-            "1",
-        ]
-        if TRAININGS[training].script is train_unet:
-            resume = []  # it has no checkpoints
-        starts = start_flags(args, data, training, seed)
-        run_training(data, training, preset, folder, "--seed", str(seed), *starts, *resume)
+        flags = ["--seed", str(seed), *start_flags(args, data, training, seed)]
+        if TRAININGS[training].script is not train_unet:  # which has no checkpoints
+            flags += ["--resume_from_checkpoint", "latest"]
+            flags += ["--checkpointing_steps", "250", "--checkpoints_total_limit", "1"]
+        run_training(data, training, preset, folder, *flags)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

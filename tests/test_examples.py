@@ -281,12 +281,11 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
     ImageClassifier(3, 5).save(models / "few.safetensors")
     for name in ("measure_v_loss", "measure_reference", "measure"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("something was measured"))
-    monkeypatch.chdir(models)
     flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
     monkeypatch.setattr(evaluate, "open_images", lambda *_, **__: SimpleNamespace(num_classes=8, channels=3))
     monkeypatch.setattr(evaluate.training, "check_classes", lambda *_: None)
     with pytest.raises(ValueError, match=sentence):
-        measure("--preset", Path(__file__).parents[1] / "examples/presets/tiny.json", *flags)
+        measure(*flags)
 
 
 def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):

@@ -41,6 +41,7 @@ class Letters(torch.utils.data.Dataset):
     Args:
         resolution: Side of the images in pixels.
         label_column: "label" for images with classes, `None` for images without.
+        channels: What the networks take; the letters have 1.
         seed: Seed of everything that is drawn.
 
     Attributes:

@@ -284,9 +284,7 @@ class DualRatePipeline(DiffusionPipeline):
             if batch_size not in (None, len(class_labels)):
                 raise ValueError(f"batch_size is {batch_size}, but there are {len(class_labels)} class_labels.")
             batch_size = len(class_labels)
-        counts = {"batch_size": batch_size, "num_images_per_prompt": num_images_per_prompt}
-        counts |= {"num_inference_steps": num_inference_steps, "num_context_steps": num_context_steps}
-        for name, count in counts.items():
+        for name, count in (("batch_size", batch_size), ("num_images_per_prompt", num_images_per_prompt)):
             if not (count is None or hasattr(count, "__index__")):
                 raise ValueError(f"{name} must be an integer, got {count!r}.")
         batch_size = (1 if batch_size is None else batch_size) * num_images_per_prompt

@@ -261,6 +261,9 @@ def plan_refreshes(
     num_inference_steps: int, num_context_steps: int | None = None, refresh_steps: Sequence[int] | None = None
 ) -> list[bool]:
     """Which of N steps recompute the context: K spread evenly, or the named ones, or all where neither is given."""
+    for name, count in (("num_inference_steps", num_inference_steps), ("num_context_steps", num_context_steps)):
+        if not (count is None or hasattr(count, "__index__")):
+            raise ValueError(f"{name} must be an integer, got {count!r}.")
     if refresh_steps is None:
         return refresh_plan(
             num_inference_steps, num_inference_steps if num_context_steps is None else num_context_steps

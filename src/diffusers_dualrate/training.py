@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .augmentation import Augmentation
 from .data import LabelledImages, load_images
-from .letters import Letters
+from .letters import LETTERS, Letters
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
 
@@ -155,7 +155,7 @@ def name_data(args: argparse.Namespace) -> str:
 def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
     """Open the data set that the arguments name, augmented as the preset says; letters are rendered, not read."""
     if args.dataset_name == "letters":
-        if args.streaming or args.num_classes not in (None, 26):
+        if args.streaming or args.num_classes not in (None, len(LETTERS)):
             raise ValueError(
                 "The letters are rendered, of 26 classes: they take neither --streaming nor --num_classes."
             )
