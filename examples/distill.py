@@ -1,24 +1,28 @@
 """Distil a single-rate teacher into a student of few steps, Dual-Rate or single-rate, by Moment Matching.
 
-    accelerate launch examples/distill.py --preset examples/presets/emoji32.json --teacher model_cards/single-rate-emoji32 \\
+    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 \\
         --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
 
 Without `--student` a Dual-Rate student is made: its encoder starts from the teacher and, frozen, lets a new denoiser learn
-by denoising first. With it the student starts from a trained model: a pair, or a single-rate model such as the teacher
-itself. With `--full_rollout` as well no data is needed. Then steps of an auxiliary and of the student alternate, and
-`max_train_steps` counts both. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA
+by denoising first, for `pretraining_steps`. With it the student starts from a trained model: a pair, or a single-rate model
+such as the teacher itself. With `--full_rollout` as well no data is needed. Then steps of an auxiliary and of the student
+alternate, `max_train_steps` in all. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA
 weights and the student's N and K.
 """
 
 import copy
+import dataclasses
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
+from diffusers_dualrate.arguments import argument_parser, configure
 from diffusers_dualrate.checkpoints import tell_last_good_state
+from diffusers_dualrate.configuration import Networks
 from diffusers_dualrate.losses import seed_of
 from diffusers_dualrate.moment_matching import (
     auxiliary_loss,
@@ -34,17 +38,22 @@ from diffusers_dualrate.runs import LOGGING_STEPS, Run
 SHARED = {"in_channels", "sample_size", "num_classes"}
 SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
 PROBES, TEACHER_STEPS = 32, 16
+# The student samples as it learns to: along the posterior, its predictions as they are.
+OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
 
 
 def parse_args(argv=None):
-    parser = training.argument_parser(__doc__)
+    parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
     parser.add_argument("--teacher", required=True, help="Single-rate model, a Hub repository or a folder.")
     parser.add_argument("--student", help="Trained model to start from, a Hub repository or a folder.")
-    parser.add_argument("--num_inference_steps", type=int, help="N of the student.")
-    parser.add_argument("--num_context_steps", type=int, help="K of a Dual-Rate student, a divisor of N.")
-    parser.add_argument("--guidance_scale", type=float, help="Guidance of the teacher, which the student takes over.")
-    parser.add_argument("--full_rollout", action="store_true", default=None, help="Start from noise, not from data.")
-    parser.add_argument("--pretraining_steps", type=int, help="Steps of denoising, without --student.")
+    parser.add_argument(
+        "--full_rollout", action="store_true", default=None, help="Start from noise, not from noisy images."
+    )
+    parser.add_argument(
+        "--pretraining_steps",
+        type=int,
+        help="Steps of denoising, without --student; they come before those of --max_train_steps.",
+    )
     args = parser.parse_args(argv)
     if args.lr_scheduler is not None:
         parser.error("argument --lr_scheduler: the learning rate of each phase falls linearly")
@@ -69,6 +78,7 @@ class ClassesAlone(torch.utils.data.Dataset):
 
     def __init__(self, teacher):
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
+        self.fingerprint = "no images"
 
     def __len__(self):
         return self.num_classes or 1
@@ -92,97 +102,48 @@ def check_fit(teacher, **others):
                 )
 
 
-def main(args):
-    preset = training.read_preset(args, "distillation")
-    recipe = preset["training"]
-    for name in ("learning_rate", "pretraining_learning_rate"):
-        if not recipe[name] > 0:
-            raise ValueError(f"{name} must be above 0, got {recipe[name]}.")
-    has_data = bool(args.dataset_name or args.train_data_dir)
-    if not has_data and not (args.student and recipe["full_rollout"]):
-        raise ValueError("Without data, both --student and --full_rollout are needed.")
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-        step_scheduler_with_optimizer=False,  # else the schedule would depend on the number of processes
-        # A step trains some of the networks, and the others have no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+def take_over_student(configuration, student, resolution):
+    """The configuration of a distillation that starts from a trained model: its networks, and no denoising first."""
+    size = {"sample_size": resolution} if resolution else {}
+    own = {"denoiser": {**student.denoiser.config, **size}}
+    own["context_encoder"] = {**(student.context_encoder or student.denoiser).config, **size}
+    own["scheduler"] = {name: student.scheduler.config[name] for name in configuration.networks.scheduler}
+    return dataclasses.replace(configuration, networks=Networks(**own)).with_recipe(
+        pretraining_steps=0,
+        # Every step of a single-rate student is heavy.
+        **({} if student.context_encoder else {"num_context_steps": configuration.recipe.num_inference_steps}),
     )
-    teacher = DualRatePipeline.from_pretrained(args.teacher)
-    student = None
-    if args.student:
-        student = DualRatePipeline.from_pretrained(args.student)
-        size = {"sample_size": args.resolution} if args.resolution else {}
-        preset["denoiser"], preset["scheduler"] = {**student.denoiser.config, **size}, {**student.scheduler.config}
-        recipe["pretraining_steps"] = 0
-        if student.context_encoder is None:  # every step of a single-rate student is heavy
-            recipe["num_context_steps"] = recipe["num_inference_steps"]
-        check_fit(teacher, student={**student.denoiser.config, **student.scheduler.config})
-    num_steps, num_context_steps = recipe["num_inference_steps"], recipe["num_context_steps"]
-    interval = refresh_interval(num_steps, num_context_steps)
-    images = training.open_images(args, preset) if has_data else ClassesAlone(teacher)
-    classes = {"num_classes": images.num_classes}
-    check_fit(teacher, preset={**preset["denoiser"], **preset["scheduler"], **classes}, data=classes)
-    training.check_classes(args.teacher, teacher, images)
-    # The student samples as it learns to: along the posterior, its predictions as they are.
-    own = {"clip_sample": False, "variance_interpolation": 0.0, "second_order": False}
-    scheduler = DualRateScheduler.from_config(preset["scheduler"], **own)
 
-    # Student and auxiliary. One seed for the weights; the randomness of a step comes from (seed, step, row).
-    set_seed(args.seed)
+
+def make_student(configuration, teacher, student):
+    """The student, made from the teacher or trained before, and the auxiliary, as one module to train."""
+    denoiser, context_encoder = (None, None) if student is None else (student.denoiser, student.context_encoder)
     if student is None:
-        denoiser = UViTDenoiser(**{**preset["denoiser"], **classes})
+        denoiser = UViTDenoiser(**configuration.networks.denoiser)
         context_encoder = UViTContextEncoder.from_denoiser(
             teacher.denoiser, denoiser.config.context_channels, denoiser.config.prediction_hand_over
         )
-    else:
-        denoiser, context_encoder = student.denoiser, student.context_encoder
-    auxiliary = copy.deepcopy(teacher.denoiser)
-    if args.gradient_checkpointing:
-        for network in filter(None, (context_encoder, denoiser, auxiliary)):
-            network.enable_gradient_checkpointing()
-    recipe |= {"teacher": args.teacher, "student": args.student}
-    recipe["max_train_steps"] += recipe["pretraining_steps"]
-    trained = Distillation(denoiser, context_encoder, auxiliary).train()
-    averaged = copy.deepcopy(trained).eval()  # will hold the EMA weights, to sample from and to save
-    run = Run(accelerator, args, preset, trained, images)
+    trained = Distillation(denoiser, context_encoder, copy.deepcopy(teacher.denoiser))
+    if configuration.options.gradient_checkpointing:
+        trained.enable_gradient_checkpointing()
+    return trained.train()
 
-    optimizer = training.make_optimizer(trained.parameters(), recipe)
+
+def make_lr_scheduler(optimizer, recipe):
+    """Warm-up, then linear to 0, anew for each phase."""
 
     def rate_factor(step):
-        """Warm-up, then linear to 0, anew for each phase."""
-        first, last, rate = 0, recipe["pretraining_steps"], recipe["pretraining_learning_rate"]
+        first, last, rate = 0, recipe.pretraining_steps, recipe.pretraining_learning_rate
         if step >= last:
-            first, last, rate = last, recipe["max_train_steps"], recipe["learning_rate"]
-        warm = min(1, (step - first + 1) / max(1, recipe["lr_warmup_steps"]))
-        return warm * (last - step) / max(1, last - first) * rate / recipe["learning_rate"]
+            first, last, rate = last, recipe.num_steps, recipe.learning_rate
+        warm = min(1, (step - first + 1) / max(1, recipe.lr_warmup_steps))
+        return warm * (last - step) / max(1, last - first) * rate / recipe.learning_rate
 
-    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
-    networks, optimizer, lr_scheduler, loader = accelerator.prepare(
-        trained, optimizer, lr_scheduler, run.make_loader()
-    )
-    ema = EMAModel(networks.parameters(), decay=recipe["ema_decay"])
-    ema.to(accelerator.device)
-    run.load(ema)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
 
-    def log_snr(t):
-        return scheduler.log_snr(t * scheduler.config.num_train_timesteps)
 
-    pipeline = DualRatePipeline(
-        averaged.denoiser,
-        scheduler,
-        averaged.context_encoder,
-        id2label=images.id2label,
-        num_inference_steps=num_steps,
-        num_context_steps=num_context_steps if context_encoder else None,
-    )
-    steps = {"log_snr": log_snr, "num_inference_steps": num_steps, "num_context_steps": num_context_steps}
-    steps["min_variance"] = recipe["min_variance"]
-
-    teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
-    guidance_scale = recipe["guidance_scale"] if images.num_classes else 1.0
+def make_teacher(teacher, guidance_scale):
+    """The teacher's prediction as losses take it, guided."""
 
     def predict_teacher(z, log_snr, class_labels, context, context_log_snr):
         v = teacher.denoiser(z, log_snr, class_labels).sample
@@ -191,55 +152,140 @@ def main(args):
         v_null = teacher.denoiser(z, log_snr).sample
         return v_null + guidance_scale * (v - v_null)
 
-    judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
+    return predict_teacher
 
-    # A collapsed student samples ever the same: a fixed few of its samples are held against the teacher's.
-    labels = torch.arange(PROBES) % images.num_classes if images.num_classes else None
-    teacher.set_progress_bar_config(disable=True)
-    from_teacher = teacher(
-        labels,
-        num_inference_steps=TEACHER_STEPS,
-        guidance_scale=guidance_scale,
-        batch_size=PROBES,
-        generator=[torch.Generator().manual_seed(seed_of(args.seed, row)) for row in range(PROBES)],
-        output_type="latent",
-    ).images
-    shape, teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
-    probe = draw(args.seed, 0, range(-PROBES, 0), shape, num_steps, accelerator.device)
-    labels = None if labels is None else labels.to(accelerator.device)
 
-    check_steps = (LOGGING_STEPS, args.checkpointing_steps)
+class VarianceCheck:
+    """A collapsed student samples ever the same: a fixed few of its samples are held against the teacher's.
+
+    Args:
+        run: Whose networks are checked; it ends where the student has collapsed.
+        teacher: Pipeline of the teacher.
+        guidance_scale: Its guidance.
+        log_snr: The noise schedule, t [B] → λ_t.
+    """
+
+    def __init__(self, run, teacher, guidance_scale, log_snr):
+        recipe, seed, device = run.recipe, run.options.seed, run.accelerator.device
+        labels = torch.arange(PROBES) % run.images.num_classes if run.images.num_classes else None
+        teacher.set_progress_bar_config(disable=True)
+        from_teacher = teacher(
+            labels,
+            num_inference_steps=TEACHER_STEPS,
+            guidance_scale=guidance_scale,
+            batch_size=PROBES,
+            generator=[torch.Generator().manual_seed(seed_of(seed, row)) for row in range(PROBES)],
+            output_type="latent",
+        ).images
+        self.shape, self._teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
+        self._run, self._labels = run, None if labels is None else labels.to(device)
+        n = recipe.num_inference_steps
+        self._noise = draw(seed, 0, range(-PROBES, 0), self.shape, n, device).noise
+        self._log_snrs = grid_log_snr(log_snr, n, self._noise)
+        start = torch.zeros(PROBES, dtype=torch.long, device=device)
+        interval = refresh_interval(n, recipe.num_context_steps)
+        self._ends = {"first": start, "last": start + n, "num_steps": n, "refresh_interval": interval}
+
+    def is_due(self, step):
+        """Whether the step just done is looked at: before what it finds is logged, or kept in a checkpoint."""
+        every = (LOGGING_STEPS, self._run.options.checkpointing_steps)
+        is_last = self._run.is_stopping or step + 1 == self._run.recipe.num_steps
+        return step >= self._run.recipe.pretraining_steps and (is_last or any((step + 1) % n == 0 for n in every))
 
     @torch.no_grad()
-    def check_variance():
-        start = torch.zeros(PROBES, dtype=torch.long, device=accelerator.device)
-        log_snrs = grid_log_snr(log_snr, num_steps, probe.noise)
-        ends = {"first": start, "last": start + num_steps, "num_steps": num_steps, "refresh_interval": interval}
+    def look(self, networks):
+        """Note the share of the teacher's variance that the student's samples have, and end the run if it is too small."""
+        run = self._run
         networks.eval()  # without dropout, so that all processes find the same
-        samples = networks(roll_out, probe.noise[:, 0], labels, probe.noise, log_snrs, **ends)
+        samples = networks(roll_out, self._noise[:, 0], self._labels, self._noise, self._log_snrs, **self._ends)
         networks.train()
-        share = samples.var(0).mean() / teacher_variance
+        share = samples.var(0).mean() / self._teacher_variance
         run.note(variance_share=share)
-        if not share >= recipe["min_variance_share"]:
+        if not share >= run.recipe.min_variance_share:
             raise ValueError(
                 f"The student collapsed at step {run.step}: its samples have {share:.3g} of the variance of the "
-                f"teacher's, less than {recipe['min_variance_share']}; {tell_last_good_state(run.output_dir)}."
+                f"teacher's, less than {run.recipe.min_variance_share}; {tell_last_good_state(run.output_dir)}."
             )
 
+
+def open_models(args, configuration):
+    """Teacher and student, and the configuration with the student's networks where there is one."""
+    teacher = DualRatePipeline.from_pretrained(args.teacher)
+    student = DualRatePipeline.from_pretrained(args.student) if args.student else None
+    if student is not None:
+        configuration = take_over_student(configuration, student, args.resolution)
+        check_fit(teacher, student={**student.denoiser.config, **student.scheduler.config})
+    refresh_interval(configuration.recipe.num_inference_steps, configuration.recipe.num_context_steps)
+    return teacher, student, configuration
+
+
+def main(args, open_images=training.open_images):
+    configuration = configure(args, "distill")
+    has_data = bool(args.dataset_name or args.train_data_dir)
+    if not has_data and not (args.student and configuration.recipe.full_rollout):
+        raise ValueError("Without data, both --student and --full_rollout are needed.")
+    accelerator = training.make_accelerator(
+        configuration.options,
+        # A step trains some of the networks, and the others have no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    teacher, student, configuration = open_models(args, configuration)
+    images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
+    configuration = configuration.with_classes(images.num_classes)
+    preset = {**configuration.networks.denoiser, **configuration.networks.scheduler}
+    check_fit(teacher, preset=preset, data={"num_classes": images.num_classes})
+    training.check_classes(args.teacher, teacher, images)
+
+    # One seed for the weights; the randomness of a step comes from (seed, step, row).
+    set_seed(configuration.options.seed)
+    trained = make_student(configuration, teacher, student)
+    averaged = copy.deepcopy(trained).eval()  # will hold the EMA weights, to sample from and to save
+    pipeline = DualRatePipeline(
+        averaged.denoiser,
+        DualRateScheduler(**configuration.networks.scheduler | OWN_SAMPLING),
+        averaged.context_encoder,
+        id2label=images.id2label,
+        num_inference_steps=configuration.recipe.num_inference_steps,
+        num_context_steps=configuration.recipe.num_context_steps if averaged.context_encoder else None,
+    )
+    run = Run(accelerator, configuration, trained, images, {"teacher": teacher, "student": student})
+    return train(run, trained, averaged, pipeline, teacher, is_new=student is None)
+
+
+def train(run, trained, averaged, pipeline, teacher, is_new):
+    """The loop of a run; `is_new` where the student is made from the teacher."""
+    accelerator, recipe, seed = run.accelerator, run.recipe, run.options.seed
+    optimizer = training.make_optimizer(trained.parameters(), recipe)
+    lr_scheduler = make_lr_scheduler(optimizer, recipe)
+    networks, optimizer, lr_scheduler, loader = accelerator.prepare(
+        trained, optimizer, lr_scheduler, run.make_loader()
+    )
+    ema = EMAModel(networks.parameters(), decay=recipe.ema_decay)
+    ema.to(accelerator.device)
+    run.load(ema)
+
+    n, k = recipe.num_inference_steps, recipe.num_context_steps
+    log_snr = training.schedule_of(pipeline.scheduler).log_snr
+    steps = {"log_snr": log_snr, "num_inference_steps": n, "num_context_steps": k, "min_variance": recipe.min_variance}
+    guidance_scale = recipe.guidance_scale if run.images.num_classes else 1.0
+    teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
+    judges = {"auxiliary": trained.predict_midpoint, "teacher": make_teacher(teacher, guidance_scale)}
+    variance_check = VarianceCheck(run, teacher, guidance_scale, log_snr)
+
     # What a new encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
-    known = teacher.denoiser.state_dict().keys() if student is None else ()
+    known = teacher.denoiser.state_dict().keys() if is_new else ()
     encoder = accelerator.unwrap_model(networks).context_encoder
     waiting = [parameter for name, parameter in encoder.named_parameters() if name in known] if known else []
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
-            start = None if recipe["full_rollout"] else x
-            draws = draw(args.seed, step, run.rows(part), shape, num_steps, accelerator.device)
-            torch.manual_seed(seed_of(args.seed, step, part, accelerator.process_index))  # for dropout in the networks
-            is_pretraining = step < recipe["pretraining_steps"]
+            start = None if recipe.full_rollout else x
+            draws = draw(seed, step, run.rows(part), variance_check.shape, n, accelerator.device)
+            torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
+            is_pretraining = step < recipe.pretraining_steps
             # The auxiliary comes first: while it equals the teacher it has nothing to tell the student.
-            is_auxiliary_step = not is_pretraining and (step - recipe["pretraining_steps"]) % 2 == 0
+            is_auxiliary_step = not is_pretraining and (step - recipe.pretraining_steps) % 2 == 0
             for parameter in waiting:
                 parameter.requires_grad_(not is_pretraining)
             if waiting:
@@ -258,17 +304,16 @@ def main(args):
                     run.note(student=loss, distance=distance)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    run.agree(accelerator.clip_grad_norm_(networks.parameters(), recipe["max_grad_norm"]))
+                    run.agree(accelerator.clip_grad_norm_(networks.parameters(), recipe.max_grad_norm))
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 lr_scheduler.step()
                 ema.step(networks.parameters())
-                is_last = run.is_stopping or step + 1 == recipe["max_train_steps"]
-                if not is_pretraining and (is_last or any((step + 1) % every == 0 for every in check_steps)):
-                    check_variance()  # before a checkpoint keeps what it finds
+                if variance_check.is_due(step):
+                    variance_check.look(networks)
                 run.finish_step(lr=lr_scheduler.get_last_lr()[0])
-        return run.finish("distilled pair" if context_encoder else "distilled single-rate")
+        return run.finish("distilled pair" if averaged.context_encoder else "distilled single-rate")
 
 
 if __name__ == "__main__":

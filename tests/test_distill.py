@@ -98,7 +98,8 @@ def test_a_student_takes_its_few_steps_without_being_told(root, whole, tmp_path,
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["images_seen"] == 8 * (6 if student is None else 4)
     assert record["network"] == ("distilled single-rate" if student == "teacher" else "distilled pair")
-    assert record["recipe"]["teacher"] == str(root / "teacher")
+    told = json.loads((tmp_path / "configuration.json").read_text())
+    assert told["start"]["teacher"] == "teacher" and len(told["found"]["models"]["teacher"]) == 32
 
 
 def test_a_student_learns_from_noise_alone(root, tmp_path):
@@ -138,7 +139,7 @@ def test_the_encoder_starts_as_the_teacher_and_waits_until_the_denoiser_has_lear
     preset = json.loads(json.dumps(PRESET))
     preset["denoiser"]["prediction_hand_over"] = prediction_hand_over
     (tmp_path / "preset.json").write_text(json.dumps(preset))
-    run(root, tmp_path, *data(root), "--preset", tmp_path / "preset.json", "--max_train_steps", 0, "--ema_decay", 0)
+    run(root, tmp_path, *data(root), "--preset", tmp_path / "preset.json", "--max_train_steps", 1, "--ema_decay", 0)
     teacher, student = weights(root / "teacher"), weights(tmp_path)
     taken = {name for name in teacher if name.replace("denoiser.", "context_encoder.", 1) in student}
     assert any(".proj_out." in name for name in taken) == prediction_hand_over
@@ -151,7 +152,7 @@ def test_the_encoder_starts_as_the_teacher_and_waits_until_the_denoiser_has_lear
 
 @pytest.mark.parametrize("stop", [1, 3])  # in either phase
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(root, whole, tmp_path, stop):
-    shutil.copy(whole / "run.json", tmp_path)
+    shutil.copy(whole / "configuration.json", tmp_path)
     shutil.copytree(whole / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
     run(root, tmp_path, *data(root), "--resume_from_checkpoint", "latest")
     assert_equal_weights(weights(whole), weights(tmp_path))
@@ -198,12 +199,12 @@ def test_refreshes_that_do_not_divide_the_steps_are_refused(root, tmp_path, step
 def test_a_single_rate_student_has_no_refreshes_to_divide_its_steps(root, tmp_path):
     options = ["--num_inference_steps", 3, "--max_train_steps", 1, "--student", root / "teacher"]
     assert run(root, tmp_path, *data(root), *options) == 0
-    assert json.loads((tmp_path / "training.json").read_text())["recipe"]["num_context_steps"] == 3
+    assert json.loads((tmp_path / "configuration.json").read_text())["distillation"]["num_context_steps"] == 3
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e-3])
 def test_a_learning_rate_that_is_not_above_zero_is_refused(root, tmp_path, rate):
-    with pytest.raises(ValueError, match=f"learning_rate must be above 0, got {rate}"):
+    with pytest.raises(ValueError, match=f"learning_rate must be a finite number above 0, got {rate}"):
         run(root, tmp_path, *data(root), "--learning_rate", rate)
 
 

@@ -1,6 +1,7 @@
 """The training plumbing, and the training examples as a user runs them."""
 
-import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,9 +19,12 @@ from safetensors.torch import load_file
 import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, claims, data, training
+from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
+from diffusers_dualrate.configuration import Configuration, Data
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.recipes import SingleRateRecipe
 from diffusers_dualrate.runs import Run
 
 SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
@@ -41,7 +45,7 @@ def folder(tmp_path_factory):
 def arguments(folder, output_dir, *more):
     return [
         *("--preset", "examples/presets/tiny.json", "--train_data_dir", str(folder), "--label_column", "label"),
-        *("--output_dir", str(output_dir), "--cache_dir", str(folder.parent / "cache"), "--validation_steps", "0"),
+        *("--output_dir", str(output_dir), "--cache_dir", str(Path(folder).parent / "cache"), "--validation_steps", "0"),
         *map(str, more),
     ]
 
@@ -95,8 +99,11 @@ def assert_equal_weights(a, b):
 def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course():
     """The first steps of AdamW on a constant gradient have a closed form: rate · (sign + decay · weight), decoupled."""
     weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    recipe = {"learning_rate": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.8, "adam_weight_decay": 0.25}
-    recipe |= {"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6}
+    recipe = SingleRateRecipe(
+        **{"learning_rate": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.8, "adam_weight_decay": 0.25, "ema_decay": 0.9},
+        **{"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6, "train_batch_size": 1},
+        **{"bias": 0.0, "label_dropout": 0.0},
+    )
     optimizer = training.make_optimizer([weight], recipe)
     lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
     expected = 2.0
@@ -107,7 +114,8 @@ def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course
         expected -= rate * (1 + 0.25 * expected)
         assert weight.item() == pytest.approx(expected, abs=1e-7)
     assert optimizer.defaults["betas"] == (0.5, 0.8) and optimizer.defaults["eps"] == 1e-8
-    assert training.make_optimizer([weight], recipe | {"adam_epsilon": 1e-4}).defaults["eps"] == 1e-4
+    other = dataclasses.replace(recipe, adam_epsilon=1e-4)
+    assert training.make_optimizer([weight], other).defaults["eps"] == 1e-4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -126,9 +134,12 @@ def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tm
     assert image.shape == (1, 3, 16, 16) and image.isfinite().all()
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"0000002.png", "0000004.png"}
     record = json.loads((tmp_path / "training.json").read_text())
-    assert record["images_seen"] == 4 * 8 and record["recipe"]["learning_rate"] == 0.003
+    assert record["images_seen"] == 4 * 8 and record["seconds"] > 0
     assert record["network"] == {"dual": "pair", "single": "heavy"}[script]
-    assert ("context_dropout" in record["recipe"]) == (script == "dual")
+    told = json.loads((tmp_path / "configuration.json").read_text())
+    assert told["training"]["learning_rate"] == 0.003 and told["preset"] == "tiny"
+    assert ("context_dropout" in told["training"]) == (script == "dual")
+    assert told["found"]["images"]["classes"] == ["cat", "dog"] and told["found"]["images"]["count"] == 12
 
 
 @pytest.mark.parametrize(
@@ -222,7 +233,7 @@ def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     (tmp_path / ".checkpoint-9").mkdir()  # left by a kill
     resume = ["--resume_from_checkpoint", "latest"]
     train("single", folder, tmp_path, *options, 2, "--max_train_steps", 3, *resume)
-    assert [path.name for path in sorted(tmp_path.glob(".*"))] == []
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
     train("single", folder, tmp_path, *options, 2, *resume)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
@@ -252,8 +263,8 @@ def test_a_kill_while_the_record_of_a_run_is_written_again_does_not_take_the_run
     write_text, resume = Path.write_text, ["--resume_from_checkpoint", "latest", "--max_train_steps", 2]
 
     def tear(path, text, **options):
-        write_text(path, text[:40] if path.name.endswith("run.json") else text, **options)
-        if path.name.endswith("run.json"):
+        write_text(path, text[:40] if path.name.endswith("configuration.json") else text, **options)
+        if path.name.endswith("configuration.json"):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -278,43 +289,68 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--gradient_accumulation_steps", 2], ["--network", "light"], ["--seed", 1], ["--resolution", 8]]
+    ("options", "difference"),
+    [
+        (["--gradient_accumulation_steps", 2], "options.gradient_accumulation_steps is 1 there and 2 here"),
+        (["--network", "light"], 'start.network is "heavy" there and "light" here'),
+        (["--seed", 1], "options.seed is 0 there and 1 here"),
+        (["--resolution", 8], "denoiser.sample_size is 16 there and 8 here"),
+    ],
 )
-def test_a_run_is_not_resumed_as_another(folder, tmp_path, options):
+def test_a_run_is_not_resumed_as_another_and_the_difference_is_named(folder, tmp_path, options, difference):
     train("single", folder, tmp_path, "--max_train_steps", 1)
-    with pytest.raises(ValueError, match="another configuration: .* differ"):
+    with pytest.raises(ValueError, match=f"another configuration: .*{difference}"):
         train("single", folder, tmp_path, "--resume_from_checkpoint", "latest", *options)
-    with pytest.raises(ValueError, match="another configuration: .* differ"):
+    with pytest.raises(ValueError, match=f"another configuration: .*{difference}"):
         train("single", folder, tmp_path / "new", "--resume_from_checkpoint", tmp_path / "checkpoint-1", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_may_be_named_as_it_lies_in_the_folder(folder, tmp_path):
+    train("single", folder, tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    train("single", folder, tmp_path, "--max_train_steps", 2, "--resume_from_checkpoint", "checkpoint-1")
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} >= {"abandoned-checkpoint-2", "checkpoint-2"}
 
 
 def test_a_run_is_not_resumed_with_the_labels_of_another_column(folder, tmp_path):
     train("single", folder, tmp_path, "--max_train_steps", 1)
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert record["columns"] == ["image", "label"]
-    (tmp_path / "run.json").write_text(json.dumps(record | {"columns": ["image", "colour"]}))
-    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", 2]
-    with pytest.raises(ValueError, match="another configuration: columns differ"):
-        train("single", folder, tmp_path, *resume)
-    del record["columns"]  # as in earlier records
-    (tmp_path / "run.json").write_text(json.dumps(record))
-    train("single", folder, tmp_path, *resume)
-    assert find_damage(tmp_path / "checkpoint-2") is None
+    path = tmp_path / "configuration.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"data": record["data"] | {"label_column": "colour"}}))
+    with pytest.raises(ValueError, match='data.label_column is "colour" there and "label" here'):
+        train("single", folder, tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 2)
 
 
-@pytest.mark.parametrize(
-    ("flags", "channels", "sentence"),
-    [
-        ([], 3, "letters are grey, and the networks take 3 channels: take a preset with 1, such as letters16"),
-        (["--streaming"], 1, "neither --streaming nor --num_classes"),
-        (["--num_classes", "30"], 1, "neither --streaming nor --num_classes"),
-    ],
-)
-def test_letters_are_refused_where_the_preset_or_a_flag_wants_other_images(flags, channels, sentence):
-    parser = training.argument_parser("")
-    args = parser.parse_args(["--preset", "p", "--output_dir", "o", "--dataset_name", "letters", *flags])
-    with pytest.raises(ValueError, match=sentence):
-        training.open_images(args, {"denoiser": {"in_channels": channels, "sample_size": 16}})
+def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
+    images, resume = tmp_path / "images", ["--resume_from_checkpoint", "latest", "--max_train_steps"]
+    shutil.copytree(folder, images)
+    train("single", images, tmp_path / "run", "--max_train_steps", 1)
+    train("single", f"{images}/", tmp_path / "run", *resume, 2)
+    moved = images.rename(tmp_path / "pictures")
+    train("single", moved, tmp_path / "run", *resume, 3)
+    (moved / "dog").rename(moved / "wolf")
+    with pytest.raises(ValueError, match=r'images.classes is \["cat", "dog"\] there and \["cat", "wolf"\] here'):
+        train("single", moved, tmp_path / "run", *resume, 4)
+    (moved / "wolf").rename(moved / "dog")
+    shutil.copy(moved / "dog/1.png", moved / "dog/0.png")
+    with pytest.raises(ValueError, match="images.fingerprint is .* there and .* here"):
+        train("single", moved, tmp_path / "run", *resume, 4)
+
+
+def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder, tmp_path, at_loss, monkeypatch):
+    monkeypatch.setattr(claims, "_PATIENCE", 0.1)
+    caught = []
+
+    def start_again(result):
+        module, argv = train_single_rate, arguments(folder, tmp_path, "--resume_from_checkpoint", "latest")
+        with pytest.raises(ValueError, match="holds a run that is alive: wait for its end"):
+            module.main(module.parse_args(argv))
+        caught.append(0)
+
+    at_loss("single", 2, start_again)
+    train("single", folder, tmp_path)
+    assert caught and find_damage(tmp_path / "checkpoint-4") is None
+    train("single", folder, tmp_path, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")  # it has ended
 
 
 def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pipe):
@@ -408,17 +444,121 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--label_column", "kind"], "no column 'kind'"),
         (["--num_classes", 1], "has the label 1 in the column 'label', outside of the 1 classes"),
         (["--num_classes", 1, "--streaming"], "column 'label' names 2 classes, more than the 1 given"),
-        (["--checkpointing_steps", 0], "checkpointing_steps must be at least 1, got 0"),
         (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
         (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
         (["--override", "training.bias=high"], "'training.bias=high' is no JSON"),
         (["--streaming", "--dataloader_num_workers", 2], "read by one worker at most, not by 2"),
+        (["--checkpointing_steps", 0], "checkpointing_steps must be an integer of at least 1, got 0"),
+        (["--checkpoints_total_limit", 0], "checkpoints_total_limit must be an integer of at least 1, got 0"),
+        (["--max_train_steps", 0], "max_train_steps must be an integer of at least 1, got 0"),
+        (["--max_train_steps", -1], "max_train_steps must be an integer of at least 1, got -1"),
+        (["--learning_rate", 0], "learning_rate must be a finite number above 0, got 0.0"),
+        (["--learning_rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+        (["--ema_decay", 1.5], r"ema_decay must be a finite number in \[0, 1\), got 1.5"),
+        (["--max_grad_norm", -1], "max_grad_norm must be a finite number above 0, got -1.0"),
+        (["--lr_warmup_steps", -3], "lr_warmup_steps must be an integer of at least 0, got -3"),
+        (["--lr_scheduler", "piecewise_constant"], "lr_scheduler must be one of 'constant', "),
+        (["--validation_steps", -1], "validation_steps must be an integer of at least 0, got -1"),
+        (["--train_batch_size", 0], "train_batch_size must be an integer of at least 1, got 0"),
+        (["--seed", -1], "seed must be an integer"),
+        (["--shuffle_buffer", 0], "shuffle_buffer must be an integer of at least 1, got 0"),
+        (["--num_classes", 0], "num_classes must be an integer of at least 1, got 0"),
+        (["--resolution", 0], "resolution must be an integer of at least 1, got 0"),
+        (["--dataloader_num_workers", -1], "dataloader_num_workers must be an integer of at least 0, got -1"),
+        (["--max_image_pixels", 0], "max_image_pixels must be an integer of at least 1, got 0"),
+        (["--report_to", "wandb"], "The tracker 'wandb' is not installed: pip install wandb"),
+        (["--report_to", "paper"], "report_to must be one of 'all', 'aim', "),
+        (["--num_inference_steps", 0], "num_inference_steps must be an integer of at least 1, got 0"),
+        (["--guidance_scale", 0.5], "guidance_scale must be a finite number of at least 1, got 0.5"),
+        (["--num_context_steps", 2], "--num_context_steps 2 is for a pair: this is one network"),
+        (["--override", "training.label_dropout=2"], r"label_dropout must be a finite number in \[0, 1\], got 2"),
+        (["--override", "training.bias=NaN"], "bias must be a finite number, got nan"),
+        (["--override", "training.adam_beta1=1"], r"adam_beta1 must be a finite number in \[0, 1\), got 1"),
+        (["--override", "training.adam_weight_decay=-1"], "adam_weight_decay must be a finite number of at least 0"),
+        (["--override", "denoiser.sample_size=8"], "sample_size must be the same in both networks, got 16 and 8"),
+        (["--override", 'training.augmentation={"zoom":2}'], "augmentation has no value 'zoom'; it has background"),
+        (["--preset", "nowhere"], "--preset 'nowhere' is neither a file nor one of digits8, emoji32, "),
+        (["--output_dir", __file__], "test_training.py' is a file, and must be a folder"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_step(folder, tmp_path, options, message, at_loss):
+def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path, options, message, at_loss):
     at_loss("single", 1, lambda result: pytest.fail("A step was made."))
     with pytest.raises(ValueError, match=message):
-        train("single", folder, tmp_path, *options)
+        train("single", folder, tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_context_steps", 99], r"num_context_steps must be an integer in \[1, 4\], got 99"),
+        (["--override", "sampling.num_context_steps=99"], r"num_context_steps must be an integer in \[1, 4\], got 99"),
+        (["--context_dropout", 2], r"context_dropout must be a finite number in \[0, 1\], got 2.0"),
+        (["--context_dropout", -0.1], r"context_dropout must be a finite number in \[0, 1\], got -0.1"),
+        (["--override", "training.context_ages=[]"], r"context_ages must be a list of shares of the chain, got \[\]"),
+        (["--override", "training.context_ages=[-4]"], r"context_ages must be a finite number in \[0, 1\], got -4"),
+        (["--override", "training.context_ages=[4]"], r"context_ages must be a finite number in \[0, 1\], got 4"),
+        (["--override", "denoiser.context_channels=[8,4]"], "The pair does not fit"),
+        (["--push_to_hub", "--override", "sampling.guidance_scale=0"], "guidance_scale must be a finite number"),
+    ],
+)
+def test_what_cannot_work_in_a_pair_is_refused_before_the_folder_is_made(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train("dual", folder, tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("training", {"speed": 1}, "training of .*preset.json has no value 'speed'; it has adam_beta1"),
+        ("denoiser", {"depth": 1}, "denoiser has no value 'depth'; it has attention_head_dim"),
+        ("scheduler", {"second_order": True}, "second_order of the scheduler belongs to the part sampling"),
+        ("sampling", {"steps": 4}, "sampling of .*preset.json has no value 'steps'; it has guidance_scale"),
+        ("trainning", {}, "preset.json has an unknown part 'trainning'; it may have context_encoder"),
+        ("training", [], r"training of .*preset.json must be an object of names and values, got \[\]"),
+    ],
+)
+def test_a_preset_with_something_unknown_is_refused(folder, tmp_path, part, values, message):
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    preset[part] = values if isinstance(values, list) else preset.get(part, {}) | values
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    with pytest.raises(ValueError, match=message):
+        train("dual", folder, tmp_path / "run", "--preset", tmp_path / "preset.json")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "preset.json must hold an object of names and values, and holds list"),
+        ("{", "preset.json is no JSON: "),
+        ('{"denoiser": {}, "scheduler": {}}', "preset.json lacks context_encoder, training"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_refused_by_its_name(folder, tmp_path, text, message):
+    (tmp_path / "preset.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train("dual", folder, tmp_path / "run", "--preset", tmp_path / "preset.json")
+
+
+def test_a_recipe_that_lacks_a_value_is_refused_by_the_name_of_the_value(folder, tmp_path):
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    del preset["training"]["bias"]
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    with pytest.raises(ValueError, match=r"training of .*preset.json lacks bias\."):
+        train("dual", folder, tmp_path / "run", "--preset", tmp_path / "preset.json")
+
+
+def test_a_shipped_preset_is_known_by_its_name_and_a_run_is_repeated_from_its_own_record(folder, tmp_path):
+    train("dual", folder, tmp_path / "first", "--preset", "tiny", "--learning_rate", 0.001, "--context_dropout", 0)
+    train("dual", folder, tmp_path / "again", "--preset", tmp_path / "first/configuration.json")
+    assert_equal_weights(weights(tmp_path / "first"), weights(tmp_path / "again"))
+    told = json.loads((tmp_path / "first/configuration.json").read_text())
+    assert told["preset"] == "tiny" and told["training"]["learning_rate"] == 0.001
+    assert str(tmp_path) not in json.dumps(told)  # where a machine keeps its files is not published
+    told.pop("found")
+    assert Configuration.from_json(told).to_json() == told
 
 
 @pytest.mark.parametrize(
@@ -429,17 +569,16 @@ def test_a_process_whose_rows_would_all_lack_context_is_refused(folder, tmp_path
     args = train_dual_rate.parse_args(
         arguments(folder, tmp_path, "--train_batch_size", images, "--context_dropout", dropout, "--seed", 1)
     )
-    accelerator = SimpleNamespace(num_processes=2, gradient_accumulation_steps=1, distributed_type=DistributedType.NO)
     refused = pytest.raises(ValueError, match=f"With {images} images per process and forward pass and context_dropout")
-    with refused if is_refused else pytest.raises(AttributeError):  # what comes next needs more of an Accelerator
-        Run(accelerator, args, training.read_preset(args), torch.nn.Module(), [0])
+    with refused if is_refused else contextlib.nullcontext():
+        assert configure(args, "train_dual_rate").divide_batch(2).recipe.train_batch_size == 2 * images
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_what_no_run_was_made_for_is_refused(kind, folder, tmp_path):
-    args = train_dual_rate.parse_args(arguments(folder, tmp_path))
+    configuration = configure(train_dual_rate.parse_args(arguments(folder, tmp_path)), "train_dual_rate")
     with pytest.raises(ValueError, match="is not supported: choose DDP, or FSDP2"):
-        Run(SimpleNamespace(distributed_type=kind), args, training.read_preset(args), torch.nn.Module(), [0])
+        Run(SimpleNamespace(distributed_type=kind), configuration, torch.nn.Module(), [0])
 
 
 def test_a_run_is_told_by_what_its_networks_were_made_with_and_by_nothing_that_differs_between_processes(
@@ -452,54 +591,50 @@ def test_a_run_is_told_by_what_its_networks_were_made_with_and_by_nothing_that_d
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     options = ["--preset", tmp_path / "preset.json", "--override", "denoiser.level_channels=[64,64]"]
     train("dual", folder, tmp_path / "run", *options, "--max_train_steps", 1)
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    recorded = record["networks"]["denoiser"]
+    recorded = json.loads((tmp_path / "run/configuration.json").read_text())["denoiser"]
     assert recorded["dropout"] == 0.0 and recorded["level_channels"] == [64, 64]
     assert not [name for name in recorded if name.startswith("_")]
-    # Records that were written with it are read, too.
-    recorded |= {"_class_name": "UViTDenoiser", "_use_default_values": ["patch_size", "dropout"]}
-    (tmp_path / "run/run.json").write_text(json.dumps(record))
     resume = ["--max_train_steps", 2, "--resume_from_checkpoint", "latest"]
     assert train("dual", folder, tmp_path / "run", *options, *resume) == 0
 
 
 def test_records_call_a_folder_by_its_name_and_a_data_set_of_the_hub_in_full(folder):
-    for dataset_name, train_data_dir, expected in (
-        ("owner/set", None, "owner/set"),
-        (None, str(folder), folder.name),
-        ("examples/data/emoji32/", None, "emoji32"),
-        (None, None, "none"),
-    ):
-        args = argparse.Namespace(dataset_name=dataset_name, train_data_dir=train_data_dir)
-        assert training.name_data(args) == expected
-
-
-def test_a_preset_without_a_part_is_refused(folder, tmp_path):
-    (tmp_path / "preset.json").write_text('{"denoiser": {}, "scheduler": {}}')
-    args = argparse.Namespace(preset=tmp_path / "preset.json", resolution=None, override=[])
-    with pytest.raises(ValueError, match="lacks context_encoder, training"):
-        training.read_preset(args)
+    assert Data(dataset_name="owner/set").name == "owner/set"
+    assert Data(train_data_dir=f"{folder}/").name == folder.name
+    assert Data(dataset_name="examples/data/emoji32/").name == "emoji32"
+    assert Data().name == "none"
 
 
 def test_a_flag_overrides_the_preset_also_with_zero():
     args = train_dual_rate.parse_args(
-        ["--preset", "examples/presets/tiny.json", "--output_dir", "x", "--context_dropout", "0", "--resolution", "8"]
-        + ["--override", "training.bias=0.5", "denoiser.level_blocks=[2, 2]"]
+        ["--preset", "tiny", "--output_dir", "x", "--context_dropout", "0", "--resolution", "8"]
+        + ["--override", "training.bias=0.5", "denoiser.level_blocks=[2, 2]", "--num_context_steps", "1"]
     )
-    preset = training.read_preset(args)
-    assert preset["training"]["context_dropout"] == 0.0 and preset["training"]["learning_rate"] == 0.003
-    assert preset["training"]["bias"] == 0.5 and preset["denoiser"]["level_blocks"] == [2, 2]
-    assert preset["context_encoder"]["sample_size"] == preset["denoiser"]["sample_size"] == 8
-    assert "image_size" not in preset["scheduler"]
+    configuration = configure(args, "train_dual_rate")
+    networks, recipe = configuration.networks, configuration.recipe
+    assert recipe.context_dropout == 0.0 and recipe.learning_rate == 0.003 and recipe.bias == 0.5
+    assert networks.denoiser["level_blocks"] == [2, 2]
+    assert networks.context_encoder["sample_size"] == networks.denoiser["sample_size"] == 8
+    assert networks.scheduler["image_size"] is None
+    assert (configuration.sampling.num_inference_steps, configuration.sampling.num_context_steps) == (4, 1)
 
 
 def test_the_schedule_is_shifted_for_the_resolution_that_is_trained():
-    flags = ["--preset", "examples/presets/imagenet64.json", "--output_dir", "x", "--resolution", "128"]
-    preset = training.read_preset(train_dual_rate.parse_args(flags))
-    assert preset["scheduler"] == {"image_size": 128, "noise_low": 32, "noise_high": 128}
-    assert preset["context_encoder"]["sample_size"] == preset["denoiser"]["sample_size"] == 128
+    flags = ["--preset", "imagenet64", "--output_dir", "x", "--resolution", "128"]
+    networks = configure(train_dual_rate.parse_args(flags), "train_dual_rate").networks
+    shifted = {"image_size": 128, "noise_low": 32, "noise_high": 128}
+    assert networks.scheduler.items() >= shifted.items()
+    assert networks.context_encoder["sample_size"] == networks.denoiser["sample_size"] == 128
     flags += ["--override", "scheduler.image_size=64"]
-    assert training.read_preset(train_dual_rate.parse_args(flags))["scheduler"]["image_size"] == 64
+    assert configure(train_dual_rate.parse_args(flags), "train_dual_rate").networks.scheduler["image_size"] == 64
+
+
+@pytest.mark.parametrize("name", ["dual", "single"])
+@pytest.mark.parametrize("preset", sorted(path.stem for path in Path("examples/presets").glob("*.json")))
+def test_every_shipped_preset_is_sound(preset, name):
+    module = SCRIPTS[name]
+    configuration = configure(module.parse_args(["--preset", preset, "--output_dir", "x"]), module.__name__)
+    assert Configuration.from_json(configuration.to_json()).to_json() == configuration.to_json()
 
 
 def test_both_networks_learn_through_one_forward(make_networks):
@@ -512,8 +647,7 @@ def test_both_networks_learn_through_one_forward(make_networks):
         x,
         torch.zeros(4, dtype=torch.long),
         draw(0, 0, range(4), x.shape[1:]),
-        log_snr=lambda t: scheduler.log_snr(t * 1000),
-        log_snr_rate=lambda t: scheduler.log_snr_rate(t * 1000),
+        schedule=training.schedule_of(scheduler),
         bias=0.0,
     )
     result.loss.backward()

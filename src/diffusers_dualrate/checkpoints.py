@@ -14,14 +14,12 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 PREFIX = "checkpoint-"
-_RECORD = "run.json"
 _HASHES, _NOTES, _EMA = "hashes.json", "notes.json", "ema.safetensors"
 
 
@@ -74,73 +72,12 @@ def find_newest(output_dir: Path) -> Path | None:
         damage = find_damage(checkpoint)
         if damage is None:
             for bad in found[:i]:
-                _set_aside(bad, "damaged")
+                set_aside(bad, "damaged")
             return checkpoint
         warnings.warn(f"The checkpoint {checkpoint} cannot be read: {damage}.", stacklevel=2)
     if found:
         raise ValueError(f"None of the {len(found)} checkpoints in {output_dir} can be read.")
     return None
-
-
-def claim_folder(
-    accelerator: Accelerator, output_dir: Path, configuration: dict, resume_from_checkpoint: str | None
-) -> Path | None:
-    """Make a folder this run's own and find the checkpoint to go on from, if one is asked for; called by all processes.
-
-    A folder without checkpoint or model holds nothing that could be lost, so a start that failed does not block it.
-
-    Args:
-        accelerator: Its processes agree on the checkpoint.
-        output_dir: The run's folder.
-        configuration: What makes the run this one; JSON.
-        resume_from_checkpoint: A checkpoint's folder, or "latest", or `None`.
-
-    Raises:
-        ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
-            not exist, is damaged or belongs to another run.
-    """
-    configuration, chosen = _read_configuration(json.dumps(configuration)), None
-    if resume_from_checkpoint not in (None, "latest"):
-        chosen = Path(resume_from_checkpoint)
-        if not is_checkpoint(chosen):
-            raise ValueError(f"{chosen} is not a checkpoint of a training run.")
-        if damage := find_damage(chosen):
-            raise ValueError(f"The checkpoint {chosen} cannot be read: {damage}.")
-    holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "model_index.json").exists()
-    if holds_run and not resume_from_checkpoint:
-        raise ValueError(
-            f"{output_dir} already holds a run: give --resume_from_checkpoint latest, or another --output_dir."
-        )
-    if holds_run and chosen is None and not list_checkpoints(output_dir):
-        raise ValueError(
-            f"{output_dir} holds a trained model, but no checkpoint to go on from: give another --output_dir."
-        )
-    for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
-        record = folder / _RECORD
-        known = _read_configuration(record.read_text()) if record.is_file() else {}
-        # Earlier records name no columns.
-        known = {"columns": configuration.get("columns")} | known
-        differing = [key for key in configuration if known.get(key) != configuration[key]]
-        if differing:
-            raise ValueError(
-                f"{folder} belongs to a run with another configuration: {', '.join(differing)} differ, see {record}."
-            )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # A kill while the record is written again must not take the run with it.
-        partial = output_dir / f".{_RECORD}"
-        partial.write_text(json.dumps(configuration, indent=2) + "\n")
-        partial.replace(output_dir / _RECORD)
-        if resume_from_checkpoint == "latest":
-            chosen = find_newest(output_dir)
-        elif chosen is not None:
-            # Else newer ones would count as the newest, and those still to come be removed before them.
-            for newer in list_checkpoints(output_dir):
-                if step_of(newer) > step_of(chosen):
-                    _set_aside(newer, "abandoned")
-        keep_newest(output_dir, None)
-    return broadcast_object_list([chosen])[0]
 
 
 def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, step: int, notes: dict) -> None:
@@ -227,16 +164,11 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _read_configuration(text: str) -> dict:
-    """JSON without what the host notes in its own configurations, in part in an order that differs between processes."""
-    return json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if not k.startswith("_")})
-
-
 def _spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
 
 
-def _set_aside(checkpoint: Path, why: str) -> None:
+def set_aside(checkpoint: Path, why: str) -> None:
     """Renames a checkpoint, so that it no longer counts."""
     other = checkpoint.with_name(f"{why}-{checkpoint.name}")
     shutil.rmtree(other, ignore_errors=True)

@@ -16,9 +16,22 @@ from torch import Tensor
 
 from . import diffusion
 
-Schedule = Callable[[Tensor], Tensor]
+LogSNR = Callable[[Tensor], Tensor]
 Denoise = Callable[[Tensor, Tensor, Tensor | None, object, Tensor | None], Tensor]
 Encode = Callable[[Tensor, Tensor, Tensor | None], object]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise schedule that a loss is taken over.
+
+    Args:
+        log_snr: t [B] → λ_t.
+        log_snr_rate: t [B] → −dλ/dt, positive: the density of noise levels.
+    """
+
+    log_snr: LogSNR
+    log_snr_rate: LogSNR
 
 
 @dataclass(frozen=True)
@@ -67,24 +80,25 @@ def column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def lags(uniforms: Tensor, context_steps: Sequence[int]) -> Tensor:
-    """Lags U(0, 1/K) [B], K being one of `context_steps`, of the numbers in [0, 1) that `window_times` takes."""
+def lags(uniforms: Tensor, context_ages: Sequence[float]) -> Tensor:
+    """Lags U(0, a) [B], a being one of `context_ages`, of the numbers in [0, 1) that `window_times` takes."""
     _, which, lag = uniforms.unbind(1)
-    return lag / torch.tensor(context_steps, device=lag.device)[(which * len(context_steps)).long()]
+    return lag * torch.tensor(context_ages, device=lag.device)[(which * len(context_ages)).long()]
 
 
-def window_times(uniforms: Tensor, context_steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Times (t, τ) as sampling with K refreshes on a uniform grid has them, its offset being random.
+def window_times(uniforms: Tensor, context_ages: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Times (t, τ) of a noisy image and of the older one that its context comes from.
 
-    t is uniform on [0, 1], K one of `context_steps`, and τ = min(1, t + U(0, 1/K)). Near t = 1 the two differ: a
+    t is uniform on [0, 1], the largest age a one of `context_ages`, and τ = min(1, t + U(0, a)). With a = 1/K these are
+    the times of sampling with K refreshes on a uniform grid whose offset is random. Near t = 1 the two differ: a
     sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere.
 
     Args:
-        uniforms: Numbers in [0, 1) [B, 3] for t, K and the lag.
-        context_steps: The set that K is drawn from.
+        uniforms: Numbers in [0, 1) [B, 3] for t, a and the lag.
+        context_ages: The ages that a is drawn from, in shares of the chain; 0 makes τ = t.
     """
     t = uniforms[:, 0]
-    return t, torch.clamp(t + lags(uniforms, context_steps), max=1.0)
+    return t, torch.clamp(t + lags(uniforms, context_ages), max=1.0)
 
 
 def coupled_pair(
@@ -129,7 +143,8 @@ class DenoisingLoss:
     v_loss: Tensor
 
 
-def _drop_labels(class_labels: Tensor | None, draws: Draws, rate: float, null_label: int | None) -> Tensor | None:
+def drop_labels(class_labels: Tensor | None, draws: Draws, rate: float, null_label: int | None) -> Tensor | None:
+    """Turn each label into `null_label`, which stands for no class, with probability `rate`; without classes, `None`."""
     if class_labels is None or null_label is None:
         return class_labels
     return torch.where(draws.uniforms[:, 3] < rate, null_label, class_labels)
@@ -146,13 +161,10 @@ def denoising_loss(
     class_labels: Tensor | None,
     draws: Draws,
     *,
-    log_snr: Schedule,
-    log_snr_rate: Schedule,
+    schedule: Schedule,
     bias: float,
-    context_steps: Sequence[int] = (1,),
+    context_ages: Sequence[float] = (1.0,),
     context_dropout: float = 0.0,
-    label_dropout: float = 0.0,
-    null_label: int | None = None,
     encoder_prediction: Callable[[object], Tensor | None] | None = None,
 ) -> DenoisingLoss:
     """Weighted bound for a denoiser, jointly with its context encoder.
@@ -167,26 +179,22 @@ def denoising_loss(
         x: Clean images [B, C, H, W] in [-1, 1].
         class_labels: [B] integers, or `None`.
         draws: Randomness of the step.
-        log_snr: t [B] → λ_t.
-        log_snr_rate: t [B] → −dλ/dt.
+        schedule: The noise schedule.
         bias: b of the sigmoid weight.
-        context_steps: The K of which each row's window of τ is drawn, all alike; one that is given twice is drawn twice
-            as often. A very large K, such as 10⁶, makes the context fresh (τ ≈ t), as the step of a refresh has it.
+        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them, all alike, and its
+            context is uniformly up to so old. 0 is a fresh context; a value given twice is drawn twice as often.
         context_dropout: Share p of rows that see no context.
-        label_dropout: Probability that a label becomes `null_label`.
-        null_label: The label that stands for no class.
         encoder_prediction: context → x̂, the encoder's own prediction at τ, where it hands one over: it is trained by
             its own denoising loss beside the joint one.
     """
-    t, tau = window_times(draws.uniforms[:, :3], context_steps)
-    lambda_t, lambda_tau = log_snr(t), log_snr(tau)
+    t, tau = window_times(draws.uniforms[:, :3], context_ages)
+    lambda_t, lambda_tau = schedule.log_snr(t), schedule.log_snr(tau)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, column(lambda_t, x), column(lambda_tau, x))
     target = diffusion.v_from_x_eps(x, draws.eps, column(lambda_t, x))
-    class_labels = _drop_labels(class_labels, draws, label_dropout, null_label)
 
     def judge(denoised: Tensor, v: Tensor, log_snr_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         v_loss = _v_loss(denoised, v)
-        return v_loss, sigmoid_weight(log_snr_t, log_snr_rate(times), bias) * v_loss
+        return v_loss, sigmoid_weight(log_snr_t, schedule.log_snr_rate(times), bias) * v_loss
 
     free = len(x) if encode is None else round(context_dropout * len(x))
     if encode is not None and free == 0 < context_dropout:
@@ -217,15 +225,12 @@ def following_loss(
     class_labels: Tensor | None,
     draws: Draws,
     *,
-    log_snr: Schedule,
-    log_snr_rate: Schedule,
+    schedule: Schedule,
     bias: float,
-    context_steps: Sequence[int],
+    context_ages: Sequence[float],
     deterministic: float,
     even_in_log_snr: float,
     encoder_prediction: Callable[[object], Tensor],
-    label_dropout: float = 0.0,
-    null_label: int | None = None,
 ) -> DenoisingLoss:
     """Loss of a denoiser that learns what a trained encoder would predict at z_t, from its context at z_τ.
 
@@ -245,9 +250,8 @@ def following_loss(
     Returns:
         The loss, and as `v_loss` the distance from the encoder's velocity.
     """
-    t, tau = window_times(draws.uniforms[:, :3], context_steps)
-    lambda_t, lambda_tau = log_snr(t), log_snr(tau)
-    class_labels = _drop_labels(class_labels, draws, label_dropout, null_label)
+    t, tau = window_times(draws.uniforms[:, :3], context_ages)
+    lambda_t, lambda_tau = schedule.log_snr(t), schedule.log_snr(tau)
 
     assert even_in_log_snr <= deterministic
 
@@ -255,8 +259,8 @@ def following_loss(
         return torch.arange(len(x), device=x.device) < round(share * len(x))
 
     # The lag as a share of the times there are becomes the same share of the log-SNRs.
-    lowest, highest = log_snr(torch.ones_like(t)), log_snr(torch.zeros_like(t))
-    evenly = (lambda_t - lags(draws.uniforms[:, :3], context_steps) * (highest - lowest)).maximum(lowest)
+    lowest, highest = schedule.log_snr(torch.ones_like(t)), schedule.log_snr(torch.zeros_like(t))
+    evenly = (lambda_t - lags(draws.uniforms[:, :3], context_ages) * (highest - lowest)).maximum(lowest)
     lambda_tau = torch.where(is_in_first(even_in_log_snr), evenly, lambda_tau)
 
     level_t, level_tau = column(lambda_t, x), column(lambda_tau, x)
@@ -271,5 +275,5 @@ def following_loss(
         target = diffusion.v_from_x(z_t, encoder_prediction(encode(z_t, lambda_t, class_labels)), level_t)
     denoised = denoise(z_t, lambda_t, class_labels, context, lambda_tau)
     v_loss = _v_loss(denoised, target)
-    weight = sigmoid_weight(lambda_t, log_snr_rate(t), bias)
+    weight = sigmoid_weight(lambda_t, schedule.log_snr_rate(t), bias)
     return DenoisingLoss(loss=(weight * v_loss).mean(), v_loss=v_loss.detach())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import diffusion, losses
-from .losses import Denoise, Encode, Schedule, column
+from .losses import Denoise, Encode, LogSNR, column
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class StudentSample:
     log_snr_s: Tensor
 
 
-def grid_log_snr(log_snr: Schedule, num_inference_steps: int, like: Tensor) -> Tensor:
+def grid_log_snr(log_snr: LogSNR, num_inference_steps: int, like: Tensor) -> Tensor:
     """Log-SNR [N + 1] at the grid's times t_n = 1 − n/N, data at the end, where and as `like` is."""
     times = 1 - torch.arange(num_inference_steps + 1, dtype=torch.float64) / num_inference_steps
     return log_snr(times).to(like)
@@ -152,7 +152,7 @@ def sample_student(
     class_labels: Tensor | None,
     draws: Draws,
     *,
-    log_snr: Schedule,
+    log_snr: LogSNR,
     num_inference_steps: int,
     num_context_steps: int,
 ) -> StudentSample:
@@ -265,7 +265,7 @@ def grid_denoising_loss(
     class_labels: Tensor | None,
     draws: Draws,
     *,
-    log_snr: Schedule,
+    log_snr: LogSNR,
     num_inference_steps: int,
     num_context_steps: int,
     min_variance: float,

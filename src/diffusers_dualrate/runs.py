@@ -2,7 +2,7 @@
 
 No loop and no mathematics: those are in the examples. A loop uses a run like this:
 
-    run = Run(accelerator, args, preset, networks, images)      # claims the folder; refuses what cannot work
+    run = Run(accelerator, configuration, networks, images)     # claims the folder; refuses what cannot work
     averaged = copy.deepcopy(networks).eval()                   # will hold the EMA weights, for samples and release
     networks, optimizer, lr_scheduler, loader = accelerator.prepare(..., run.make_loader())
     ema = EMAModel(networks.parameters(), decay=...)
@@ -24,14 +24,15 @@ No loop and no mathematics: those are in the examples. A loop uses a run like th
         return run.finish("pair")                               # saves the model; the exit status of the script
 """
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -46,7 +47,6 @@ from tqdm.auto import tqdm
 
 from .batches import DealtBatches, ShuffledIndices
 from .checkpoints import (
-    claim_folder,
     gather,
     keep_newest,
     load_checkpoint,
@@ -55,11 +55,13 @@ from .checkpoints import (
     step_of,
     tell_last_good_state,
 )
+from .claims import Claim
+from .configuration import FILE, Configuration
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages, Stretch
-from .training import name_data, sample_images
+from .training import fingerprint_of, sample_images
 
 LOGGING_STEPS = 50
 
@@ -75,115 +77,97 @@ class Run:
 
     Args:
         accelerator: Accelerate's, made by the script.
-        args: Flags of `training.argument_parser`.
-        preset: What `training.read_preset` read. `train_batch_size` of its recipe is the global batch; it is set here
-            where the flag of that name gives the images per process and forward pass.
+        configuration: What the run was told.
         networks: Module whose children are the networks to train, before `prepare`.
         images: What to train on.
+        models: Trained models that it starts or learns from, by the flags that name them.
 
     Attributes:
+        configuration: What the run was told, with the global batch for these processes.
+        recipe: Its part on how networks are trained.
+        options: Its part on how the run goes.
         step: Steps done.
         is_stopping: Whether all processes agreed to stop after the running step.
 
     Raises:
-        ValueError: If the folder holds another run, or this one and it is not to be resumed; if the checkpoint does
-            not exist, is damaged or belongs to another run; if a count is below 1, or the batch cannot be divided; if
+        ValueError: If the folder holds another run, or this one and it is not to be resumed, or it lives; if the
+            checkpoint does not exist, is damaged or belongs to another run; if the batch cannot be divided; if
             Accelerate was told to run DeepSpeed or Megatron-LM.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        args: argparse.Namespace,
-        preset: dict,
+        configuration: Configuration,
         networks: nn.Module,
         images: LabelledImages | StreamedImages,
+        models: Mapping[str, DualRatePipeline | None] = MappingProxyType({}),
     ):
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             name = accelerator.distributed_type.value
             raise ValueError(
                 f"{name} is not supported: choose DDP, or FSDP2 where the memory of one GPU is not enough."
             )
-        self.accelerator, self.args, self.preset, self.images = accelerator, args, preset, images
-        self.recipe, self.output_dir = preset["training"], Path(args.output_dir)
-        counts = ("gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit", "train_batch_size")
-        for name, count in ((name, getattr(args, name)) for name in counts):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
+        self.accelerator, self.images = accelerator, images
+        self.configuration = configuration.divide_batch(accelerator.num_processes)
+        self.recipe, self.options = self.configuration.recipe, self.configuration.options
+        self.output_dir = Path(self.options.output_dir)
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
-        if args.train_batch_size is not None:
-            self.recipe["train_batch_size"] = args.train_batch_size * self.parts
-        if self.recipe["train_batch_size"] % self.parts:
-            raise ValueError(
-                f"The preset's train_batch_size {self.recipe['train_batch_size']} is not divisible by "
-                f"{accelerator.num_processes} processes times {accelerator.gradient_accumulation_steps} parts of a step."
-            )
-        size, dropped = self.recipe["train_batch_size"], self.recipe.get("context_dropout", 0.0)
-        if accelerator.num_processes > 1 and size - self.parts < round(dropped * size) < size:
-            raise ValueError(
-                f"With {size // self.parts} images per process and forward pass and context_dropout {dropped} some would "
-                "see no context at all: give each process more images."
-            )
         self._count = None if isinstance(images, StreamedImages) else len(images)
-        self.checkpoint = self._claim_folder(networks)
+        models = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
+        self._claim = Claim(accelerator, self.output_dir, self._record(models), self.options.resume_from_checkpoint)
+        self.checkpoint = self._claim.checkpoint
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         # How far a stream has been read; other sets need no memory of it.
         self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
-        self._num_corrupt = 0
+        self._num_corrupt, self._seconds_in_all = 0, 0.0
         self.is_stopping, self._signal, self._noted = False, None, {}
-        if args.push_to_hub and accelerator.is_main_process:
+        if self.options.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
-            self._repo_id = create_repo(args.hub_model_id or self.output_dir.resolve().name, exist_ok=True).repo_id
+            name = self.options.hub_model_id or self.output_dir.resolve().name
+            self._repo_id = create_repo(name, exist_ok=True).repo_id
 
-    def _claim_folder(self, networks):
-        """Checks that the output folder is free or holds this run; returns the checkpoint to resume from, if any."""
-        args = self.args
-        configuration = {
-            "networks": {name: dict(network.config) for name, network in networks.named_children()},
-            "scheduler": self.preset["scheduler"],
-            # How long a run is may change while it goes on.
-            "training": {key: value for key, value in self.recipe.items() if key != "max_train_steps"},
-            "gradient_accumulation_steps": self.accelerator.gradient_accumulation_steps,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "data": args.dataset_name or args.train_data_dir,
-            "data_config": args.dataset_config_name,
-            "columns": [args.image_column, args.label_column],
-            "shuffle_buffer": args.shuffle_buffer if args.streaming else None,
-            "images": self._count,
-            "seed": args.seed,
+    def _record(self, models):
+        """What configuration.json holds: what the run was told, and what it found at the start."""
+        precision = dataclasses.replace(self.options, mixed_precision=self.accelerator.mixed_precision)
+        told = dataclasses.replace(self.configuration, options=precision).to_json()
+        names = self.images.id2label
+        found = {
+            "classes": None if names is None else [names[i] for i in sorted(names)],
+            "count": self._count,
+            "fingerprint": self.images.fingerprint,
         }
-        return claim_folder(self.accelerator, self.output_dir, configuration, args.resume_from_checkpoint)
+        return told | {"found": {"images": found, "models": models}}
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
-        size, steps, workers = (
-            self.recipe["train_batch_size"],
-            self.recipe["max_train_steps"],
-            self.args.dataloader_num_workers,
-        )
+        size, steps = self.recipe.train_batch_size, self.recipe.num_steps
+        workers = self.configuration.data.dataloader_num_workers
         if isinstance(self.images, StreamedImages):
-            if workers > 1:
-                raise ValueError(f"A stream is read by one worker at most, not by {workers}.")
             stretch = Stretch(self.images, self._position, max(0, steps - self.step), size, self.parts)
             return DataLoader(
                 stretch, size // self.parts, num_workers=workers, drop_last=True, worker_init_fn=_leave_signals
             )
-        order = ShuffledIndices(len(self.images), self.args.seed, self.step * size, steps * size)
+        order = ShuffledIndices(len(self.images), self.options.seed, self.step * size, steps * size)
         batches = DealtBatches(order, size // self.parts, self.parts)
         return DataLoader(self.images, batch_sampler=batches, num_workers=workers, worker_init_fn=_leave_signals)
 
     def load(self, ema: EMAModel) -> None:
         """Restore what `prepare` returned and the EMA weights from the checkpoint, if there is one to resume from."""
         if self.checkpoint is not None:
-            load_checkpoint(self.accelerator, ema, self.checkpoint)
+            try:
+                load_checkpoint(self.accelerator, ema, self.checkpoint)
+            except ValueError:
+                self._claim.release()
+                raise
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            keep_newest(self.output_dir, self.args.checkpoints_total_limit)
+            keep_newest(self.output_dir, self.options.checkpoints_total_limit)
 
     def rows(self, part: int) -> range:
         """Numbers in the global batch of the rows that this process holds in a part of a step."""
         first = part * self.accelerator.num_processes + self.accelerator.process_index
-        return range(first, self.recipe["train_batch_size"], self.parts)
+        return range(first, self.recipe.train_batch_size, self.parts)
 
     def share_of_first(self, part: int, share: float) -> float:
         """Share of the rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
@@ -193,7 +177,7 @@ class Run:
         Raises:
             ValueError: If a share above 0 comes to no row.
         """
-        size, rows = self.recipe["train_batch_size"], self.rows(part)
+        size, rows = self.recipe.train_batch_size, self.rows(part)
         first = round(share * size)
         if first == 0 < share:
             raise ValueError(f"A share of {share} of {size} images is none: use larger batches, or 0.")
@@ -215,7 +199,7 @@ class Run:
         self._seconds, self._started, self._logged_step = 0.0, time.perf_counter(), self.step
         self._progress = tqdm(
             initial=self.step,
-            total=self.recipe["max_train_steps"],
+            total=self.recipe.num_steps,
             disable=not self.accelerator.is_local_main_process,
             unit="step",
         )
@@ -235,17 +219,20 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._progress.close()
+            self._claim.release()
         self.accelerator.end_training()
 
     def _ask_to_stop(self, number, frame):
         self._signal = number
 
     def _announce(self):
-        accelerator, images, size = self.accelerator, self.images, self.recipe["train_batch_size"]
-        if self.args.report_to:
-            flags = {k: v for k, v in vars(self.args).items() if isinstance(v, (bool, int, float, str))}
+        accelerator, images, size = self.accelerator, self.images, self.recipe.train_batch_size
+        recipe = dataclasses.asdict(self.recipe)
+        if self.options.report_to:
+            flags = recipe | dataclasses.asdict(self.configuration.data) | dataclasses.asdict(self.options)
+            flags = {name: value for name, value in flags.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-dualrate", config=flags)
-        accelerator.print(json.dumps(self.recipe, indent=2))
+        accelerator.print(json.dumps(recipe, indent=2))
         for name, network in self.averaged.named_children():
             flops = network_flops(network)
             if name == "denoiser" and network.config.context_channels is not None:
@@ -257,14 +244,12 @@ class Run:
             flops = training_flops(
                 self.averaged.denoiser,
                 self.averaged.context_encoder,
-                context_dropout=self.recipe.get("context_dropout", 0.0),
-                frozen=bool(self.recipe.get("freeze_encoder")),
-                followed=bool(self.recipe.get("follow_encoder")),
+                **self.recipe.encoder_costs,
             )
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(
             f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
-            f"{self.recipe['max_train_steps']:,} of {size:,} images on {accelerator.num_processes} processes"
+            f"{self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
@@ -307,24 +292,26 @@ class Run:
         Args:
             scalars: Numbers to log as they are, such as the learning rate.
         """
-        self._seconds += time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self._started
+        self._seconds += elapsed
+        self._seconds_in_all += elapsed
         self.step += 1
         self._progress.update()
-        is_last = self.is_stopping or self.step == self.recipe["max_train_steps"]
+        is_last = self.is_stopping or self.step == self.recipe.num_steps
         if is_last or self.step % LOGGING_STEPS == 0:
             self._log(scalars)
-        if is_last or self.step % self.args.checkpointing_steps == 0:
+        if is_last or self.step % self.options.checkpointing_steps == 0:
             save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
-                keep_newest(self.output_dir, self.args.checkpoints_total_limit)
-        if self.args.validation_steps and self.step % self.args.validation_steps == 0:
+                keep_newest(self.output_dir, self.options.checkpoints_total_limit)
+        if self.options.validation_steps and self.step % self.options.validation_steps == 0:
             self._draw()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
         means = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
         means = dict(zip(self._noted, self.accelerator.reduce(means, "mean").tolist(), strict=True))
-        seen = self.recipe["train_batch_size"]
+        seen = self.recipe.train_batch_size
         speed = (self.step - self._logged_step) * seen / self._seconds
         self.accelerator.log(
             means | scalars | {"images_per_second": speed, "images_seen": self.step * seen}, step=self.step
@@ -371,7 +358,7 @@ class Run:
         Returns:
             The exit status of the script: 0, or for a stopped run 128 and the signal's number, as a shell has it.
         """
-        if self.step < self.recipe["max_train_steps"]:
+        if self.step < self.recipe.num_steps:
             self.accelerator.print(
                 f"Stopped at step {self.step} by a signal: --resume_from_checkpoint latest goes on from there."
             )
@@ -381,18 +368,15 @@ class Run:
         if self.accelerator.is_main_process:
             self.pipeline.save_pretrained(self.output_dir)
             record = {
-                "preset": Path(self.args.preset).stem,
                 "network": network,
-                "data": name_data(self.args),
-                "images_seen": self.step * self.recipe["train_batch_size"],
+                "images_seen": self.step * self.recipe.train_batch_size,
                 "corrupt_images": num_corrupt,
-                "seed": self.args.seed,
-                "recipe": self.recipe,
+                "seconds": round(self._seconds_in_all, 1),
             }
             (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-            if self.args.push_to_hub:
+            if self.options.push_to_hub:
                 self.pipeline.push_to_hub(self._repo_id)
-                more = ["training.json", "samples/*"]
+                more = [FILE, "training.json", "samples/*"]
                 upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
         if num_corrupt:
             self.accelerator.print(f"{num_corrupt} corrupt images were left out.")

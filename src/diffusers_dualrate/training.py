@@ -1,22 +1,25 @@
-"""What the training examples share before and beside a run: flags, preset, data, networks as one module, optimiser, samples.
+"""What the training examples share before and beside a run: data, networks as one module, optimiser, samples.
 
 No loop and no mathematics: those are in the examples and in `losses.py`. The run itself is in `runs.py`.
 """
 
-import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
 
 from .augmentation import Augmentation
+from .configuration import Configuration, Data, Options
 from .data import LabelledImages, load_images
-from .letters import LETTERS, Letters
+from .losses import Schedule
 from .pipeline import DualRatePipeline
+from .recipes import Recipe, SingleRateRecipe
+from .scheduler import DualRateScheduler
 from .streams import StreamedImages
 
 
@@ -30,6 +33,11 @@ class TrainablePair(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.context_encoder = context_encoder
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute features twice, in every network, to save memory."""
+        for network in self.children():
+            network.enable_gradient_checkpointing()
 
     def forward(self, loss_function: Callable, *args, **kwargs):
         """Call `loss_function(denoise, encode, ...)` with the networks as the callables that losses take."""
@@ -45,144 +53,62 @@ class TrainablePair(nn.Module):
         return self.denoiser(z, log_snr, class_labels, context, context_log_snr).sample
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """Flags of every training example, with the names that diffusers' own examples use.
-
-    A flag that is also a key of the preset's recipe has no default here: given, it overrides the preset.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--preset", required=True, help="JSON file with networks, scheduler and training recipe.")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset_name", help="Data set on the Hub or in a local folder, read with `datasets`; or letters, or digits."
+def make_accelerator(options: Options, **kwargs) -> Accelerator:
+    """Accelerate's object as a run wants it."""
+    return Accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        mixed_precision=options.mixed_precision,
+        log_with=options.report_to,
+        project_dir=options.output_dir,
+        step_scheduler_with_optimizer=False,  # else the schedule would depend on the number of processes
+        **kwargs,
     )
-    data.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
-    data.add_argument("--label_column", help="Column of classes; none trains an unconditional model.")
-    data.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
-    data.add_argument("--streaming", action="store_true", help="Read rows as they are needed, downloading nothing.")
-    data.add_argument("--shuffle_buffer", type=int, default=10_000, help="Rows of a stream shuffled at a time.")
-    data.add_argument("--resolution", type=int, help="Side of the training images; default: the preset's.")
-    data.add_argument(
-        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
-    )
-    data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", required=True)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or 'latest'.")
-    run.add_argument("--checkpointing_steps", type=int, default=1000)
-    run.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest this many.")
-    run.add_argument("--validation_steps", type=int, default=1000, help="Steps between sample grids; 0 for none.")
-    run.add_argument("--report_to", help="A tracker of Accelerate's, such as tensorboard, or 'all'.")
-    run.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
-    run.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    run.add_argument("--gradient_checkpointing", action="store_true")
-    run.add_argument("--push_to_hub", action="store_true", help="Publish the trained model.")
-    run.add_argument("--hub_model_id", help="Repository to publish in; default: the name of the output folder.")
-    recipe = parser.add_argument_group("recipe", "Overrides of the preset's values.")
-    recipe.add_argument(
-        "--train_batch_size",
-        type=int,
-        help="Images per process and forward pass; default: the preset's global batch, divided.",
-    )
-    recipe.add_argument("--max_train_steps", type=int)
-    recipe.add_argument("--learning_rate", type=float)
-    recipe.add_argument("--lr_scheduler")
-    recipe.add_argument("--lr_warmup_steps", type=int)
-    recipe.add_argument("--max_grad_norm", type=float)
-    recipe.add_argument("--ema_decay", type=float)
-    recipe.add_argument(
-        "--override",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Any other value of the preset, as JSON: training.bias=0.5 denoiser.level_blocks=[1,1].",
-    )
-    return parser
 
 
-def read_preset(args: argparse.Namespace, recipe_name: str = "training") -> dict:
-    """Read the preset, with the flags that override its values put in.
+def open_images(
+    data: Data,
+    resolution: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+    split: str = "train",
+) -> LabelledImages | StreamedImages:
+    """Open the images that flags name.
 
     Args:
-        args: Flags of `argument_parser`.
-        recipe_name: Which of the preset's recipes is followed; it becomes the result's `training`.
+        data: Which images, and how they are read.
+        resolution: Side or (height, width) in pixels.
+        channels: 3 for colour, 1 for grey.
+        augmentation: What may happen to them.
+        seed: Seed of the augmentation and of a stream's shuffle.
+        split: Which part of the data set.
 
     Raises:
-        ValueError: If it lacks a part, or an override names nothing in it or is no JSON.
+        ValueError: If there are none, or they are not as the flags say.
     """
-    preset = json.loads(Path(args.preset).read_text())
-    missing = {"context_encoder", "denoiser", "scheduler", recipe_name} - preset.keys()
-    if missing:
-        raise ValueError(f"The preset {args.preset} lacks {', '.join(sorted(missing))}.")
-    recipe = preset["training"] = preset[recipe_name]
-    if args.resolution is not None:  # first, since an override names one value
-        for network in ("context_encoder", "denoiser"):
-            preset[network]["sample_size"] = args.resolution
-        size = preset["scheduler"].get(
-            "image_size"
-        )  # the schedule is shifted for it, at the data's end mostly not at all
-        for name in ("image_size", "noise_high"):
-            if size is not None and preset["scheduler"].get(name) == size:
-                preset["scheduler"][name] = args.resolution
-    for override in args.override:
-        key, _, value = override.partition("=")
-        part, _, name = key.partition(".")
-        if name not in preset.get(part, {}):
-            raise ValueError(f"The override {override!r} names no value of the preset {args.preset}.")
-        try:
-            preset[part][name] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"The value of the override {override!r} is no JSON: {error}.") from error
-    # The batch is the global one in the preset and a part of it in the flag: the run multiplies.
-    recipe |= {
-        key: value
-        for key, value in vars(args).items()
-        if key in recipe and value is not None and key != "train_batch_size"
-    }
-    return preset
-
-
-def name_data(args: argparse.Namespace) -> str:
-    """What records call the data: a folder by its own name, a data set of the Hub in full."""
-    name = args.dataset_name or args.train_data_dir or "none"
-    return Path(name).name if Path(name).exists() else name
-
-
-def open_images(args: argparse.Namespace, preset: dict) -> LabelledImages | StreamedImages | Letters:
-    """Open the data set that the arguments name, augmented as the preset says; letters are rendered, not read."""
-    if args.dataset_name == "letters":
-        if args.streaming or args.num_classes not in (None, len(LETTERS)):
-            raise ValueError(
-                "The letters are rendered, of 26 classes: they take neither --streaming nor --num_classes."
-            )
-        size, channels = preset["denoiser"]["sample_size"], preset["denoiser"]["in_channels"]
-        return Letters(size, label_column=args.label_column, channels=channels, seed=args.seed)
     dataset = load_images(
-        args.dataset_name,
-        args.train_data_dir,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        config_name=args.dataset_config_name,
-        streaming=args.streaming,
-        cache_dir=args.cache_dir,
+        data.dataset_name,
+        data.train_data_dir,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split=split,
+        config_name=data.dataset_config_name,
+        streaming=data.streaming,
+        cache_dir=data.cache_dir,
     )
-    options = {
-        "image_column": args.image_column,
-        "label_column": args.label_column,
-        "num_classes": args.num_classes,
-        "augmentation": Augmentation(**preset["training"]["augmentation"]),
-        "channels": preset["denoiser"]["in_channels"],
-        "seed": args.seed,
-        "on_corrupt": args.on_corrupt,
-    }
-    if args.streaming:
-        options["buffer_size"] = args.shuffle_buffer
-    return (StreamedImages if args.streaming else LabelledImages)(
-        dataset, preset["denoiser"]["sample_size"], **options
+    options = {"buffer_size": data.shuffle_buffer} if data.streaming else {}
+    return (StreamedImages if data.streaming else LabelledImages)(
+        dataset,
+        resolution,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        num_classes=data.num_classes,
+        augmentation=augmentation,
+        channels=channels,
+        seed=seed,
+        on_corrupt=data.on_corrupt,
+        **options,
     )
 
 
@@ -200,28 +126,26 @@ def check_classes(name: str, pipe: DualRatePipeline, images) -> None:
         raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
 
 
-def start_from(args: argparse.Namespace, images) -> DualRatePipeline | None:
-    """The trained model that `--pretrained_model_name_or_path` names, in float32, or `None`.
+def open_start(name: str | None, images) -> DualRatePipeline | None:
+    """The trained model that a training starts from, in float32, or `None` where none is named.
 
     Raises:
         ValueError: If it has other classes or another size than the images.
     """
-    if args.pretrained_model_name_or_path is None:
+    if name is None:
         return None
-    pipeline = DualRatePipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    pipeline = DualRatePipeline.from_pretrained(name, dtype=torch.float32)
     config = pipeline.denoiser.config
     size = config.sample_size if isinstance(config.sample_size, int) else tuple(config.sample_size)
     size = (size, size) if isinstance(size, int) else size
-    for name, theirs, ours in (
+    for key, theirs, ours in (
         ("num_classes", config.num_classes, images.num_classes),
         ("sample_size", size, (images.height, images.width)),
         ("in_channels", config.in_channels, images.channels),
     ):
         if theirs != ours:
-            raise ValueError(
-                f"{args.pretrained_model_name_or_path} does not fit the images: {name} is {theirs} there and {ours} here."
-            )
-    check_classes(args.pretrained_model_name_or_path, pipeline, images)
+            raise ValueError(f"{name} does not fit the images: {key} is {theirs} there and {ours} here.")
+    check_classes(name, pipeline, images)
     return pipeline
 
 
@@ -242,24 +166,53 @@ def take_over(name: str, planned: nn.Module, trained: nn.Module) -> None:
     planned.load_state_dict(trained.state_dict())
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], recipe: dict) -> torch.optim.AdamW:
+def fingerprint_of(model: DualRatePipeline) -> str:
+    """A short digest of a model's weights, the same wherever it lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for network in filter(None, (model.context_encoder, model.denoiser)):
+        for name, weight in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def make_scheduler(configuration: Configuration) -> DualRateScheduler:
+    """The scheduler that a trained model is saved with."""
+    return DualRateScheduler(**configuration.networks.scheduler, second_order=configuration.sampling.second_order)
+
+
+def schedule_of(scheduler: DualRateScheduler) -> Schedule:
+    """The noise schedule as a function of time in [0, 1], as losses take it."""
+
+    def log_snr(t: Tensor) -> Tensor:
+        return scheduler.log_snr(t * scheduler.config.num_train_timesteps)
+
+    def log_snr_rate(t: Tensor) -> Tensor:
+        return scheduler.log_snr_rate(t * scheduler.config.num_train_timesteps)
+
+    return Schedule(log_snr, log_snr_rate)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW as a recipe has it."""
     return torch.optim.AdamW(
         parameters,
-        lr=recipe["learning_rate"],
-        betas=(recipe["adam_beta1"], recipe["adam_beta2"]),
-        eps=recipe.get("adam_epsilon", 1e-8),
-        weight_decay=recipe["adam_weight_decay"],
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        weight_decay=recipe.adam_weight_decay,
     )
 
 
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, recipe: dict) -> torch.optim.lr_scheduler.LRScheduler:
+def make_lr_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: SingleRateRecipe
+) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate's course over all steps of a recipe."""
     return get_scheduler(
-        recipe["lr_scheduler"],
+        recipe.lr_scheduler,
         optimizer,
-        num_warmup_steps=recipe["lr_warmup_steps"],
-        num_training_steps=recipe["max_train_steps"],
+        num_warmup_steps=recipe.lr_warmup_steps,
+        num_training_steps=recipe.max_train_steps,
     )
 
 

@@ -1,0 +1,226 @@
+"""The flags of the training examples, and how preset, overrides and flags become one `Configuration`.
+
+Flags have the names that diffusers' own examples use. One that is also a value of the preset has no default here: given,
+it overrides the preset.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from .configuration import Configuration, Data, Networks, Options, Sampling, Start
+from .ranges import check_choice, check_integer
+from .recipes import LR_SCHEDULERS, RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
+from .records import build, read_json
+
+_SECTIONS = ("context_encoder", "denoiser", "scheduler", "training", "sampling", "distillation")
+_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "found")
+
+
+def argument_parser(description: str, *, presets: Path) -> argparse.ArgumentParser:
+    """Flags of every training example.
+
+    Args:
+        description: What the example does.
+        presets: Folder of the presets that may be named without path and ending.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.set_defaults(presets=presets)
+    parser.add_argument(
+        "--preset",
+        required=True,
+        help="Networks, scheduler and recipe: a JSON file, also a run's configuration.json, or one of "
+        f"{', '.join(sorted(path.stem for path in presets.glob('*.json')))}.",
+    )
+    add_data_flags(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", required=True, help="Folder of this run alone, and of the model that it leaves.")
+    run.add_argument("--seed", type=int, default=0, help="Seed of weights, order, noise and augmentation.")
+    run.add_argument(
+        "--resume_from_checkpoint", help="'latest', or a checkpoint's name in the output folder, or its path."
+    )
+    run.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between checkpoints.")
+    run.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest this many.")
+    run.add_argument("--validation_steps", type=int, default=1000, help="Steps between sample grids; 0 for none.")
+    run.add_argument("--report_to", help="A tracker of Accelerate's, such as tensorboard, or 'all'.")
+    run.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: Accelerate's setting.")
+    run.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Parts that a step's batch is cut into."
+    )
+    run.add_argument("--gradient_checkpointing", action="store_true", help="Compute features twice, to save memory.")
+    run.add_argument("--push_to_hub", action="store_true", help="Publish the trained model.")
+    run.add_argument("--hub_model_id", help="Repository to publish in; default: the name of the output folder.")
+    recipe = parser.add_argument_group("recipe", "Overrides of the preset's values.")
+    recipe.add_argument(
+        "--train_batch_size",
+        type=int,
+        help="Images per process and forward pass; default: the preset's global batch, divided.",
+    )
+    recipe.add_argument("--max_train_steps", type=int, help="Number of steps.")
+    recipe.add_argument("--learning_rate", type=float, help="Peak learning rate of AdamW.")
+    recipe.add_argument("--lr_scheduler", help=f"Its course: {', '.join(LR_SCHEDULERS)}.")
+    recipe.add_argument("--lr_warmup_steps", type=int, help="Steps in which it rises.")
+    recipe.add_argument("--max_grad_norm", type=float, help="Longer gradients are shortened to this norm.")
+    recipe.add_argument("--ema_decay", type=float, help="Decay of the averaged weights, which are saved.")
+    recipe.add_argument(
+        "--override",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Any other value of the preset, as JSON: training.bias=0.5 denoiser.level_blocks=[1,1].",
+    )
+    sampling = parser.add_argument_group("sampling", "How the model samples by default, saved with it.")
+    sampling.add_argument("--num_inference_steps", type=int, help="N, the number of steps.")
+    sampling.add_argument("--num_context_steps", type=int, help="K, how many of them refresh the context.")
+    sampling.add_argument("--guidance_scale", type=float, help="Scale of classifier-free guidance; 1 is none.")
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which images are read, and how."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset_name", help="Data set on the Hub or in a local folder, read with `datasets`; or digits."
+    )
+    data.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
+    data.add_argument("--image_column", default="image", help="Column of the images.")
+    data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
+    data.add_argument(
+        "--label_column", help="Column of classes, 'label' for sub-folders; without it classes are not learned."
+    )
+    data.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
+    data.add_argument("--streaming", action="store_true", help="Read rows as they are needed, downloading nothing.")
+    data.add_argument("--shuffle_buffer", type=int, default=10_000, help="Rows of a stream shuffled at a time.")
+    data.add_argument("--resolution", type=int, help="Side of the training images; default: the preset's.")
+    data.add_argument(
+        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
+    )
+    data.add_argument(
+        "--max_image_pixels", type=int, default=Data.max_image_pixels, help="A larger image counts as unreadable."
+    )
+    data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images ahead.")
+
+
+def configure(args: argparse.Namespace, script: str) -> Configuration:
+    """All that a run is told, checked as a whole before anything is made.
+
+    Args:
+        args: Flags of `argument_parser`, and those that the script has beside them.
+        script: Name of the script, a key of `RECIPES`.
+
+    Raises:
+        ValueError: If the preset lacks a part, an override names nothing in it, or a value is out of its range.
+    """
+    kind, path = RECIPES[script], find_preset(args.preset, args.presets)
+    sections = read_preset(path, (*_SECTIONS[:3], kind.section))
+    if args.resolution is not None:  # first, since an override names one value
+        resize(sections, check_integer("resolution", args.resolution, least=1))
+    for override in args.override:
+        apply_override(sections, override, path)
+    recipe, sampling = sections[kind.section], sections.get("sampling", {})
+    if kind is SingleRateRecipe:  # a preset's recipe is that of a pair
+        recipe = {name: value for name, value in recipe.items() if name not in _fields(PairRecipe) - _fields(kind)}
+        sampling = sampling | {"num_context_steps": None}
+        if args.num_context_steps is not None:
+            raise ValueError(f"--num_context_steps {args.num_context_steps} is for a pair: this is one network.")
+    recipe = recipe | given(args, _fields(kind) - {"train_batch_size"})
+    if kind is not DistillationRecipe:  # a student samples as it was distilled
+        sampling = sampling | given(args, _fields(Sampling))
+    if args.report_to not in (None, "all"):
+        check_tracker(args.report_to)
+    return Configuration(
+        script=script,
+        preset=path.stem,
+        overrides=tuple(args.override),
+        networks=build(Networks, str(path), {name: sections[name] for name in _SECTIONS[:3]}),
+        recipe=build(kind, f"{kind.section} of {path}", recipe),
+        sampling=build(Sampling, f"sampling of {path}", sampling),
+        start=Start(**select(args, Start)),
+        data=Data(**select(args, Data)),
+        options=Options(**select(args, Options), images_per_process=args.train_batch_size),
+    )
+
+
+def given(args: argparse.Namespace, names: set[str]) -> dict:
+    """Flags of these names that were given."""
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+
+
+def _fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def select(args: argparse.Namespace, cls: type) -> dict:
+    """Flags that are fields of a dataclass."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(cls) if hasattr(args, field.name)}
+
+
+def find_preset(name: str | Path, presets: Path) -> Path:
+    """The file that `--preset` means: a path, or the name of a shipped preset.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    shipped = presets / f"{name}.json"
+    if not Path(name).is_file() and Path(name).name == str(name) and shipped.is_file():
+        return shipped
+    if not Path(name).is_file():
+        names = ", ".join(sorted(path.stem for path in presets.glob("*.json")))
+        raise ValueError(f"--preset {str(name)!r} is neither a file nor one of {names}.")
+    return Path(name)
+
+
+def read_preset(path: Path, needed: tuple[str, ...]) -> dict:
+    """The sections of a preset, or of a run's configuration.json.
+
+    Raises:
+        ValueError: If a needed section is missing, or there is an unknown one.
+    """
+    sections = read_json(path)
+    if missing := sorted(set(needed) - sections.keys()):
+        raise ValueError(f"The preset {path} lacks {', '.join(missing)}.")
+    if unknown := sorted(sections.keys() - {*_SECTIONS, *_OF_A_RUN}):
+        raise ValueError(f"The preset {path} has an unknown part {unknown[0]!r}; it may have {', '.join(_SECTIONS)}.")
+    for name in set(_SECTIONS) & sections.keys():
+        if not isinstance(sections[name], dict):
+            raise ValueError(f"{name} of {path} must be an object of names and values, got {sections[name]!r}.")
+    return {name: sections[name] for name in _SECTIONS if name in sections}
+
+
+def resize(sections: dict, side: int) -> None:
+    """Change a preset to images of another side, with the schedule shifted for it where it was for the preset's own."""
+    for network in ("context_encoder", "denoiser"):
+        sections[network]["sample_size"] = side
+    scheduler, size = sections["scheduler"], sections["scheduler"].get("image_size")
+    for name in ("image_size", "noise_high"):
+        if size is not None and scheduler.get(name) == size:
+            scheduler[name] = side
+
+
+def apply_override(sections: dict, override: str, path: Path) -> None:
+    """Put one `section.name=value` into a preset.
+
+    Raises:
+        ValueError: If it names no value of the preset, or the value is no JSON.
+    """
+    key, _, value = override.partition("=")
+    part, _, name = key.partition(".")
+    if name not in sections.get(part, {}):
+        raise ValueError(f"The override {override!r} names no value of the preset {path}.")
+    try:
+        sections[part][name] = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The value of the override {override!r} is no JSON: {error}.") from error
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that Accelerate does not know, or that is not installed: a run would go on without it."""
+    check_choice("report_to", name, ("all", *sorted(LOGGER_TYPE_TO_CLASS)))
+    if name not in [kind.value for kind in get_available_trackers()]:
+        raise ValueError(f"The tracker {name!r} is not installed: pip install {name}, or leave --report_to out.")

@@ -1,0 +1,281 @@
+"""What a run is: networks, recipe, sampling, data and options, checked as a whole before anything is touched.
+
+A `Configuration` is made once, of a preset, overrides and flags (`arguments.py`). It is written beside the model as
+configuration.json, and whatever comes later reads it there: going on, evaluation, card. Its sections are those of a
+preset, so a run can be repeated by `--preset configuration.json`. What happened in a run is another record, training.json.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from .models import UViTContextEncoder, UViTDenoiser
+from .pipeline import DualRatePipeline
+from .ranges import check_boolean, check_integer, check_number
+from .recipes import RECIPES, Recipe
+from .records import build, fill_in
+from .scheduler import DualRateScheduler
+
+FILE = "configuration.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a model samples unless it is told otherwise: saved with it.
+
+    Args:
+        num_inference_steps: N.
+        num_context_steps: K, of a pair.
+        guidance_scale: Scale of classifier-free guidance, where there are classes; 1 is none.
+        second_order: Whether the steps are those of the stochastic DPM-Solver++(2M).
+    """
+
+    num_inference_steps: int = 64
+    num_context_steps: int | None = None
+    guidance_scale: float = 1.0
+    second_order: bool = False
+
+    def __post_init__(self):
+        check_integer("num_inference_steps", self.num_inference_steps, least=1)
+        if self.num_context_steps is not None:
+            check_integer("num_context_steps", self.num_context_steps, least=1, most=self.num_inference_steps)
+        check_number("guidance_scale", self.guidance_scale, least=1)
+        check_boolean("second_order", self.second_order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """Arguments of both networks and of the scheduler, each with every default filled in.
+
+    Args:
+        context_encoder: Of [`UViTContextEncoder`], also the shape of the heavy network alone.
+        denoiser: Of [`UViTDenoiser`], also the shape of the light network alone.
+        scheduler: Of [`DualRateScheduler`].
+    """
+
+    context_encoder: dict
+    denoiser: dict
+    scheduler: dict
+
+    def __post_init__(self):
+        for name, cls in (
+            ("context_encoder", UViTContextEncoder),
+            ("denoiser", UViTDenoiser),
+            ("scheduler", DualRateScheduler),
+        ):
+            object.__setattr__(self, name, fill_in(cls, name, getattr(self, name)))
+        if self.scheduler.pop("second_order"):
+            raise ValueError("second_order of the scheduler belongs to the part sampling: the training is the same.")
+        for key in ("sample_size", "in_channels"):
+            ours, theirs = self.denoiser[key], self.context_encoder[key]
+            if ours != theirs:
+                raise ValueError(f"{key} must be the same in both networks, got {theirs!r} and {ours!r}.")
+        with torch.device("meta"):  # what a network refuses is refused now, and nothing is allocated
+            UViTContextEncoder(**self.context_encoder)
+            UViTDenoiser(**self.denoiser)
+        DualRateScheduler(**self.scheduler)
+
+    def check_pair(self) -> None:
+        """Refuse networks that do not fit each other."""
+        with torch.device("meta"):
+            encoder, denoiser = UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
+        DualRatePipeline(denoiser, DualRateScheduler(**self.scheduler), encoder)
+
+    def with_classes(self, num_classes: int | None) -> Self:
+        """The same for another number of classes."""
+        changed = ({**network, "num_classes": num_classes} for network in (self.context_encoder, self.denoiser))
+        return Networks(**dict(zip(("context_encoder", "denoiser"), changed, strict=True)), scheduler=self.scheduler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Which network is trained, and the models that a training starts from or learns from.
+
+    Args:
+        network: "heavy" or "light", where one network is trained alone.
+        pretrained_model_name_or_path: Model that a training starts from.
+        teacher: Single-rate model that is distilled.
+        student: Model that a distillation starts from.
+    """
+
+    network: str | None = None
+    pretrained_model_name_or_path: str | None = None
+    teacher: str | None = None
+    student: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What images a run learns from, and how they are read. The flags of the same names explain each.
+
+    Raises:
+        ValueError: If a value is out of its range, or has no effect beside the others.
+    """
+
+    dataset_name: str | None = None
+    train_data_dir: str | None = None
+    image_column: str = "image"
+    dataset_config_name: str | None = None
+    label_column: str | None = None
+    num_classes: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+    on_corrupt: str = "raise"
+    max_image_pixels: int = 128_000_000
+    cache_dir: str | None = None
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self):
+        check_integer("shuffle_buffer", self.shuffle_buffer, least=1)
+        check_integer("max_image_pixels", self.max_image_pixels, least=1)
+        check_integer("dataloader_num_workers", self.dataloader_num_workers, least=0)
+        if self.num_classes is not None:
+            check_integer("num_classes", self.num_classes, least=1)
+            if self.label_column is None:
+                raise ValueError(f"--num_classes {self.num_classes} needs --label_column, which names the classes.")
+        if self.streaming and self.dataloader_num_workers > 1:
+            raise ValueError(f"A stream is read by one worker at most, not by {self.dataloader_num_workers}.")
+
+    @property
+    def name(self) -> str:
+        """What records call the data: a folder by its own name, a data set of the Hub in full."""
+        name = self.dataset_name or self.train_data_dir or "none"
+        return Path(name).resolve().name if Path(name).exists() else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run goes, whatever it learns. The flags of the same names explain each.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    output_dir: str
+    seed: int = 0
+    resume_from_checkpoint: str | None = None
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int | None = None
+    validation_steps: int = 1000
+    report_to: str | None = None
+    mixed_precision: str | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    images_per_process: int | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+
+    def __post_init__(self):
+        if self.images_per_process is not None:
+            check_integer("train_batch_size", self.images_per_process, least=1)
+        check_integer("seed", self.seed, least=0, most=2**32 - 1)
+        check_integer("checkpointing_steps", self.checkpointing_steps, least=1)
+        if self.checkpoints_total_limit is not None:
+            check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
+        check_integer("validation_steps", self.validation_steps, least=0)
+        check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
+            raise ValueError(f"--output_dir {self.output_dir!r} is a file, and must be a folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """All that a run is told.
+
+    Args:
+        script: Name of the example that runs it.
+        preset: Name of the preset that it was made of.
+        overrides: Values of the preset that were given by `--override`, as they were given.
+        networks: Arguments of the networks and the scheduler.
+        recipe: How they are trained.
+        sampling: How the model samples by default; a student samples as it was distilled.
+        start: What the training starts from.
+        data: What it learns from.
+        options: How the run goes.
+    """
+
+    script: str
+    preset: str
+    overrides: tuple[str, ...] = ()
+    networks: Networks
+    recipe: Recipe
+    sampling: Sampling
+    start: Start
+    data: Data
+    options: Options
+
+    @property
+    def image_options(self) -> dict:
+        """How the images are made: arguments of `training.open_images` beside the data."""
+        network = self.networks.denoiser
+        return {
+            "resolution": network["sample_size"],
+            "channels": network["in_channels"],
+            "augmentation": self.recipe.augmentation,
+            "seed": self.options.seed,
+        }
+
+    def with_classes(self, num_classes: int | None) -> Self:
+        """The same for the number of classes that the images have."""
+        return dataclasses.replace(self, networks=self.networks.with_classes(num_classes))
+
+    def with_recipe(self, **changes) -> Self:
+        """The same with other values in the recipe."""
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
+
+    def divide_batch(self, num_processes: int) -> Self:
+        """The same for a number of processes: the global batch follows from what each process takes, where that is given.
+
+        Raises:
+            ValueError: If the batch cannot be divided, or a process would see no context.
+        """
+        parts = num_processes * self.options.gradient_accumulation_steps
+        divided = self
+        if self.options.images_per_process is not None:
+            divided = self.with_recipe(train_batch_size=self.options.images_per_process * parts)
+        size, dropped = divided.recipe.train_batch_size, getattr(self.recipe, "context_dropout", 0.0)
+        if size % parts:
+            raise ValueError(
+                f"The preset's train_batch_size {size} is not divisible by {num_processes} processes times "
+                f"{self.options.gradient_accumulation_steps} parts of a step."
+            )
+        if num_processes > 1 and size - parts < round(dropped * size) < size:
+            raise ValueError(
+                f"With {size // parts} images per process and forward pass and context_dropout {dropped} some would "
+                "see no context at all: give each process more images."
+            )
+        return divided
+
+    def to_json(self) -> dict:
+        """The sections of a preset, resolved, and beside them what the run was told."""
+        content = dataclasses.asdict(self)
+        networks, recipe = content.pop("networks"), content.pop("recipe")
+        for part in ("start", "data", "options"):  # where a machine keeps its files is nobody's business
+            content[part] = {name: _without_folders(value) for name, value in content[part].items()}
+        return json.loads(json.dumps(content | networks | {self.recipe.section: recipe}))
+
+    @classmethod
+    def from_json(cls, content: dict) -> Self:
+        """What `to_json` made, and nothing else.
+
+        Raises:
+            ValueError: If a part is missing, unknown or out of its range.
+        """
+        content = dict(content)
+        kind = next((RECIPES[name] for name in RECIPES if content.get("script") == name), None)
+        if kind is None:
+            raise ValueError(f"script must be one of {', '.join(RECIPES)}, got {content.get('script')!r}.")
+        parts = {"sampling": Sampling, "start": Start, "data": Data, "options": Options}
+        made = {name: build(part, name, content.pop(name, {})) for name, part in parts.items()}
+        made["recipe"] = build(kind, kind.section, content.pop(kind.section, {}))
+        networks = {field.name: content.pop(field.name, {}) for field in dataclasses.fields(Networks)}
+        made["networks"] = build(Networks, "networks", networks)
+        return build(cls, FILE, content | made | {"overrides": tuple(content.get("overrides", ()))})
+
+
+def _without_folders(value: object) -> object:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
