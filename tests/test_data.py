@@ -475,14 +475,15 @@ def test_damaged_exif_data_do_not_make_an_image_corrupt(exif):
     assert torch.equal(images[0]["pixel_values"], images[1]["pixel_values"])
 
 
-def test_a_file_that_cannot_be_reached_is_no_corrupt_image(tmp_path, monkeypatch):
-    write_folder(tmp_path, {"0.png": make_pixels()})
-    dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.png")]}).cast_column("image", datasets.Image())
+@pytest.mark.parametrize("path", ["https://example.invalid/0.png", "/mnt/0.png"])
+def test_a_file_that_cannot_be_reached_is_no_corrupt_image(path, monkeypatch):
+    dataset = datasets.Dataset.from_dict({"image": [path]}).cast_column("image", datasets.Image())
 
     def unreachable(path):
         raise ConnectionResetError("the peer left")
 
     monkeypatch.setattr(fsspec, "open", unreachable)
+    monkeypatch.setattr(Path, "read_bytes", unreachable)
     with pytest.raises(RuntimeError, match=r"0\.png' cannot be read: the peer left"):
         LabelledImages(dataset, 8, on_corrupt="skip")
 

@@ -4,17 +4,22 @@
 function of (seed, epoch, index) alone: no order of access, number of workers or point of resumption changes an image.
 """
 
-import io
-import struct
+import functools
+import glob
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
+from . import folders
 from .augmentation import Augmentation
+from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
+from .inventory import fingerprint_rows
+from .labels import check_num_classes, read_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -22,9 +27,7 @@ if TYPE_CHECKING:
 CACHE_BYTES = 2**30
 """A set whose pixels fit in this much memory is decoded once, before training begins; a larger one at each access."""
 
-DEEP_MODES = ("I", "F")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def load_images(
@@ -36,6 +39,7 @@ def load_images(
     split: str = "train",
     config_name: str | None = None,
     streaming: bool = False,
+    seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> "Dataset | IterableDataset":
     """Opens a data set of images from exactly one of two sources.
@@ -43,49 +47,79 @@ def load_images(
     Args:
         dataset_name: A data set of the Hub, or the path of a local one, also of one that `save_to_disk` wrote, or
             "digits" for those of scikit-learn.
-        train_data_dir: A folder of images; sub-folders, where there are any, become the column `label`.
+        train_data_dir: A folder of images; sub-folders, where there are any, become the column `label`. The rules are
+            those of the module `folders`.
         image_column: The column that must hold the images.
         label_column: The column that must hold the classes, if any.
         split: The split to open. The digits' halves are called "reference" and "floor", "train" being both.
         config_name: Which configuration of the data set, where it has several.
         streaming: Whether to read rows as they are needed instead of preparing all of them first.
+        seed: Seed of the order in which a folder's files are streamed.
         cache_dir: Where `datasets` keeps its copies.
 
     Returns:
         The opened split.
 
     Raises:
-        ValueError: If there is not one source, no folder, no image or no such column.
+        ValueError: If there is not one source, no folder, no image or no such column; if the source is broken.
     """
-    from datasets import load_dataset, load_from_disk
-
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(f"One of `dataset_name` {dataset_name!r} and `train_data_dir` {train_data_dir!r} is needed.")
     if dataset_name == "digits":
         dataset = _load_digits(split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None and any(Path(dataset_name, name).is_file() for name in _SAVED):
-        dataset = load_from_disk(dataset_name)
-        if isinstance(dataset, dict):
-            if split not in dataset:
-                raise ValueError(f"The data set {dataset_name!r} has no split {split!r}; it has {', '.join(dataset)}.")
-            dataset = dataset[split]
-        elif split not in ("train", str(dataset.split)):
-            kept = "saved without splits" if dataset.split is None else f"the split {str(dataset.split)!r} alone"
-            raise ValueError(f"The data set {dataset_name!r} is {kept}, and has no {split!r}.")
+        dataset = _load_saved(dataset_name, split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
-    elif dataset_name is not None:
-        dataset = load_dataset(dataset_name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
-    elif not Path(train_data_dir).is_dir():
-        raise ValueError(f"The folder {str(train_data_dir)!r} does not exist.")
+    elif dataset_name is not None and not (config_name is None and folders.is_folder_of_images(dataset_name)):
+        options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+        dataset = _ask_datasets(dataset_name, dataset_name, name=config_name, **options)
     else:
-        try:
-            dataset = load_dataset(
-                "imagefolder", data_dir=str(train_data_dir), split=split, streaming=streaming, cache_dir=cache_dir
-            )
-        except FileNotFoundError as error:  # so `datasets` calls a folder without images
-            raise ValueError(f"The folder {str(train_data_dir)!r} holds no images.") from error
+        folder = dataset_name if train_data_dir is None else train_data_dir
+        if (described := folders.find_described(folder, split)) is None:
+            dataset = folders.list_folder(folder, split).open(streaming=streaming, seed=seed)
+        else:
+            files = {split: glob.escape(described) + "/**"}
+            options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+            dataset = _ask_datasets(folder, "imagefolder", data_files=files, **options)
+            if not streaming and len(dataset) != (count := folders.count_images(described)):
+                raise ValueError(
+                    f"The table of {folders.readable(described)!r} describes {len(dataset):,} of its {count:,} images: "
+                    "it must name each once."
+                )
     check_columns(dataset, image_column, label_column)
+    return dataset
+
+
+def _ask_datasets(source, *args, **options):
+    """Opens a data set with `datasets`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(*args, **options)
+    except (FileNotFoundError, DatasetGenerationError) as error:
+        raise ValueError(f"The data set {str(source)!r} cannot be opened: {error.__cause__ or error}") from error
+
+
+def _load_saved(name, split):
+    """Opens a split of what `save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        dataset = load_from_disk(name)
+    except IndexError as error:  # so `datasets` meets a table of no file
+        raise ValueError(f"The data set {name!r} is empty.") from error
+    # What damaged files lead to: arrow's errors are of these kinds.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"The data set {name!r}, as saved to disk, is damaged: {error!r}.") from error
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise ValueError(f"The data set {name!r} has no split {split!r}; it has {', '.join(dataset)}.")
+        return dataset[split]
+    if split not in ("train", str(dataset.split)):
+        kept = "saved without splits" if dataset.split is None else f"the split {str(dataset.split)!r} alone"
+        raise ValueError(f"The data set {name!r} is {kept}, and has no {split!r}.")
     return dataset
 
 
@@ -117,6 +151,7 @@ class ImageReader:
         augmentation: What may happen to the images.
         seed: Seed of the augmentation.
         on_corrupt: Whether an image that cannot be decoded ends the run or is left out, named in a warning and counted.
+        max_image_pixels: A file of more pixels than this counts as corrupt: decoding one takes 8 bytes of memory each.
 
     Raises:
         ValueError: If an argument is not as described.
@@ -130,17 +165,21 @@ class ImageReader:
         augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
         seed: int = 0,
         on_corrupt: Literal["raise", "skip"] = "raise",
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
             raise ValueError(f"`resolution` is {resolution!r}, but must be one or two positive integers.")
         if channels not in (1, 3):
             raise ValueError(f"`channels` is {channels!r}, but must be 1 or 3.")
         if on_corrupt not in ("raise", "skip"):
             raise ValueError(f"`on_corrupt` is {on_corrupt!r}, but must be 'raise' or 'skip'.")
+        most = 2 * MAX_IMAGE_PIXELS  # beyond, Pillow refuses by itself
+        if type(max_image_pixels) is not int or not 0 < max_image_pixels <= most:
+            raise ValueError(f"`max_image_pixels` is {max_image_pixels!r}, but must be an integer from 1 to {most}.")
         self.height, self.width = size
         self.channels, self.seed, self.augmentation = channels, seed, augmentation
-        self.on_corrupt = on_corrupt
+        self.on_corrupt, self.max_image_pixels = on_corrupt, max_image_pixels
 
     def decode(self, file: dict | None, row: int) -> np.ndarray | None:
         """Premultiplied colours and alpha, uint8 [H, W, C + 1], or `None` for a corrupt image to skip.
@@ -149,24 +188,16 @@ class ImageReader:
             file: Bytes, path or both, as `datasets` has them undecoded.
             row: Number of the row, to name it.
         """
-        file = file or {"bytes": None, "path": None}
-        content = file["bytes"]
         try:
-            if content is None and file["path"] is None:
-                raise ValueError("the row is empty")
-            if content is None:
-                content = _read(file["path"])
-            with Image.open(io.BytesIO(content)) as image:
-                if image.mode.startswith(DEEP_MODES):
-                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-                image = _turn_upright(image).convert("RGBA")
-        except DECODING_ERRORS as error:
+            image = decode_image(file, self.max_image_pixels)
+        except UndecodableError as error:
             name = name_image(file, row)
-            reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
             if self.on_corrupt == "raise":
-                raise ValueError(f"The image {name} cannot be decoded: {reason}.") from error
+                raise ValueError(
+                    f"The image {name} cannot be decoded: {error}; --on_corrupt skip leaves such images out."
+                ) from error
             if self.note_corrupt(row):
-                warnings.warn(f"The image {name} is left out, as it cannot be decoded: {reason}.", stacklevel=2)
+                warnings.warn(f"The image {name} is left out, as it cannot be decoded: {error}.", stacklevel=2)
             return None
         image = image.convert("RGBa") if self.channels == 3 else image.convert("LA").convert("La")
         return np.array(ImageOps.fit(image, (self.width, self.height), Image.Resampling.LANCZOS))
@@ -198,6 +229,7 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
         corrupt: The files or rows found corrupt so far, by this process and all its data workers.
+        description: What a folder held besides the images, or `None` for other sources.
 
     Raises:
         ValueError: If an argument or a column is not as described, a label is outside of the classes, or an image is
@@ -216,9 +248,12 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
     ):
         super().__init__(resolution, **options)
         check_columns(dataset, image_column, label_column)
+        check_num_classes(num_classes, label_column)
+        self.description = folders.description_of(dataset)
         self._files, self._column = undecoded(dataset, image_column), image_column
-        self._labels, self.id2label = _read_labels(dataset, label_column, num_classes)
+        self._labels, self.id2label = read_labels(dataset, label_column, num_classes)
         self.num_classes = None if self.id2label is None else len(self.id2label)
+        self._all_labels = self._labels
         # In shared memory: data workers mark rows in it.
         self._is_corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._pixels = None
@@ -226,7 +261,8 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
             self._decode_all()
 
     def _decode_all(self):
-        pixels = [self._decode(row) for row in range(len(self._files))]
+        rows = tqdm(range(len(self._files)), desc="decoding", unit="image", delay=5, leave=False)
+        pixels = [self._decode(row) for row in rows]
         kept = [row for row, image in enumerate(pixels) if image is not None]
         if not kept:
             raise ValueError(f"None of the {len(pixels)} images can be decoded, the first being {self.corrupt[0]}.")
@@ -261,6 +297,11 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         """Class of each image, int64 [N], without decoding any; `None` without a label column."""
         return None if self._labels is None else torch.from_numpy(self._labels)
 
+    @functools.cached_property
+    def fingerprint(self) -> dict:
+        """What these images are, whatever their path, as of [`inventory.fingerprint_rows`]."""
+        return fingerprint_rows(self._files, self._column, self._all_labels, self.id2label)
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], if there are labels.
 
@@ -275,37 +316,6 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         if self._labels is not None:
             item["class_labels"] = torch.tensor(self._labels[row])
         return item
-
-
-def _read(path: str) -> bytes:
-    """Content of a file, which may be remote, or inside an archive.
-
-    Raises:
-        RuntimeError: If it is there, but cannot be reached now: that is no corrupt image, which might be left out.
-    """
-    import fsspec  # `datasets` brings it
-
-    try:
-        with fsspec.open(path) as data:
-            return data.read()
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except OSError as error:
-        raise RuntimeError(f"The image {path!r} cannot be read: {error}.") from error
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF data say that it was held; damaged ones turn nothing."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except (struct.error, KeyError, TypeError, *DECODING_ERRORS):
-        return image
-
-
-def name_image(file: dict | None, row: int) -> str:
-    """What to call an image, as `datasets` has it undecoded, in a message."""
-    path = file and file["path"]
-    return f"row {row}" if path is None else f"{path!r} (row {row})"
 
 
 def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label_column: str | None) -> None:
@@ -333,44 +343,3 @@ def undecoded(dataset: "Dataset | IterableDataset", image_column: str, *others: 
 
     files = dataset.with_format(None).select_columns([image_column, *others])
     return files.cast_column(image_column, ImageFeature(decode=False))
-
-
-def _read_labels(dataset, label_column, num_classes):
-    """Returns the number of each row's class, int64 [N], and the names of the classes; or `None` twice."""
-    if label_column is None:
-        return None, None
-    values = dataset.with_format(None).select_columns(label_column)[:][label_column]
-    feature = dataset.features[label_column]
-    if num_classes is not None or hasattr(feature, "names"):
-        id2label = name_classes(feature, label_column, num_classes)
-        for row, value in enumerate(values):
-            check_label(value, id2label, label_column, row)
-        return np.array(values, dtype=np.int64), id2label
-    if not (all(isinstance(value, int) for value in values) or all(isinstance(value, str) for value in values)):
-        raise ValueError(f"The column {label_column!r} of {feature} must hold one integer or one string a row.")
-    names = sorted(set(values))
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers[value] for value in values], dtype=np.int64), dict(enumerate(map(str, names)))
-
-
-def name_classes(feature, label_column: str, num_classes: int | None) -> dict[int, str]:
-    """Name of each class: those of a `ClassLabel`, else the numbers up to `num_classes`.
-
-    Raises:
-        ValueError: If the column alone does not tell the classes and no number is given.
-    """
-    names = getattr(feature, "names", [])
-    if num_classes is None and not names:
-        raise ValueError(f"The column {label_column!r} of {feature} names no classes: give their number.")
-    return {i: names[i] if i < len(names) else str(i) for i in range(num_classes or len(names))}
-
-
-def check_label(value: int | None, id2label: dict[int, str], label_column: str, row: int) -> None:
-    """Raise a `ValueError` if a row has no class, or one outside of those there are."""
-    if value is None or value == -1:  # so the Hub marks rows without a label
-        raise ValueError(f"The row {row} has no class in the column {label_column!r}.")
-    if not isinstance(value, int) or not 0 <= value < len(id2label):
-        raise ValueError(
-            f"The row {row} has the label {value!r} in the column {label_column!r}, outside of the "
-            f"{len(id2label)} classes."
-        )

@@ -48,6 +48,7 @@ class Letters(torch.utils.data.Dataset):
         id2label: The letter of each class, or `None` without labels.
         num_classes: How many there are, or `None`.
         corrupt: Empty: no image can be.
+        fingerprint: What the letters are, in the form that `LabelledImages` has.
 
     Raises:
         ValueError: If an argument is not as described.
@@ -66,6 +67,7 @@ class Letters(torch.utils.data.Dataset):
         self.channels, self.seed, self.corrupt = 1, seed, []
         self.id2label = dict(enumerate(LETTERS)) if label_column else None
         self.num_classes = len(LETTERS) if label_column else None
+        self.fingerprint = {"classes": [*LETTERS] if label_column else None, "images": len(self), "rows": "letters"}
         self._glyphs = _render_glyphs()
 
     def __len__(self) -> int:

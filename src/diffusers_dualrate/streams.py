@@ -5,16 +5,23 @@ is needed to go on, by reading past them. Every item carries the position behind
 images were met up to there: they may be read in another process.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
-from .data import ImageReader, check_columns, check_label, name_classes, undecoded
+from .data import ImageReader, check_columns, undecoded
+from .folders import description_of
+from .inventory import fingerprint_first_rows
+from .labels import check_label, check_num_classes, name_classes
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+
+_SAMPLED = 16  # rows that a fingerprint holds
 
 
 class StreamedImages(ImageReader):
@@ -32,6 +39,7 @@ class StreamedImages(ImageReader):
     Attributes:
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
+        description: What a folder held, or `None` for other sources.
         num_corrupt: Most corrupt images met so far in one epoch, in this process: each epoch meets the same ones, in
             other places.
 
@@ -51,7 +59,11 @@ class StreamedImages(ImageReader):
         **options,
     ):
         super().__init__(resolution, **options)
+        if type(buffer_size) is not int or buffer_size < 1:
+            raise ValueError(f"`buffer_size` is {buffer_size!r}, but --shuffle_buffer must be a positive integer.")
         check_columns(dataset, image_column, label_column)
+        check_num_classes(num_classes, label_column)
+        self.description = description_of(dataset)
         self.id2label = None
         if label_column is not None:
             self.id2label = name_classes(dataset.features[label_column], label_column, num_classes)
@@ -62,9 +74,15 @@ class StreamedImages(ImageReader):
                 )
         self.num_classes = None if self.id2label is None else len(self.id2label)
         self._columns = [column for column in (image_column, label_column) if column is not None]
-        rows = undecoded(dataset, *self._columns)
+        self._unshuffled = rows = undecoded(dataset, *self._columns)
         self.num_corrupt = self._num_met = 0
         self._rows = rows.shuffle(seed=self.seed, buffer_size=buffer_size) if buffer_size > 1 else rows
+
+    @functools.cached_property
+    def fingerprint(self) -> dict:
+        """What is known of these images before all are read, as of [`inventory.fingerprint_first_rows`]."""
+        rows = self._unshuffled.take(_SAMPLED)
+        return fingerprint_first_rows((tuple(row[column] for column in self._columns) for row in rows), self.id2label)
 
     def note_corrupt(self, row: int) -> bool:
         self._num_met += 1

@@ -1,0 +1,99 @@
+"""What a run learns from, for its records: in words, and as a fingerprint that knows it again under another path."""
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .decoding import local_path, read_file
+from .folders import describe_classes, join_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SAMPLED = 256  # rows whose content a fingerprint holds
+
+
+def fingerprint_rows(
+    files: "Dataset", column: str, labels: np.ndarray | None, id2label: dict[int, str] | None
+) -> dict[str, list[str] | int | str | None]:
+    """Names of the `classes`, number of `images`, and a hash of their `rows`; no path and no time enters.
+
+    The hash is of all labels, of names and sizes of all files, and of the content of 256 rows, evenly spread.
+
+    Args:
+        files: The rows, undecoded.
+        column: The column of images.
+        labels: Class of each row, int64 [N], or `None`.
+        id2label: Names of the classes, or `None`.
+    """
+    count = len(files)
+    sampled = sorted({row * count // _SAMPLED for row in range(_SAMPLED)}) if count > _SAMPLED else range(count)
+    paths = files.flatten().select_columns(f"{column}.path")[:][f"{column}.path"]
+    numbers = None if labels is None else labels.tolist()
+    digest = hashlib.sha256(json.dumps([numbers, [_describe_file(path) for path in paths]]).encode())
+    for row in sampled:
+        digest.update(_hash_content(files[row][column]))
+    return {"classes": list_classes(id2label), "images": count, "rows": digest.hexdigest()[:16]}
+
+
+def fingerprint_first_rows(rows: Iterable[tuple], id2label: dict[int, str] | None) -> dict:
+    """The same of a stream, as far as it is known: no number of images, and a hash of the first rows alone.
+
+    Args:
+        rows: For each row the undecoded image and, if there are any, the label.
+        id2label: Names of the classes, or `None`.
+    """
+    digest = hashlib.sha256()
+    for file, *label in rows:
+        digest.update(json.dumps(label).encode() + _hash_content(file))
+    return {"classes": list_classes(id2label), "images": None, "rows": digest.hexdigest()[:16]}
+
+
+def list_classes(id2label: dict[int, str] | None) -> list[str] | None:
+    """Names of the classes in their order."""
+    return None if id2label is None else [id2label[i] for i in range(len(id2label))]
+
+
+def _hash_content(file: dict | None) -> bytes:
+    """A hash of an undecoded image; of one that cannot be read a hash of nothing."""
+    content = file and file["bytes"]
+    if content is None and file and file["path"] is not None:
+        try:
+            content = read_file(file["path"])
+        except (OSError, RuntimeError):  # whoever decodes it says so
+            content = None
+    return hashlib.sha256(content or b"").digest()
+
+
+def _describe_file(path):
+    """Name and size of a local file, without its folder; of others the name."""
+    local = local_path(path)
+    size = os.stat(local).st_size if local is not None and os.path.isfile(local) else None
+    return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
+
+
+def describe_images(images: torch.utils.data.Dataset | torch.utils.data.IterableDataset) -> str:
+    """In a few lines, what a run learns from: images, classes with their counts, and what is left out and why.
+
+    Args:
+        images: `LabelledImages`, `StreamedImages`, or a data set with the same attributes.
+    """
+    lines = [] if getattr(images, "description", None) is None else [images.description]
+    if isinstance(images, torch.utils.data.IterableDataset):
+        lines.insert(0, f"a stream of images, {images.num_classes or 'no'} classes")
+        if images.num_classes and not any("classes: " in line for line in lines[1:]):
+            lines.append(f"classes, not counted: {join_names(list_classes(images.id2label))}")
+        return "\n".join(lines)
+    lines.insert(0, f"{len(images):,} images, {images.num_classes or 'no'} classes")
+    if images.num_classes:
+        counts = torch.bincount(images.class_labels, minlength=images.num_classes).tolist()
+        lines.append(describe_classes(dict(zip(list_classes(images.id2label), counts, strict=True))))
+    if images.corrupt:
+        lines.append(f"left out {len(images.corrupt):,}, corrupt: {join_names(images.corrupt)}")
+    return "\n".join(lines)
