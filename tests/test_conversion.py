@@ -8,7 +8,6 @@ from diffusers_dualrate import DualRatePipeline, diffusion
 from diffusers_dualrate.losses import coupled_pair
 from test_training import folder, train  # noqa: F401 (fixtures)
 
-
 # One step that moves no weight: its rate is below what float32 can add.
 AT_REST = ("--max_train_steps", 1, "--learning_rate", 1e-30)
 

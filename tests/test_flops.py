@@ -19,7 +19,7 @@ from diffusers_dualrate.flops import (
     target_flops,
     training_flops,
 )
-from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.losses import Schedule, denoising_loss, draw
 from diffusers_dualrate.training import TrainablePair
 
 PRESETS = Path(__file__).resolve().parents[1] / "examples" / "presets"
@@ -204,10 +204,10 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
     context_encoder, denoiser = load("tiny", "cpu")
     size = denoiser.config.sample_size
     x, draws = torch.randn(8, 3, size, size), draw(0, 0, range(8), (3, size, size))
-    schedule = {"log_snr": lambda t: 1 - 2 * t, "log_snr_rate": lambda t: torch.full_like(t, 2.0)}
+    schedule = Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         TrainablePair(denoiser, context_encoder)(
-            denoising_loss, x, torch.zeros(8).long(), draws, bias=0.0, context_dropout=dropout, **schedule
+            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule, bias=0.0, context_dropout=dropout
         )
     cost = target_flops(denoiser, context_encoder, context_dropout=dropout)
     assert counter.get_total_flops() == pytest.approx(8 * cost, rel=1e-3)

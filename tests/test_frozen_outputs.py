@@ -22,7 +22,7 @@ from conftest import PRESET, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, losses, moment_matching
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.data import LabelledImages, load_images
-from diffusers_dualrate.training import TrainablePair
+from diffusers_dualrate.training import TrainablePair, schedule_of
 
 MODELS = Path(__file__).parents[1] / "model_cards"
 PAIR, SINGLE, STUDENT = "dualrate-emoji32", "single-rate-emoji32", "dualrate-emoji32-distilled"
@@ -173,16 +173,8 @@ def learn(loss_of, pipe):
     """The loss, and the norm of each network's gradient."""
     networks = [network for network in (pipe.denoiser, pipe.context_encoder) if network is not None]
     pair = TrainablePair(*networks)
-    scheduler = pipe.scheduler
-
-    def log_snr(t):
-        return scheduler.log_snr(1000 * t)
-
-    def log_snr_rate(t):
-        return scheduler.log_snr_rate(1000 * t)
-
     pair.zero_grad()
-    loss = loss_of(pair, log_snr, log_snr_rate)
+    loss = loss_of(pair, schedule_of(pipe.scheduler))
     loss.backward()
     norms = [
         torch.stack([w.grad.square().sum() for w in network.parameters() if w.grad is not None]).sum().sqrt().item()
@@ -201,46 +193,35 @@ def emoji():
     return torch.stack([item["pixel_values"] for item in items]), torch.stack([item["class_labels"] for item in items])
 
 
-def denoise_jointly(pair, log_snr, log_snr_rate, **options):
+def denoise_jointly(pair, schedule, **options):
     x, class_labels = emoji()
-    result = pair(
-        losses.denoising_loss,
-        x,
-        class_labels,
-        losses.draw(11, 7, range(8), x.shape[1:]),
-        log_snr=log_snr,
-        log_snr_rate=log_snr_rate,
-        bias=1.0,
-        label_dropout=0.3,
-        null_label=98,
-        **options,
-    )
+    draws = losses.draw(11, 7, range(8), x.shape[1:])
+    class_labels = losses.drop_labels(class_labels, draws, 0.3, 98)
+    result = pair(losses.denoising_loss, x, class_labels, draws, schedule=schedule, bias=1.0, **options)
     return result.loss + result.v_loss.sum()
 
 
 def learn_jointly(name):
     pipe = load(name)
-    options = {"context_steps": (2, 4), "context_dropout": 0.25} if pipe.context_encoder else {}
+    options = {"context_ages": (1 / 2, 1 / 4), "context_dropout": 0.25} if pipe.context_encoder else {}
     options |= {"encoder_prediction": pipe.denoiser.handed_over_prediction} if pipe.context_encoder else {}
     return learn(lambda *args: denoise_jointly(*args, **options), pipe)
 
 
-def follow(pair, log_snr, log_snr_rate):
+def follow(pair, schedule):
     x, class_labels = emoji()
+    draws = losses.draw(12, 8, range(8), x.shape[1:])
     return pair(
         losses.following_loss,
         x,
-        class_labels,
-        losses.draw(12, 8, range(8), x.shape[1:]),
-        log_snr=log_snr,
-        log_snr_rate=log_snr_rate,
+        losses.drop_labels(class_labels, draws, 0.3, 98),
+        draws,
+        schedule=schedule,
         bias=1.0,
-        context_steps=(4,),
+        context_ages=(1 / 4,),
         deterministic=0.5,
         even_in_log_snr=0.25,
         encoder_prediction=pair.denoiser.handed_over_prediction,
-        label_dropout=0.3,
-        null_label=98,
     ).loss
 
 
@@ -252,9 +233,9 @@ def distil(function, learner, *, rolls_out=False):
     def teacher(z, level, class_labels, context, context_log_snr):
         return 0.9 * auxiliary(z, level, None, None, None)
 
-    def loss_of(_, log_snr, log_snr_rate):
+    def loss_of(_, schedule):
         x, class_labels = emoji()
-        steps = {"log_snr": log_snr, "num_inference_steps": 8, "num_context_steps": 2, "min_variance": 0.02}
+        steps = {"log_snr": schedule.log_snr, "num_inference_steps": 8, "num_context_steps": 2, "min_variance": 0.02}
         judges = {"auxiliary": auxiliary, "teacher": teacher}
         judges = {} if function is moment_matching.grid_denoising_loss else judges
         draws = moment_matching.draw(13, 9, range(8), x.shape[1:], 8)
@@ -313,17 +294,18 @@ def root(tmp_path):
 
 
 AUGMENTED = ['training.augmentation={"translation":2,"scale":[0.8,1.2],"background":[0,255],"flip":true}']
+AUGMENTED_STUDENT = [AUGMENTED[0].replace("training", "distillation")]
 HANDS_OVER = ["context_encoder.prediction_hand_over=true", "denoiser.prediction_hand_over=true"]
 FOLLOWS = ["--pretrained_model_name_or_path", "pair", "--follow_encoder", "--context_dropout", 0]
 RUNS = {
     "a pair": (train_dual_rate, [], AUGMENTED),
     "a pair that follows its encoder": (train_dual_rate, FOLLOWS, AUGMENTED + HANDS_OVER),
     "a single-rate model": (train_single_rate, ["--network", "heavy"], AUGMENTED),
-    "a student": (distill, ["--teacher", "teacher"], AUGMENTED),
+    "a student": (distill, ["--teacher", "teacher"], AUGMENTED_STUDENT),
     "a student of a pair from noise": (
         distill,
         ["--teacher", "teacher", "--student", "pair", "--full_rollout"],
-        AUGMENTED,
+        AUGMENTED_STUDENT,
     ),
 }
 
@@ -340,7 +322,7 @@ def test_released_models_would_learn_what_they_learned(case):
 
 @pytest.mark.parametrize("case", RUNS)
 def test_a_short_training_ends_where_it_ended(case, root, make_networks):
-    save_models(root, make_networks, hands_over=RUNS[case][2] != AUGMENTED)
+    save_models(root, make_networks, hands_over=HANDS_OVER[0] in RUNS[case][2])
     pipe = train(case, root)
     sums = []
     for network in filter(None, (pipe.denoiser, pipe.context_encoder)):

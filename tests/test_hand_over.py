@@ -17,7 +17,7 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextE
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.scheduler import log_snr_of_steps
-from diffusers_dualrate.training import TrainablePair
+from diffusers_dualrate.training import TrainablePair, schedule_of
 
 
 def exact_posterior(z, log_snr, variance):
@@ -86,15 +86,11 @@ def test_the_encoder_learns_its_prediction_from_a_loss_of_its_own(make_pair):
     encoder, denoiser = make_pair()
     pair = TrainablePair(denoiser, encoder)
     x, labels = torch.randn(8, 3, 8, 8).clamp(-1, 1), torch.zeros(8, dtype=torch.long)
-    scheduler = DualRateScheduler()
-    levels = {
-        "log_snr": lambda t: scheduler.log_snr(1000 * t),
-        "log_snr_rate": lambda t: scheduler.log_snr_rate(1000 * t),
-    }
+    schedule = schedule_of(DualRateScheduler())
 
     def loss(prediction):
         draws = draw(0, 0, range(8), x.shape[1:])
-        return pair(denoising_loss, x, labels, draws, bias=0.0, encoder_prediction=prediction, **levels)
+        return pair(denoising_loss, x, labels, draws, schedule=schedule, bias=0.0, encoder_prediction=prediction)
 
     without, beside = loss(None), loss(denoiser.handed_over_prediction)
     torch.testing.assert_close(without.v_loss, beside.v_loss)
@@ -103,11 +99,11 @@ def test_the_encoder_learns_its_prediction_from_a_loss_of_its_own(make_pair):
     from diffusers_dualrate.losses import coupled_pair, sigmoid_weight, window_times
 
     t, tau = window_times(times.uniforms[:, :3], (1,))
-    lambda_t, lambda_tau = (levels["log_snr"](time)[:, None, None, None] for time in (t, tau))
+    lambda_t, lambda_tau = (schedule.log_snr(time)[:, None, None, None] for time in (t, tau))
     _, z_tau = coupled_pair(x, times.eps, times.eps_tau, lambda_t, lambda_tau)
     x_hat = encoder(z_tau, lambda_tau.flatten(), labels).context[-2]
     v, v_hat = (diffusion.v_from_x(z_tau, image, lambda_tau) for image in (x, x_hat))
-    weight = sigmoid_weight(lambda_tau.flatten(), levels["log_snr_rate"](tau), 0.0)
+    weight = sigmoid_weight(lambda_tau.flatten(), schedule.log_snr_rate(tau), 0.0)
     expected = (weight * (v - v_hat).square().flatten(1).mean(1)).mean()
     torch.testing.assert_close(beside.loss - without.loss, expected, rtol=1e-4, atol=1e-5)
     encoder.proj_out.zero_grad()

@@ -45,7 +45,14 @@ def folder(tmp_path_factory):
 def arguments(folder, output_dir, *more):
     return [
         *("--preset", "examples/presets/tiny.json", "--train_data_dir", str(folder), "--label_column", "label"),
-        *("--output_dir", str(output_dir), "--cache_dir", str(Path(folder).parent / "cache"), "--validation_steps", "0"),
+        *(
+            "--output_dir",
+            str(output_dir),
+            "--cache_dir",
+            str(Path(folder).parent / "cache"),
+            "--validation_steps",
+            "0",
+        ),
         *map(str, more),
     ]
 
@@ -139,7 +146,7 @@ def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tm
     told = json.loads((tmp_path / "configuration.json").read_text())
     assert told["training"]["learning_rate"] == 0.003 and told["preset"] == "tiny"
     assert ("context_dropout" in told["training"]) == (script == "dual")
-    assert told["found"]["images"]["classes"] == ["cat", "dog"] and told["found"]["images"]["count"] == 12
+    assert told["found"]["images"]["classes"] == ["cat", "dog"] and told["found"]["images"]["images"] == 12
 
 
 @pytest.mark.parametrize(
@@ -321,6 +328,22 @@ def test_a_run_is_not_resumed_with_the_labels_of_another_column(folder, tmp_path
         train("single", folder, tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", 2)
 
 
+@pytest.mark.parametrize("inside", [".", "runs", "cat/run"])
+def test_a_run_does_not_write_into_its_own_images(folder, tmp_path, inside):
+    shutil.copytree(folder, tmp_path / "images")
+    with pytest.raises(ValueError, match="lies in the images' folder .* and would add its own files to the data"):
+        train("single", tmp_path / "images", tmp_path / "images" / inside)
+
+
+def test_a_run_says_what_it_learns_from(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images/cat/notes.txt").write_text("no image")
+    train("single", tmp_path / "images", tmp_path / "run", "--max_train_steps", 1)
+    printed = capsys.readouterr().out
+    assert "12 images, 2 classes" in printed and "classes: 'cat' 6, 'dog' 6" in printed
+    assert "left out 1" in printed and "notes.txt" in printed
+
+
 def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
     images, resume = tmp_path / "images", ["--resume_from_checkpoint", "latest", "--max_train_steps"]
     shutil.copytree(folder, images)
@@ -333,7 +356,7 @@ def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
         train("single", moved, tmp_path / "run", *resume, 4)
     (moved / "wolf").rename(moved / "dog")
     shutil.copy(moved / "dog/1.png", moved / "dog/0.png")
-    with pytest.raises(ValueError, match="images.fingerprint is .* there and .* here"):
+    with pytest.raises(ValueError, match="images.rows is .* there and .* here"):
         train("single", moved, tmp_path / "run", *resume, 4)
 
 
@@ -446,6 +469,8 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--num_classes", 1, "--streaming"], "column 'label' names 2 classes, more than the 1 given"),
         (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
         (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
+        (["--override", "distillation.guidance_scale=3"], "'distillation.guidance_scale=3' has no effect here: this "),
+        (["--num_classes", 2, "--label_column", ""], "--num_classes 2 needs --label_column"),
         (["--override", "training.bias=high"], "'training.bias=high' is no JSON"),
         (["--streaming", "--dataloader_num_workers", 2], "read by one worker at most, not by 2"),
         (["--checkpointing_steps", 0], "checkpointing_steps must be an integer of at least 1, got 0"),

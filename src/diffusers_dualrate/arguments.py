@@ -12,6 +12,7 @@ from pathlib import Path
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .configuration import Configuration, Data, Networks, Options, Sampling, Start
+from .folders import check_output_dir
 from .ranges import check_choice, check_integer
 from .recipes import LR_SCHEDULERS, RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
 from .records import build, read_json
@@ -121,8 +122,9 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     sections = read_preset(path, (*_SECTIONS[:3], kind.section))
     if args.resolution is not None:  # first, since an override names one value
         resize(sections, check_integer("resolution", args.resolution, least=1))
+    followed = {*_SECTIONS[:3], kind.section} | (set() if kind is DistillationRecipe else {"sampling"})
     for override in args.override:
-        apply_override(sections, override, path)
+        apply_override(sections, override, path, followed)
     recipe, sampling = sections[kind.section], sections.get("sampling", {})
     if kind is SingleRateRecipe:  # a preset's recipe is that of a pair
         recipe = {name: value for name, value in recipe.items() if name not in _fields(PairRecipe) - _fields(kind)}
@@ -132,6 +134,7 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     recipe = recipe | given(args, _fields(kind) - {"train_batch_size"})
     if kind is not DistillationRecipe:  # a student samples as it was distilled
         sampling = sampling | given(args, _fields(Sampling))
+    check_output_dir(args.output_dir, args.train_data_dir or args.dataset_name)
     if args.report_to not in (None, "all"):
         check_tracker(args.report_to)
     return Configuration(
@@ -203,14 +206,18 @@ def resize(sections: dict, side: int) -> None:
             scheduler[name] = side
 
 
-def apply_override(sections: dict, override: str, path: Path) -> None:
+def apply_override(sections: dict, override: str, path: Path, followed: set[str]) -> None:
     """Put one `section.name=value` into a preset.
 
     Raises:
-        ValueError: If it names no value of the preset, or the value is no JSON.
+        ValueError: If it names no value of the preset, or one of a part that is not followed, or the value is no JSON.
     """
     key, _, value = override.partition("=")
     part, _, name = key.partition(".")
+    if part in _SECTIONS and part not in followed:
+        raise ValueError(
+            f"The override {override!r} has no effect here: this script follows {', '.join(sorted(followed))}."
+        )
     if name not in sections.get(part, {}):
         raise ValueError(f"The override {override!r} names no value of the preset {path}.")
     try:

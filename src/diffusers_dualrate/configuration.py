@@ -135,7 +135,7 @@ class Data:
         check_integer("dataloader_num_workers", self.dataloader_num_workers, least=0)
         if self.num_classes is not None:
             check_integer("num_classes", self.num_classes, least=1)
-            if self.label_column is None:
+            if not self.label_column:
                 raise ValueError(f"--num_classes {self.num_classes} needs --label_column, which names the classes.")
         if self.streaming and self.dataloader_num_workers > 1:
             raise ValueError(f"A stream is read by one worker at most, not by {self.dataloader_num_workers}.")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,14 +78,14 @@ def _describe_file(path):
     return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
 
 
-def describe_images(images: torch.utils.data.Dataset | torch.utils.data.IterableDataset) -> str:
+def describe_images(images: torch.utils.data.Dataset) -> str:
     """In a few lines, what a run learns from: images, classes with their counts, and what is left out and why.
 
     Args:
         images: `LabelledImages`, `StreamedImages`, or a data set with the same attributes.
     """
     lines = [] if getattr(images, "description", None) is None else [images.description]
-    if isinstance(images, torch.utils.data.IterableDataset):
+    if not isinstance(images, Sized):
         lines.insert(0, f"a stream of images, {images.num_classes or 'no'} classes")
         if images.num_classes and not any("classes: " in line for line in lines[1:]):
             lines.append(f"classes, not counted: {join_names(list_classes(images.id2label))}")

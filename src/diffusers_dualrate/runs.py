@@ -59,6 +59,7 @@ from .claims import Claim
 from .configuration import FILE, Configuration
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
+from .inventory import describe_images
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages, Stretch
 from .training import fingerprint_of, sample_images
@@ -131,13 +132,7 @@ class Run:
         """What configuration.json holds: what the run was told, and what it found at the start."""
         precision = dataclasses.replace(self.options, mixed_precision=self.accelerator.mixed_precision)
         told = dataclasses.replace(self.configuration, options=precision).to_json()
-        names = self.images.id2label
-        found = {
-            "classes": None if names is None else [names[i] for i in sorted(names)],
-            "count": self._count,
-            "fingerprint": self.images.fingerprint,
-        }
-        return told | {"found": {"images": found, "models": models}}
+        return told | {"found": {"images": self.images.fingerprint, "models": models}}
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
@@ -247,9 +242,9 @@ class Run:
                 **self.recipe.encoder_costs,
             )
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
+        accelerator.print(describe_images(images))
         accelerator.print(
-            f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
-            f"{self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
+            f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:

@@ -95,6 +95,7 @@ def open_images(
         split=split,
         config_name=data.dataset_config_name,
         streaming=data.streaming,
+        seed=seed,
         cache_dir=data.cache_dir,
     )
     options = {"buffer_size": data.shuffle_buffer} if data.streaming else {}
@@ -108,6 +109,7 @@ def open_images(
         channels=channels,
         seed=seed,
         on_corrupt=data.on_corrupt,
+        max_image_pixels=data.max_image_pixels,
         **options,
     )
 
