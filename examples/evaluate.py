@@ -1,7 +1,7 @@
 """Measure a trained model on the data it was trained on, and write every figure into evaluation.json.
 
     python examples/evaluate.py --model model_cards/dualrate-emoji32 --heavy model_cards/single-rate-emoji32 \\
-        --light runs/light-emoji32 --preset examples/presets/emoji32.json --dataset_name examples/data/emoji32 \\
+        --light runs/light-emoji32 --dataset_name examples/data/emoji32 \\
         --label_column label --classifier examples/classifiers/emoji32.safetensors \\
         --output model_cards/dualrate-emoji32/evaluation.json --grid model_cards/dualrate-emoji32/samples.png
 
@@ -16,6 +16,7 @@ count of images, and each figure has a value for every seed. `references` says w
 Of `--heavy`, `--light` and `--rivals` nothing is sampled: what their own evaluation.json holds is taken up, where data and
 classifier are the same, with the seeds it was measured with. `training_flops` is what each training cost by itself.
 
+What the model was trained with, its augmentation first, is read from configuration.json beside it, and nowhere else.
 Any number of processes measure the same images: `accelerate launch examples/evaluate.py ...`.
 """
 
@@ -41,9 +42,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusers_dualrate import DualRatePipeline, __version__, training
-from diffusers_dualrate.data import Augmentation
+from diffusers_dualrate.arguments import select
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
+from diffusers_dualrate.recipes import DistillationRecipe
 from figures import (
     check_classifier,
     distance_name,
@@ -56,7 +60,7 @@ from figures import (
     spread,
 )
 from image_sets import choose, open_images, real_batches, sampled_batches
-from training_cost import images_by_phase, is_student, training_flops
+from training_cost import training_flops
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -70,7 +74,6 @@ def parse_args(argv=None):
     parser.add_argument("--heavy", help="Single-rate model of the encoder's shape, to compare with.")
     parser.add_argument("--light", help="Single-rate model of the denoiser's shape, to compare with.")
     parser.add_argument("--rivals", nargs="*", default=[], help="Folders of more models that were measured so.")
-    parser.add_argument("--preset", required=True, help="JSON file the model was trained with.")
     parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     parser.add_argument("--image_column", default="image")
@@ -81,6 +84,7 @@ def parse_args(argv=None):
         "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
     )
     parser.add_argument("--reference_split", default="train", help="Split of the data set that samples are held to.")
+    parser.add_argument("--max_image_pixels", type=int, default=Data.max_image_pixels)
     parser.add_argument("--floor_split", help="Split of the floor; default: the reference's, augmented again.")
     parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as the set has.")
     parser.add_argument("--classifier", help="File of train_classifier.py, for fd_local and the class accuracy.")
@@ -202,6 +206,16 @@ def read_record(model, name):
     return json.loads(record.read_text()) if record.is_file() else None
 
 
+def read_records(model):
+    """What a model's training was told, and what happened in it; `None` for what nobody recorded."""
+    return read_record(model, FILE), read_record(model, "training.json")
+
+
+def configuration_of(told):
+    """The content of a configuration.json, typed."""
+    return Configuration.from_json({name: value for name, value in told.items() if name != "found"})
+
+
 def main(args):
     for name in ("num_samples", "num_reference"):
         if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
@@ -216,10 +230,17 @@ def main(args):
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
-    augmentation = Augmentation(**json.loads(Path(args.preset).read_text())["training"]["augmentation"])
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
+    told, trained = read_records(args.model)
+    if told is None and accelerator.is_main_process:
+        warnings.warn(
+            f"{args.model} has no {FILE}: its images count as not augmented, and no card can be made of this.",
+            stacklevel=2,
+        )
+    augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
     classifier, own, published = load_extractors(args, accelerator.device)
 
+    data = Data(**select(args, Data))
     size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
     images = floor_images = open_images(args, size, augmentation, channels=channels)
     if args.floor_split:
@@ -237,9 +258,6 @@ def main(args):
     if images.num_classes and len(images) <= _NEAREST_LIMIT:
         judges["class_of_nearest"] = make_nearest_judge(images, args, augmentation)
 
-    trained = read_record(args.model, "training.json")
-    if trained is None and accelerator.is_main_process:
-        warnings.warn(f"{args.model} has no training.json, so no model card can be made of this.", stacklevel=2)
     num_reference = len(images) if args.num_reference is None else args.num_reference
     networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
     report = {
@@ -247,12 +265,8 @@ def main(args):
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
         "block_multiply_adds": {name: block_multiply_adds(network) for name, network in networks.items()},
         "data": {
-            "name": training.name_data(args),
-            "arguments": " ".join(
-                f"--{name} {getattr(args, name)}"
-                for name in ("dataset_name", "train_data_dir", "dataset_config_name", "label_column", "num_classes")
-                if getattr(args, name)
-            ),
+            "name": data.name,
+            "hub": data.hub_name,
             "images": len(images),
             "classes": images.num_classes,
             "reference": f"{num_reference} images of split {args.reference_split}",
@@ -263,6 +277,7 @@ def main(args):
         "classifier": None
         if classifier is None
         else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
+        "configuration": told,
         "training": trained,
         "rivals": {},
     }
@@ -282,19 +297,22 @@ def main(args):
             )
         report["rivals"][name] = {
             "model": Path(path).name,
-            "training": read_record(path, "training.json"),
+            **dict(zip(("configuration", "training"), read_records(path), strict=True)),
             "samples": measured["samples"] if is_alike else [],
             "seeds": measured["seeds"] if is_alike else [],
         }
     by_name = {Path(path).name: rivals[name] for name, path in paths.items()}
     for found, model in [(report, pipe), *((report["rivals"][name], rival) for name, rival in rivals.items())]:
-        record = found["training"]
-        teacher = by_name.get(Path(record["recipe"]["teacher"]).name) if is_student(record) else None
-        found["training_flops"] = training_flops(model, record, teacher)
+        found["training_flops"] = None
+        if found["configuration"] is not None and found["training"] is not None:
+            configuration = configuration_of(found["configuration"])
+            teacher = by_name.get(Path(configuration.start.teacher or "").name)
+            images_seen = found["training"]["images_seen"]
+            found["training_flops"] = training_flops(model, configuration.recipe, images_seen, teacher)
 
     k = steps["num_context_steps"]
-    if is_student(report["training"]):
-        report["images_by_phase"] = images_by_phase(report["training"])
+    if told is not None and isinstance(configuration_of(told).recipe, DistillationRecipe):
+        report["images_by_phase"] = configuration_of(told).recipe.images_by_phase
     else:
         v_loss = {"images": args.num_noises, "model": measure_v_loss(pipe, floor_images, args, k or 1, accelerator)}
         if pipe.context_encoder is not None:

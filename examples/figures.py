@@ -26,7 +26,7 @@ from diffusers_dualrate.evaluation import (
     precision_recall,
 )
 from diffusers_dualrate.losses import denoising_loss, draw
-from diffusers_dualrate.training import TrainablePair
+from diffusers_dualrate.training import TrainablePair, schedule_of
 from image_sets import FRESH_SEED, batches_of, choose, open_images, real_batches
 
 # An epoch of augmentation that nothing else takes.
@@ -182,9 +182,9 @@ def spread(per_seed):
     }
 
 
-def measure_v_loss(pipe, images, args, context_steps, accelerator, drop_context=False):
+def measure_v_loss(pipe, images, args, num_context_steps, accelerator, drop_context=False):
     """Mean of (v − v̂)² over fresh augmentations, at stratified times with noise fixed by the position."""
-    scheduler = pipe.scheduler
+    schedule = schedule_of(pipe.scheduler)
     pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()
     total = 0.0
@@ -203,10 +203,9 @@ def measure_v_loss(pipe, images, args, context_steps, accelerator, drop_context=
                 x,
                 labels,
                 draws,
-                log_snr=lambda t: scheduler.log_snr(t * len(scheduler)),
-                log_snr_rate=lambda t: scheduler.log_snr_rate(t * len(scheduler)),
+                schedule=schedule,
                 bias=0.0,
-                context_steps=[context_steps],
+                context_ages=[1 / num_context_steps],
                 context_dropout=float(drop_context),
             )
         total += result.v_loss.double().sum().item()

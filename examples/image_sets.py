@@ -7,7 +7,9 @@ function of its place in the set and the set's seed alone, so any number of proc
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate import training
+from diffusers_dualrate.arguments import select
+from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.letters import Letters
 from diffusers_dualrate.losses import seed_of
 
@@ -19,25 +21,8 @@ def open_images(args, size, augmentation, split=None, *, channels=3):
     """A split of the data set at a size, augmented as no training saw it; letters are rendered, and have no splits."""
     if args.dataset_name == "letters":
         return Letters(size, label_column=args.label_column, channels=channels, seed=FRESH_SEED)
-    dataset = load_images(
-        args.dataset_name,
-        args.train_data_dir,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        split=split or args.reference_split,
-        config_name=args.dataset_config_name,
-    )
-    return LabelledImages(
-        dataset,
-        size,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        num_classes=args.num_classes,
-        augmentation=augmentation,
-        channels=channels,
-        seed=FRESH_SEED,
-        on_corrupt=args.on_corrupt,
-    )
+    data, split = Data(**select(args, Data)), split or args.reference_split
+    return training.open_images(data, size, channels=channels, augmentation=augmentation, seed=FRESH_SEED, split=split)
 
 
 def choose(images, count, seed):

@@ -1,6 +1,6 @@
 """Train the small classifier whose features measure `fd_local`, on the data that a model is trained on.
 
-    python examples/train_classifier.py --preset examples/presets/emoji32.json --dataset_name examples/data/emoji32 \\
+    python examples/train_classifier.py --preset emoji32 --dataset_name examples/data/emoji32 \\
         --label_column label --output examples/classifiers/emoji32.safetensors
 
 A share of the images is held out, and the accuracy on them printed and written into the file, beside the recipe. A few
@@ -8,7 +8,6 @@ minutes on one CPU core.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -16,12 +15,20 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import training
+from diffusers_dualrate.arguments import find_preset, read_preset, select
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
+from diffusers_dualrate.records import build
+
+PRESETS = Path(__file__).with_name("presets")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", required=True, help="JSON file of the models that will be measured.")
+    parser.add_argument(
+        "--preset", required=True, help="Preset, or configuration.json, of the models that will be measured."
+    )
     parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     parser.add_argument("--image_column", default="image")
@@ -31,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--cache_dir")
     parser.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
     parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
-    parser.set_defaults(streaming=False)
+    parser.add_argument("--max_image_pixels", type=int, default=Data.max_image_pixels)
     parser.add_argument("--output", required=True, help="The .safetensors file to write.")
     parser.add_argument("--held_out", type=float, default=0.1, help="Share of the images that only the accuracy sees.")
     parser.add_argument("--max_train_steps", type=int, default=1500)
@@ -58,13 +65,17 @@ def measure_accuracy(classifier, images, indices, batch_size, device):
     return right / len(indices)
 
 
-def main(args):
+def main(args, open_images=training.open_images):
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
-    preset = json.loads(Path(args.preset).read_text())
-    if args.resolution is not None:
-        preset["denoiser"]["sample_size"] = args.resolution
-    images = training.open_images(args, preset)
+    preset = read_preset(find_preset(args.preset, PRESETS), ("denoiser", "training"))
+    images = open_images(
+        Data(**select(args, Data)),
+        preset["denoiser"]["sample_size"] if args.resolution is None else args.resolution,
+        channels=preset["denoiser"]["in_channels"],
+        augmentation=build(Augmentation, "augmentation", preset["training"].get("augmentation", {})),
+        seed=args.seed,
+    )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed)).tolist()
     num_held_out = round(args.held_out * len(order))
     if not 0 < num_held_out < len(order):

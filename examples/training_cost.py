@@ -1,4 +1,4 @@
-"""What the training of a model cost, by its record in training.json.
+"""What the training of a model cost, by what it was told.
 
 FLOPs are those of the networks, forwards and backwards: a backward pass is two forward ones, one for the weights and one for
 what the network was given; at a frozen network it stops. Losses, checks and the optimiser are left out.
@@ -6,20 +6,7 @@ what the network was given; at a frozen network it stops. Losses, checks and the
 
 from diffusers_dualrate import flops
 from diffusers_dualrate.flops import context_flops, network_flops
-
-
-def is_student(record):
-    """Whether a model was distilled, as far as its record tells."""
-    return record is not None and record["network"].startswith("distilled")
-
-
-def images_by_phase(record):
-    """Images that a student met, in the order of its phases: each step of either kind has a batch of its own."""
-    recipe = record["recipe"]
-    pretraining, size = recipe["pretraining_steps"], recipe["train_batch_size"]
-    alternating = recipe["max_train_steps"] - pretraining
-    steps = {"pretraining": pretraining, "auxiliary": (alternating + 1) // 2, "student": alternating // 2}
-    return {phase: count * size for phase, count in steps.items()}
+from diffusers_dualrate.recipes import DistillationRecipe
 
 
 def distillation_flops(denoiser, context_encoder, teacher, recipe):
@@ -29,17 +16,17 @@ def distillation_flops(denoiser, context_encoder, teacher, recipe):
     it is guided, and the auxiliary of its shape (T) judge that: R + P + (G + 3) T for the auxiliary, R + 3 P + (G + 1) T for
     the student.
     """
-    n, k = recipe["num_inference_steps"], recipe["num_context_steps"]
+    n, k = recipe.num_inference_steps, recipe.num_context_steps
     light, judge = network_flops(denoiser), network_flops(teacher)
     encode, project = 0, 0
     if context_encoder is not None:
         encode, project = network_flops(context_encoder), context_flops(denoiser)
     interval = n // k
     rollout = (interval - 1) * light
-    if recipe["full_rollout"]:  # from noise to the segment, too
+    if recipe.full_rollout:  # from noise to the segment, too
         rollout += (n - interval) * light + (k - 1) * (encode + project)
     predict = light + encode + project
-    judged = 2 if recipe["guidance_scale"] > 1 and teacher.config.num_classes else 1
+    judged = 2 if recipe.guidance_scale > 1 and teacher.config.num_classes else 1
     return {
         "pretraining": 3 * light + 2 * project + encode,  # with the encoder frozen
         "auxiliary": rollout + predict + (judged + 3) * judge,
@@ -47,25 +34,18 @@ def distillation_flops(denoiser, context_encoder, teacher, recipe):
     }
 
 
-def training_flops(pipe, record, teacher=None):
+def training_flops(pipe, recipe, images_seen, teacher=None):
     """FLOPs of a model's own training, without those of what it started from; `None` where they are not known.
 
     Args:
         pipe: The model.
-        record: Its training.json, or `None`.
+        recipe: What its configuration says of the training.
+        images_seen: Images that it was trained on.
         teacher: Pipeline of the teacher, for a student.
     """
-    if record is None or (is_student(record) and teacher is None):
+    if not isinstance(recipe, DistillationRecipe):
+        return round(flops.training_flops(pipe.denoiser, pipe.context_encoder, **recipe.encoder_costs) * images_seen)
+    if teacher is None:
         return None
-    recipe = record["recipe"]
-    if is_student(record):
-        each = distillation_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
-        return sum(each[phase] * count for phase, count in images_by_phase(record).items())
-    each = flops.training_flops(
-        pipe.denoiser,
-        pipe.context_encoder,
-        context_dropout=recipe.get("context_dropout", 0.0),
-        frozen=bool(recipe.get("freeze_encoder")),
-        followed=bool(recipe.get("follow_encoder")),
-    )
-    return round(each * record["images_seen"])
+    each = distillation_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
+    return sum(each[phase] * count for phase, count in recipe.images_by_phase.items())

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import make_card
+import train_dual_rate
 
 CARDS = sorted((Path(__file__).parents[1] / "model_cards").iterdir())
 PAIR = Path(__file__).parents[1] / "model_cards" / "dualrate-emoji32"
@@ -22,6 +24,7 @@ def parts():
     evaluation, index, notes = read(PAIR)
     heavy = evaluation["rivals"]["single_rate_heavy"]
     light = {"model": "light-emoji32", "training": heavy["training"] | {"network": "light"}, "samples": []}
+    light["configuration"] = heavy["configuration"]
     evaluation["rivals"]["single_rate_light"] = light
     evaluation["v_loss"] |= {"single_rate_light": 0.15, "share_of_gap_recovered": 0.5}
     return [evaluation, index, notes]
@@ -43,7 +46,8 @@ def test_a_card_is_what_its_json_makes_of_it(card):
 def test_the_evaluation_of_a_card_is_that_of_the_model_beside_it(card):
     evaluation, index, _ = read(card)
     assert evaluation["model"] == card.name
-    assert evaluation["training"] == json.loads((card / "training.json").read_text())
+    for name in ("configuration", "training"):
+        assert evaluation[name] == json.loads((card / f"{name}.json").read_text())
     samples = evaluation["samples"][0]
     for name in ("num_inference_steps", "num_context_steps", "guidance_scale"):
         assert samples[name] == index[name]
@@ -97,13 +101,14 @@ def test_figures_over_seeds_come_with_their_spread_and_rivals_and_floor_stand_be
 
 def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
     evaluation, index, notes = parts
-    evaluation["data"] |= {"classes": None, "arguments": "--train_data_dir photos"}
+    evaluation["data"] |= {"classes": None}
+    evaluation["configuration"]["data"] |= {"dataset_name": None, "label_column": None, "train_data_dir": "my photos"}
     evaluation["rivals"] = {}
     for name in ("single_rate_heavy", "single_rate_light", "share_of_gap_recovered"):
         del evaluation["v_loss"][name]
     evaluation["floor"] = {"fid_50k": {"values": [2.5], "mean": 2.5, "std": None}}
     evaluation["samples"][0]["fid_50k"] = {"values": [3.5], "mean": 3.5, "std": None}
-    del notes["example_label"], notes["arguments"]
+    del notes["example_label"]
     text = make_card.make_card(*parts)
     assert "image = pipe().images[0]" in text and "class_labels" not in text and "recovers" not in text
     assert (
@@ -111,35 +116,69 @@ def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
         and "- fid\n" in text
         and "class-conditional" not in text
     )
-    assert "--preset examples/presets/emoji32.json --train_data_dir photos --output_dir" in text
+    assert "--preset emoji32 --train_data_dir 'my photos' --seed 1 --output_dir" in text
     compile(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), "snippet", "exec")
 
 
+def test_the_command_of_a_card_trains_the_model_with_all_that_it_was_told(parts):
+    """What was overridden is in configuration.json beside the card, which is the preset then."""
+    evaluation, index, notes = parts
+    told = evaluation["configuration"]
+    told["data"] |= {"num_classes": 98, "streaming": True}
+    text = make_card.make_card(*parts)
+    start = "accelerate launch examples/train_dual_rate.py --preset emoji32 --dataset_name examples/data/emoji32 "
+    assert f"{start}--label_column label --num_classes 98 --streaming --seed 1 --output_dir runs/dualrate-" in text
+    assert "with preset `emoji32` and seed 1" in text
+    told["training"]["bias"] = 0.5
+    text = make_card.make_card(*parts)
+    assert "with preset `emoji32`, changed as below, and seed 1" in text
+    assert "examples/train_dual_rate.py --preset configuration.json --dataset_name" in text
+    _, preset, *flags = re.search(r"train_dual_rate.py (.*)", text).group(1).split()
+    assert (
+        preset == "configuration.json" and train_dual_rate.parse_args(["--preset", preset, *flags]).num_classes == 98
+    )
+
+
+def test_a_card_without_notes_says_what_the_records_know(parts):
+    evaluation, index, _ = parts
+    text = make_card.make_card(evaluation, index, {})
+    assert "A Dual-Rate pair for images of 32x32 of 98 classes, trained on `emoji32`." in text
+    assert f'class_labels="{next(iter(index["id2label"].values()))}"' in text and "None" not in text
+
+
+def test_only_a_data_set_of_the_hub_is_linked_as_one(parts):
+    assert "datasets:" not in make_card.make_card(*parts)
+    parts[0]["data"]["hub"] = "owner/set"
+    assert "datasets:\n- owner/set\n" in make_card.make_card(*parts)
+
+
+def test_notes_with_an_unknown_part_are_refused_by_its_name(parts):
+    parts[2]["limit"] = ["It is small."]
+    with pytest.raises(ValueError, match="notes.json has no part 'limit'; it may have license, summary"):
+        make_card.make_card(*parts)
+
+
 @pytest.mark.parametrize(
-    ("network", "arguments", "expected"),
+    ("name", "text", "message"),
     [
-        ("pair", None, "examples/train_dual_rate.py --preset examples/presets/emoji32.json --dataset_name"),
-        (
-            "light",
-            None,
-            "examples/train_single_rate.py --network light --preset examples/presets/emoji32.json --dataset_name",
-        ),
-        (
-            "distilled pair",
-            "--teacher a --student b",
-            "label --teacher a --student b --output_dir runs/dualrate-emoji32",
-        ),
+        ("evaluation.json", None, "evaluation.json cannot be read: No such file or directory"),
+        ("model_index.json", "[]", "model_index.json must hold an object of names and values, and holds list"),
+        ("notes.json", "{", "notes.json is no JSON"),
     ],
 )
-def test_a_card_gives_the_command_that_trained_the_model(parts, network, arguments, expected):
-    parts[0]["training"]["network"], parts[2]["arguments"] = network, arguments
-    text = make_card.make_card(*parts)
-    assert expected in text and ("distill.py" in text) == network.startswith("distilled")
+def test_a_file_that_no_card_can_be_made_of_is_named(tmp_path, name, text, message):
+    shutil.copytree(PAIR, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+    (tmp_path / "model" / name).unlink() if text is None else (tmp_path / "model" / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        make_card.main(make_card.parse_args([str(tmp_path / "model")]))
+    assert not (tmp_path / "model/README.md").exists()
 
 
 def test_a_card_of_a_model_whose_training_nobody_recorded_is_refused(parts):
     parts[0]["training"] = None
-    with pytest.raises(ValueError, match="put training.json beside the weights, and evaluate again"):
+    with pytest.raises(
+        ValueError, match="put configuration.json and training.json beside the weights, and evaluate again"
+    ):
         make_card.make_card(*parts)
 
 
@@ -147,20 +186,21 @@ def test_a_card_of_a_model_whose_training_nobody_recorded_is_refused(parts):
 def student(parts):
     """The same for a student of that pair, whose teacher is guided."""
     evaluation, index, notes = parts
-    recipe = {"teacher": "cards/single-rate-emoji32", "student": "cards/dualrate-emoji32", "guidance_scale": 3.0}
-    evaluation["training"] = {
-        "network": "distilled pair",
-        "preset": "emoji32",
-        "images_seen": 13920,
-        "seed": 0,
-        "recipe": recipe,
-    }
+    evaluation["training"] = {"network": "distilled pair", "images_seen": 13920}
+    evaluation["configuration"] = json.loads((CARDS[1] / "configuration.json").read_text())
+    evaluation["configuration"]["distillation"]["guidance_scale"] = 3.0
     evaluation |= {
         "images_by_phase": {"pretraining": 0, "auxiliary": 8000, "student": 5920},
         "training_flops": 1.25e13,
     }
     heavy = evaluation["rivals"]["single_rate_heavy"]
-    start = {"model": PAIR.name, "samples": evaluation["samples"], "training": None, "training_flops": 5e12}
+    start = {
+        "model": PAIR.name,
+        "configuration": heavy["configuration"],
+        "samples": evaluation["samples"],
+        "training": None,
+        "training_flops": 5e12,
+    }
     evaluation["rivals"] = {heavy["model"]: heavy | {"training_flops": 2.5e15}, PAIR.name: start}
     own = {"num_inference_steps": 8, "num_context_steps": 2, "guidance_scale": 1.0, "flops_with_guidance": 5e8}
     evaluation["samples"] = [{**start["samples"][0], **own, "evaluations": {"context_encoder": 2, "denoiser": 8}}]
@@ -195,7 +235,7 @@ def test_the_card_of_a_student_tells_what_it_needs_and_where_it_came_from_and_no
 
 def test_the_card_of_a_single_rate_student_from_noise_shows_no_other_solver_and_no_passes_over_data(student):
     evaluation, index, _ = student
-    evaluation["training"]["recipe"] |= {"full_rollout": True, "guidance_scale": 1.0}
+    evaluation["configuration"]["distillation"] |= {"full_rollout": True, "guidance_scale": 1.0}
     evaluation["images_by_phase"] = {"pretraining": 320, "auxiliary": 6800, "student": 6800}
     del evaluation["parameters"]["context_encoder"]
     text = make_card.make_card(*student)
@@ -209,10 +249,3 @@ def test_the_card_of_a_pair_whose_encoder_denoises_counts_what_it_spares(parts):
     for spares, light in ((False, n), (True, n - k)):
         text = make_card.make_card(evaluation, index | {"encoder_denoises": spares}, notes)
         assert f"parameters runs {k} times per image" in text and f"parameters {light} times." in text
-
-
-@pytest.mark.parametrize("name", ["limits", "intended_use", "license"])
-def test_a_card_without_what_a_person_has_to_say_is_refused(parts, name):
-    parts[2][name] = []
-    with pytest.raises(ValueError, match=f"notes.json lacks {name}"):
-        make_card.make_card(*parts)

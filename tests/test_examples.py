@@ -18,13 +18,18 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 import benchmark
+import distill
 import evaluate
 import figures
 import generate
 import image_sets
 import train_classifier
+import train_dual_rate
+import train_single_rate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, training
-from diffusers_dualrate.data import Augmentation, load_images
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.data import load_images
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash, load_dinov2
 from diffusers_dualrate.flops import image_flops, network_flops
 
@@ -170,7 +175,7 @@ def measure(models, data):
     ImageClassifier(3, NUM_CLASSES, level_channels=(8, 16), num_features=6).save(models / "some.safetensors", steps=0)
 
     def run(*more):
-        arguments = ["--model", models / "pair", "--preset", "examples/presets/tiny.json", *data, "--num_samples", 20]
+        arguments = ["--model", models / "pair", *data, "--num_samples", 20]
         arguments += ["--num_noises", 40, "--batch_size", 8, "--classifier", models / "some.safetensors"]
         arguments += ["--output", models / "evaluation.json", "--cache_dir", models / "cache", *more]
         args = evaluate.parse_args([str(argument) for argument in arguments])
@@ -214,15 +219,37 @@ def test_evaluate_writes_every_figure_with_what_it_was_measured_with(measure, mo
     assert ways == [("ancestral", 4), ("dpmsolver++", 3)] and report["rivals"]["single_rate_light"]["samples"] == []
 
 
+def record(folder, script, happened, *told):
+    """Write beside a model what its training was told, and what happened in it."""
+    arguments = ["--preset", "tiny", "--output_dir", folder, *told]
+    args = script.parse_args([str(argument) for argument in arguments])
+    (folder / "configuration.json").write_text(json.dumps(configure(args, script.__name__).to_json()))
+    (folder / "training.json").write_text(json.dumps(happened))
+
+
+@pytest.mark.slow
+def test_what_a_model_was_trained_with_is_read_beside_it(measure, models):
+    """Its augmentation above all: a floor of other images would be another floor."""
+    options = ["--num_noises", 1, "--seeds", 0]
+    with pytest.warns(UserWarning, match="has no configuration.json: its images count as not augmented"):
+        plain = measure(*options)
+    assert plain["configuration"] is plain["training"] is plain["training_flops"] is None
+    told = ["--override", 'training.augmentation={"translation":3,"scale":[0.5,1.5]}', "training.bias=0.25"]
+    record(models / "pair", train_dual_rate, {"network": "pair", "images_seen": 80}, *told)
+    augmented = measure(*options)
+    assert augmented["floor"]["fd_local_20"]["mean"] != plain["floor"]["fd_local_20"]["mean"]
+    assert augmented["configuration"]["training"]["bias"] == 0.25 and augmented["training_flops"] > 0
+    assert augmented["configuration"]["overrides"] == told[1:]
+
+
 @pytest.mark.slow
 def test_a_student_is_measured_at_its_own_steps_without_v_loss_beside_the_models_that_it_came_from(measure, models):
-    record = {"network": "heavy", "images_seen": 80, "recipe": {}}
-    (models / "heavy" / "training.json").write_text(json.dumps(record))
+    record(models / "heavy", train_single_rate, {"network": "heavy", "images_seen": 80})
     measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--seeds", 5)
-    recipe = {"teacher": "elsewhere/heavy", "guidance_scale": 2.0, "num_inference_steps": 2, "num_context_steps": 1}
-    recipe |= {"full_rollout": False, "pretraining_steps": 0, "max_train_steps": 5, "train_batch_size": 4}
-    record = {"network": "distilled pair", "images_seen": 20, "recipe": recipe}
-    (models / "student" / "training.json").write_text(json.dumps(record))
+    told = ["--teacher", "elsewhere/heavy", "--guidance_scale", 2, "--num_inference_steps", 2]
+    told += ["--num_context_steps", 1, "--pretraining_steps", 0, "--max_train_steps", 5]
+    told += ["--override", "distillation.train_batch_size=4"]
+    record(models / "student", distill, {"network": "distilled pair", "images_seen": 20}, *told)
 
     report = measure("--model", models / "student", "--rivals", models / "heavy")
     assert "v_loss" not in report and report["images_by_phase"] == {"pretraining": 0, "auxiliary": 12, "student": 8}
@@ -242,7 +269,7 @@ def test_a_rival_that_was_not_measured_so_is_refused(measure, models):
 
 
 def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
-    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--batch_size", "3"])
+    args = evaluate.parse_args(["--model", "", *data, "--batch_size", "3"])
     images = image_sets.open_images(args, 16, Augmentation(translation=2))
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     labels = images.class_labels[[index for _, index in image_sets.choose(images, 10, seed=0)]]
@@ -332,9 +359,7 @@ def test_published_distances_are_measured_from_the_images_as_they_are_and_those_
     for i, image in enumerate(pixels):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
-    preset = json.loads(Path("examples/presets/tiny.json").read_text())
-    assert preset["training"]["augmentation"] == {"flip": True}
-    args = evaluate.parse_args(["--model", "", "--preset", "", "--train_data_dir", str(tmp_path / "images")])
+    args = evaluate.parse_args(["--model", "", "--train_data_dir", str(tmp_path / "images")])
     args.cache_dir = tmp_path / "cache"
     found = {}
     for name, augmentation in (("inception", Augmentation()), ("local", Augmentation(flip=True))):
@@ -352,7 +377,7 @@ def test_published_distances_are_measured_from_the_images_as_they_are_and_those_
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(measure, models, data):
     alone = measure("--seeds", 0)
-    arguments = ["--model", models / "pair", "--preset", "examples/presets/tiny.json", *data, "--num_samples", 20]
+    arguments = ["--model", models / "pair", *data, "--num_samples", 20]
     arguments += ["--num_noises", 40, "--batch_size", 8, "--classifier", models / "some.safetensors", "--seeds", 0]
     arguments += ["--output", models / "two.json", "--cache_dir", models / "another cache"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
@@ -423,7 +448,7 @@ def test_dinov2_of_a_folder_measures_a_distance_from_the_images_as_they_are(meas
     assert report["references"] == {"fd_local": "images augmented as in training", "fd_dinov2": "images as they are"}
 
     # A cached reference is named by its content, so only the same images and extractor have the same name.
-    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--cache_dir", str(models / "plain")])
+    args = evaluate.parse_args(["--model", "", *data, "--cache_dir", str(models / "plain")])
     plain, extract = image_sets.open_images(args, 16, Augmentation()), load_dinov2(models / "dinov2")
     figures.measure_reference(plain, {"dinov2": extract}, len(plain), args, Accelerator())
     (name,) = [path.name for path in (models / "plain").iterdir()]
@@ -431,7 +456,7 @@ def test_dinov2_of_a_folder_measures_a_distance_from_the_images_as_they_are(meas
 
 
 def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_where_nothing_is_predicted(models, data):
-    args = evaluate.parse_args(["--model", "", "--preset", "", *data, "--num_noises", "640"])
+    args = evaluate.parse_args(["--model", "", *data, "--num_noises", "640"])
     images = image_sets.open_images(args, 16, Augmentation())
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     first, second = (figures.measure_v_loss(pipe, images, args, 2, Accelerator()) for _ in range(2))
@@ -527,7 +552,7 @@ def test_every_figure_that_ships_was_measured_with_the_classifier_that_ships():
 
 
 def test_the_classifier_of_the_digits_reads_them():
-    args = evaluate.parse_args(["--model", "", "--preset", "", "--dataset_name", "digits", "--label_column", "label"])
+    args = evaluate.parse_args(["--model", "", "--dataset_name", "digits", "--label_column", "label"])
     images = image_sets.open_images(args, 8, Augmentation(), "floor", channels=1)
     x = torch.stack([images[i]["pixel_values"] for i in range(200)])
     with torch.no_grad():

@@ -10,13 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PRESET
 from diffusers_dualrate import losses, moment_matching
+from diffusers_dualrate.recipes import DistillationRecipe, PairRecipe
 from diffusers_dualrate.training import TrainablePair
 from distill import Distillation
-from training_cost import distillation_flops, images_by_phase, training_flops
+from training_cost import distillation_flops, training_flops
 
 ROWS, N, K = 2, 6, 2
-SCHEDULE = {"log_snr": lambda t: 1 - 2 * t}
-STEPS = SCHEDULE | {"num_inference_steps": N, "num_context_steps": K, "min_variance": 0.02}
+SCHEDULE = losses.Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
+STEPS = {"log_snr": SCHEDULE.log_snr, "num_inference_steps": N, "num_context_steps": K, "min_variance": 0.02}
 LABELS = torch.zeros(ROWS).long()
 
 
@@ -26,6 +27,10 @@ def networks(make_networks):
     shape = {key: PRESET["context_encoder"][key] for key in ("level_channels", "level_blocks", "embedding_dim")}
     teacher = make_networks(denoiser={**shape, "context_channels": None}, num_classes=2)[1]
     return *make_networks(num_classes=2), teacher.requires_grad_(False)
+
+
+def make_recipe(**told):
+    return DistillationRecipe(**PRESET["distillation"] | told)
 
 
 def count(run):
@@ -55,7 +60,8 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
     draws = moment_matching.draw(0, 0, range(ROWS), x.shape[1:], N)
     judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
     arguments = [None if full_rollout else x, LABELS, draws]
-    recipe = steps | {"full_rollout": full_rollout, "guidance_scale": scale}
+    told = {name: value for name, value in steps.items() if name != "log_snr"}
+    recipe = make_recipe(**told, full_rollout=full_rollout, guidance_scale=scale)
     cost = distillation_flops(denoiser, encoder, teacher, recipe)
     counted = {
         "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **judges, **steps)),
@@ -73,40 +79,29 @@ def test_the_cost_of_a_pair_is_what_its_loss_runs(networks, freeze_encoder):
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(not freeze_encoder)).train()
     draws = losses.draw(0, 0, range(ROWS), (3, 8, 8))
-    more = {"log_snr_rate": lambda t: torch.full_like(t, 2.0), "bias": 0.0, "context_dropout": 0.5}
-    counted = count(
-        lambda: pair(losses.denoising_loss, torch.randn(ROWS, 3, 8, 8), LABELS, draws, **SCHEDULE, **more).loss
-    )
-    record = {
-        "network": "pair",
-        "images_seen": 100,
-        "recipe": {"context_dropout": 0.5, "freeze_encoder": freeze_encoder},
-    }
-    cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), record)
+    more = {"schedule": SCHEDULE, "bias": 0.0, "context_dropout": 0.5}
+    counted = count(lambda: pair(losses.denoising_loss, torch.randn(ROWS, 3, 8, 8), LABELS, draws, **more).loss)
+    recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.5, "freeze_encoder": freeze_encoder})
+    cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)
     assert 0.96 < 100 * counted / cost < 1.001
 
 
 def test_following_an_encoder_costs_one_more_evaluation_of_it(networks):
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(False)).train()
-    arguments = {"context_steps": (4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": 0.0}
-    arguments |= {
-        "log_snr_rate": lambda t: torch.full_like(t, 2.0),
-        "encoder_prediction": lambda _: torch.zeros(x.shape),
-    }
+    arguments = {"context_ages": (1 / 4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": 0.0}
+    arguments |= {"schedule": SCHEDULE, "encoder_prediction": lambda _: torch.zeros(x.shape)}
     x, draws = torch.randn(ROWS, 3, 8, 8), losses.draw(0, 0, range(ROWS), (3, 8, 8))
-    counted = count(lambda: pair(losses.following_loss, x, LABELS, draws, **SCHEDULE, **arguments).loss)
-    recipe = {"context_dropout": 0.0, "freeze_encoder": True, "follow_encoder": True}
-    record = {"network": "pair", "images_seen": 100, "recipe": recipe}
-    cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), record)
+    counted = count(lambda: pair(losses.following_loss, x, LABELS, draws, **arguments).loss)
+    recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.0, "follow_encoder": True})
+    cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)
     assert 0.96 < 100 * counted / cost < 1.001
 
 
 def test_the_auxiliary_has_the_odd_one_of_the_steps_that_alternate():
-    recipe = {"pretraining_steps": 2, "max_train_steps": 7, "train_batch_size": 8}
-    assert images_by_phase({"recipe": recipe}) == {"pretraining": 16, "auxiliary": 24, "student": 16}
+    recipe = make_recipe(pretraining_steps=2, max_train_steps=5, train_batch_size=8)
+    assert recipe.images_by_phase == {"pretraining": 16, "auxiliary": 24, "student": 16}
 
 
-def test_a_cost_is_not_guessed_where_record_or_teacher_is_not_at_hand():
-    assert training_flops(None, None) is None
-    assert training_flops(None, {"network": "distilled pair"}) is None
+def test_a_cost_is_not_guessed_where_the_teacher_is_not_at_hand():
+    assert training_flops(None, make_recipe(), 100) is None

@@ -146,6 +146,12 @@ class Data:
         name = self.dataset_name or self.train_data_dir or "none"
         return Path(name).resolve().name if Path(name).exists() else name
 
+    @property
+    def hub_name(self) -> str | None:
+        """Name of the data set on the Hub; `None` for what lies on this machine, or is made by a library."""
+        name = self.dataset_name
+        return None if name is None or Path(name).exists() or "/" not in name else name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

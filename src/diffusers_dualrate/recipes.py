@@ -179,6 +179,16 @@ class DistillationRecipe(Recipe):
     def num_steps(self) -> int:
         return self.pretraining_steps + self.max_train_steps
 
+    @property
+    def images_by_phase(self) -> dict[str, int]:
+        """Images that a student meets, in the order of its phases: each step of either kind has a batch of its own."""
+        steps = {
+            "pretraining": self.pretraining_steps,
+            "auxiliary": (self.max_train_steps + 1) // 2,
+            "student": self.max_train_steps // 2,
+        }
+        return {phase: count * self.train_batch_size for phase, count in steps.items()}
+
 
 RECIPES = {"train_dual_rate": PairRecipe, "train_single_rate": SingleRateRecipe, "distill": DistillationRecipe}
 """The recipe that each training example follows."""
