@@ -284,3 +284,37 @@ def test_drawn_pairs_have_the_covariance_of_one_trajectory(std):
         alpha_tau, _ = amplitudes(log_snr_tau[i])
         expected = alpha_t * alpha_tau * std**2 + alpha_tau / alpha_t * sigma_t**2
         assert (z_t * z_tau).mean().item() == pytest.approx(expected.item(), abs=0.02 * max(1, std**2))
+
+
+def exact_posterior(z, log_snr, variance):
+    """Mean and variance of x given z for x ~ N(0, variance)."""
+    alpha, sigma = amplitudes(log_snr)
+    marginal = alpha**2 * variance + sigma**2
+    return alpha * variance / marginal * z, variance * sigma**2 / marginal
+
+
+@pytest.mark.parametrize("std", STDS)
+@pytest.mark.parametrize("log_snrs", [(8.0, -8.0), (2.0, 1.0), (-1.0, -3.0), (9.9, 9.0)])
+def test_the_update_is_exact_for_gaussian_data_at_any_lag(std, log_snrs):
+    """Given both noisy images the mean is that given z_t alone, k_t z_t, whatever z_τ says: the chain is Markov.
+
+    Kills: m with snr_τ for snr_t; the sign of m x̂ and of z_τ's information; σ for σ² in either; P left out below.
+    """
+    log_snr_t, log_snr_tau = float64(log_snrs)
+    generator = torch.Generator().manual_seed(0)
+    z_t, z_tau = torch.randn(2, 1000, generator=generator, dtype=torch.float64)
+    x_tau, variance = exact_posterior(z_tau, log_snr_tau, std**2)
+    updated = diffusion.gaussian_update(z_t, z_tau, x_tau, variance, log_snr_t, log_snr_tau)
+    torch.testing.assert_close(updated, exact_posterior(z_t, log_snr_t, std**2)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_update_changes_nothing_where_nothing_was_learned_and_stays_finite():
+    z, x = torch.randn(2, 4, 1, 8, 8)
+    level = torch.tensor(1.5)
+    torch.testing.assert_close(diffusion.gaussian_update(z, z, x, torch.tensor(0.1), level, level), x)
+    t = torch.tensor([0.005, 1.0])
+    near, far = diffusion.cosine_log_snr(t)
+    updated = diffusion.gaussian_update(z, torch.randn_like(z), x, torch.tensor(0.2), near, far)
+    # At almost no noise the image itself is the answer.
+    assert (updated - z / amplitudes(near)[0]).abs().max() < 0.05
+    assert diffusion.v_from_x(z, updated, near).isfinite().all()

@@ -327,6 +327,36 @@ def test_split_batches_train_what_dropping_each_context_with_that_probability_wo
     torch.testing.assert_close(split, dropped, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("share", "free"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)])
+def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see_no_context(share, free):
+    """For x̂ = g z_τ and exactly balanced moments, E (v − v̂)² = (1 − g α)² s²/σ² + g² at λ_τ, in the rows with context.
+
+    Kills: the mean over these rows alone; their first for their last; t or λ_t in the weight; x̂ taken for v̂.
+    """
+    std, gain, bias, rows = 0.5, 0.7, 0.3, 4
+    times = torch.tensor([0.15, 0.35, 0.55, 0.7], dtype=torch.float64)
+    x, draws = balanced_batch(times, std)
+
+    def loss(encoder_prediction):
+        return denoising_loss(
+            lambda z, log_snr, labels, context, context_log_snr: 0 * z, lambda z, log_snr, labels: z, x, None, draws,
+            bias=bias, context_steps=(4,), context_dropout=share, encoder_prediction=encoder_prediction, **schedule(),
+        )  # fmt: skip
+
+    expected = 0.0
+    for tau in (times + 0.5 / 4)[free:]:
+        level = diffusion.cosine_log_snr(tau)
+        angle = torch.atan(torch.exp(-level / 2))
+        alpha, sigma = angle.cos(), angle.sin()
+        v_loss = ((1 - gain * alpha) * std / sigma) ** 2 + gain**2
+        rate = diffusion.cosine_log_snr_rate(tau)
+        expected += (rate / 2 * math.exp(bias) * torch.sigmoid(level - bias) * sigma**2 * v_loss / rows).item()
+    without, beside = loss(None), loss(lambda context: gain * context)
+    assert torch.equal(without.v_loss, beside.v_loss)
+    assert (beside.loss - without.loss).item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(loss(lambda context: None).loss, without.loss)
+
+
 def test_gradient_flows_into_denoiser_and_encoder_and_into_neither_through_the_reported_velocity_loss():
     """Kills: a detached context."""
     recorder = Recorder()

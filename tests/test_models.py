@@ -167,6 +167,58 @@ def test_the_context_is_a_linear_map_of_each_levels_own_features_added_on_entry(
         torch.testing.assert_close(added, torch.einsum("oc,bchw->bohw", projection.weight[:, :, 0, 0], part))
 
 
+def amplitudes(log_snr):
+    """α and σ [B, 1, 1, 1] from the angle tan φ = σ/α."""
+    angle = torch.atan(torch.exp(-log_snr / 2))[:, None, None, None]
+    return angle.cos(), angle.sin()
+
+
+def test_a_handed_over_prediction_and_its_variance_have_their_closed_forms():
+    """x̂ = α z − σ v of the head that a single-rate network has, and σ² e^(head + noise level and class).
+
+    Kills: the sign of either noise level; σ for σ²; a difference of the variance's two parts; another image's level.
+    """
+    heavy, _ = pair(prediction_hand_over=True)
+    sample, log_snr, found = images(), torch.tensor([-2.0, 3.0]), {}
+    for name in ("proj_out", "variance_out", "variance_embedding"):
+        getattr(heavy, name).register_forward_hook(lambda _, __, out, name=name: found.update({name: out}))
+    z, x, variance = heavy(sample, log_snr, torch.tensor([1, 2])).context[-3:]
+    alpha, sigma = amplitudes(log_snr)
+    assert torch.equal(z, sample)
+    torch.testing.assert_close(x, alpha * sample - sigma * found["proj_out"])
+    exponent = found["variance_out"] + found["variance_embedding"].reshape(2, 1, 1, 1)
+    assert found["variance_out"].std() > 1e-3 and (found["variance_embedding"].abs() > 1e-3).all()
+    torch.testing.assert_close(variance, sigma**2 * exponent.exp())
+
+
+def test_a_denoiser_sees_the_updated_prediction_its_velocity_and_how_many_sigma_it_moved():
+    """Data N(0, s²) with their own posterior at τ, whose mean given both images is k_t z_t in closed form.
+
+    Kills: the sign inside the logarithm of σ_t; 2 for its half; σ_τ for σ_t; what moved with the other sign; t and τ
+    exchanged; the parts in another order; the start left out of the velocity.
+    """
+    _, light = pair(prediction_hand_over=True)
+    std, log_snr, log_snr_tau = 0.6, torch.tensor([3.0, -0.5]), torch.tensor([-1.0, -2.5])
+    (alpha, sigma), (alpha_tau, sigma_tau) = amplitudes(log_snr), amplitudes(log_snr_tau)
+    z, z_tau, seen, corrections = images(), images(), [], []
+    marginal = (alpha_tau * std) ** 2 + sigma_tau**2
+    x, variance = alpha_tau * std**2 / marginal * z_tau, (std * sigma_tau) ** 2 / marginal
+    light.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    light.proj_out.register_forward_hook(lambda _, __, out: corrections.append(out))
+    context = (*light.project_context(random_context()), z_tau, x, variance)
+    velocity = light(z, log_snr, context=context, context_log_snr=log_snr_tau).sample
+
+    updated = alpha * std**2 / ((alpha * std) ** 2 + sigma**2) * z
+    start = (alpha * z - updated) / sigma
+    parts = seen[0].split(3, dim=1)
+    for part, expected in zip(parts, (z, start, updated, (updated - x) / sigma), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(velocity, start + corrections[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(light.handed_over_velocity(log_snr_tau, context), (alpha_tau * z_tau - x) / sigma_tau)
+    light(z, log_snr)
+    assert torch.equal(seen[1], torch.cat([z, torch.zeros(2, 9, 8, 8)], dim=1))
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12), (16, 8)])
 def test_both_networks_take_images_of_other_sizes_and_shapes(height, width):
     heavy, light = pair()
