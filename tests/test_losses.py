@@ -8,8 +8,10 @@ import torch
 from diffusers_dualrate import diffusion
 from diffusers_dualrate.losses import (
     Draws,
+    Schedule,
     denoising_loss,
     draw,
+    drop_labels,
     following_loss,
     seed_of,
     sigmoid_weight,
@@ -21,16 +23,14 @@ SHAPE = (1, 2, 4)
 
 
 def schedule(image_size=None):
-    """λ and −dλ/dt as keyword arguments, shifted where `image_size` is given."""
+    """λ and −dλ/dt, shifted where `image_size` is given."""
     if image_size is None:
-        return {"log_snr": diffusion.cosine_log_snr, "log_snr_rate": diffusion.cosine_log_snr_rate}
+        return Schedule(diffusion.cosine_log_snr, diffusion.cosine_log_snr_rate)
     sizes = {"noise_low": 32, "noise_high": image_size}
-    return {
-        "log_snr": lambda t: (
-            diffusion.cosine_log_snr(t) + diffusion.resolution_shift(t, image_size=image_size, **sizes)
-        ),
-        "log_snr_rate": lambda t: diffusion.cosine_log_snr_rate(t) + diffusion.resolution_shift_rate(**sizes),
-    }
+    return Schedule(
+        lambda t: diffusion.cosine_log_snr(t) + diffusion.resolution_shift(t, image_size=image_size, **sizes),
+        lambda t: diffusion.cosine_log_snr_rate(t) + diffusion.resolution_shift_rate(**sizes),
+    )
 
 
 def balanced_batch(times, std, lag=0.5):
@@ -56,7 +56,7 @@ def test_the_window_never_puts_tau_before_t_or_after_one():
     """Kills: t − lag; the missing clamp."""
     uniforms = torch.rand(20000, 3)
     uniforms[:200, 0], uniforms[200:400, 2], uniforms[400:600] = 1 - 2**-24, 0.0, 1 - 2**-24
-    t, tau = window_times(uniforms, (1, 4, 32))
+    t, tau = window_times(uniforms, (1, 1 / 4, 1 / 32))
     assert torch.equal(t, uniforms[:, 0])
     assert (tau >= t).all() and (tau <= 1).all()
     assert (tau[200:400] == t[200:400]).all()
@@ -65,29 +65,34 @@ def test_the_window_never_puts_tau_before_t_or_after_one():
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 32])
 def test_the_lag_is_uniform_up_to_one_refresh_interval(steps):
-    """Kills: lag · K; lag of another column; a constant or squared lag."""
+    """Kills: lag / a; lag of another column; a constant or squared lag."""
     uniforms = torch.rand(40000, 3, dtype=torch.float64)
     uniforms[:, 0] *= 1 - 1 / steps  # where the clamp cannot act
     if steps == 1:
         uniforms[:, 0] = 0
-    t, tau = window_times(uniforms, (steps,))
+    t, tau = window_times(uniforms, (1 / steps,))
     ranks = ((tau - t) * steps).sort().values
     assert (ranks - midpoints(len(ranks))).abs().max() < 0.01
     if steps > 1:
         assert torch.corrcoef(torch.stack([t, tau - t]))[0, 1].abs() < 0.02
 
 
-def test_every_number_of_context_steps_is_drawn_equally_often_whatever_the_time_and_lag():
-    """Kills: which of K read from another column; the last K never drawn; a constant K."""
+def test_every_age_of_context_is_drawn_equally_often_whatever_the_time_and_lag():
+    """Kills: which of the ages read from another column; the last one never drawn; a constant one."""
     choices = (1, 2, 5, 10, 100)
     uniforms = torch.rand(50000, 3, dtype=torch.float64)
     uniforms[:, 0] = 0
-    t, tau = window_times(uniforms, choices)
+    t, tau = window_times(uniforms, [1 / steps for steps in choices])
     implied = (uniforms[:, 2] / (tau - t)).round().long()
     for steps in choices:
         chosen = implied == steps
         assert chosen.double().mean().item() == pytest.approx(1 / len(choices), abs=0.01)
         assert uniforms[chosen, 2].mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_fresh_context_has_the_age_zero():
+    t, tau = window_times(torch.rand(100, 3), (0,))
+    assert torch.equal(t, tau)
 
 
 def test_a_row_of_draws_depends_on_seed_step_and_row_alone():
@@ -153,7 +158,6 @@ def test_the_loss_of_a_linear_pair_is_the_bound_computed_pixel_by_pixel(image_si
     pixels in x-space with −dλ/dt by differences. Kills: eps and eps_tau swapped; target −v; t and τ swapped anywhere;
     the weight at τ; a sum for a mean; the context-free rows last."""
     k, u, bias, steps, label_scale = 0.3, -0.2, 0.7, (2, 8), 0.05
-    functions = schedule(image_size)
     x, labels = 0.4 * torch.randn(6, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
     noise = torch.randn(2, 6, *SHAPE, dtype=torch.float64)
     draws = Draws(0.02 + 0.96 * torch.rand(6, 4, dtype=torch.float64), *noise)
@@ -163,7 +167,7 @@ def test_the_loss_of_a_linear_pair_is_the_bound_computed_pixel_by_pixel(image_si
 
     result = denoising_loss(
         denoise, lambda z, log_snr, labels: z, x, labels, draws,
-        bias=bias, context_steps=steps, context_dropout=1 / 3, **functions,
+        bias=bias, context_ages=[1 / k for k in steps], context_dropout=1 / 3, schedule=schedule(image_size),
     )  # fmt: skip
 
     def level(t):
@@ -206,7 +210,7 @@ def gaussian_loss(times, std, gain, context_gain=0.0, bias=1.0):
         return per_row(gain(log_snr)) * z + context_gain * context
 
     return denoising_loss(
-        denoise, lambda z, log_snr, labels: z, x, None, draws, bias=bias, context_steps=(4,), **schedule()
+        denoise, lambda z, log_snr, labels: z, x, None, draws, bias=bias, context_ages=(1 / 4,), schedule=schedule()
     )
 
 
@@ -273,8 +277,8 @@ class Recorder:
 
 def loss_of(recorder, x, draws, *, encode=True, labels=None, **options):
     encoder = recorder.encode if encode else None
-    options = {"bias": 1.0, "context_steps": (2, 4)} | options
-    return denoising_loss(recorder.denoise, encoder, x, labels, draws, **schedule(), **options)
+    options = {"bias": 1.0, "context_ages": (1 / 2, 1 / 4)} | options
+    return denoising_loss(recorder.denoise, encoder, x, labels, draws, schedule=schedule(), **options)
 
 
 @pytest.mark.parametrize(("share", "rows", "free"), [(0.0, 8, 0), (0.25, 8, 2), (0.5, 7, 4), (0.4, 4, 2), (1.0, 8, 8)])
@@ -283,7 +287,7 @@ def test_the_first_share_of_a_batch_sees_no_context_and_costs_the_encoder_nothin
     recorder, draws = Recorder(), draw(0, 0, range(rows), SHAPE)
     x, labels = torch.randn(rows, *SHAPE), torch.arange(rows)
     loss_of(recorder, x, draws, labels=labels, context_dropout=share)
-    t, tau = window_times(draws.uniforms[:, :3], (2, 4))
+    t, tau = window_times(draws.uniforms[:, :3], (1 / 2, 1 / 4))
     log_snr_t, log_snr_tau = diffusion.cosine_log_snr(t), diffusion.cosine_log_snr(tau)
     calls = list(recorder.denoised)
     if free > 0:
@@ -340,7 +344,8 @@ def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see
     def loss(encoder_prediction):
         return denoising_loss(
             lambda z, log_snr, labels, context, context_log_snr: 0 * z, lambda z, log_snr, labels: z, x, None, draws,
-            bias=bias, context_steps=(4,), context_dropout=share, encoder_prediction=encoder_prediction, **schedule(),
+            bias=bias, context_ages=(1 / 4,), context_dropout=share, encoder_prediction=encoder_prediction,
+            schedule=schedule(),
         )  # fmt: skip
 
     expected = 0.0
@@ -380,24 +385,28 @@ def test_dropped_labels_become_the_null_label_at_the_given_rate_independently_of
     draws = draw(0, 0, range(rows), SHAPE)
     draws.uniforms[:, :3] = 0.999
     draws.uniforms[:, 3] = midpoints(rows)[torch.randperm(rows)]
-    labels, recorder = torch.arange(rows) % 5 + 1, Recorder()
-    x = torch.randn(rows, *SHAPE)
-    loss_of(recorder, x, draws, labels=labels, context_dropout=0.5, label_dropout=0.1, null_label=null)
-    seen = torch.cat([call[2] for call in recorder.denoised])
+    labels = torch.arange(rows) % 5 + 1
+    seen = drop_labels(labels, draws, 0.1, null)
     dropped = seen == null
     assert dropped.sum() == round(0.1 * rows)
     assert torch.equal(dropped, draws.uniforms[:, 3] < 0.1)
     assert torch.equal(seen[~dropped], labels[~dropped])
-    assert torch.equal(recorder.encoded[0][2], seen[100:])
+
+
+def test_all_parts_of_a_batch_see_the_labels_of_their_rows():
+    draws, labels, recorder = draw(0, 0, range(8), SHAPE), torch.arange(8), Recorder()
+    loss_of(recorder, torch.randn(8, *SHAPE), draws, labels=labels, context_dropout=0.5)
+    assert torch.equal(torch.cat([call[2] for call in recorder.denoised]), labels)
+    assert torch.equal(recorder.encoded[0][2], labels[4:])
 
 
 def test_without_labels_or_without_a_null_label_nothing_is_dropped():
-    x, draws, labels = torch.randn(4, *SHAPE), draw(0, 0, range(4), SHAPE), torch.arange(4)
+    draws, labels = draw(0, 0, range(4), SHAPE), torch.arange(4)
+    assert torch.equal(drop_labels(labels, draws, 1.0, None), labels)
+    assert drop_labels(None, draws, 1.0, 9) is None
     recorder = Recorder()
-    loss_of(recorder, x, draws, labels=labels, label_dropout=1.0)
-    loss_of(recorder, x, draws, label_dropout=1.0, null_label=9)
-    assert torch.equal(recorder.denoised[0][2], labels)
-    assert recorder.denoised[1][2] is None and recorder.encoded[1][2] is None
+    loss_of(recorder, torch.randn(4, *SHAPE), draws)
+    assert recorder.denoised[0][2] is None and recorder.encoded[0][2] is None
 
 
 def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
@@ -422,9 +431,9 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
         return k * z + u * context[0]
 
     result = following_loss(
-        denoise, encode, x, labels, draws,
-        bias=bias, context_steps=steps, deterministic=0.5, even_in_log_snr=0.25, label_dropout=0.5, null_label=9,
-        encoder_prediction=lambda context: context[1], **schedule(),
+        denoise, encode, x, drop_labels(labels, draws, 0.5, 9), draws, schedule=schedule(), bias=bias,
+        context_ages=[1 / k for k in steps], deterministic=0.5, even_in_log_snr=0.25,
+        encoder_prediction=lambda context: context[1],
     )  # fmt: skip
 
     def level(t):
@@ -461,7 +470,7 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
 def test_the_following_loss_teaches_the_context_but_not_what_the_encoder_predicts():
     x, draws = balanced_batch(midpoints(4), 1.0)
     features, prediction = (torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    arguments = dict(deterministic=0.5, even_in_log_snr=0.25, bias=1.0, context_steps=(4,), **schedule())
+    arguments = dict(deterministic=0.5, even_in_log_snr=0.25, bias=1.0, context_ages=(1 / 4,), schedule=schedule())
     loss = following_loss(
         lambda z, log_snr, labels, context, context_log_snr: context[0],
         lambda z, log_snr, labels: (features * z, prediction * z),
