@@ -243,7 +243,7 @@ class Configuration:
         divided = self
         if self.options.images_per_process is not None:
             divided = self.with_recipe(train_batch_size=self.options.images_per_process * parts)
-        size, dropped = divided.recipe.train_batch_size, getattr(self.recipe, "context_dropout", 0.0)
+        size, dropped = divided.recipe.train_batch_size, divided.recipe.share_without_context
         if size % parts:
             raise ValueError(
                 f"The preset's train_batch_size {size} is not divisible by {num_processes} processes times "
@@ -251,8 +251,8 @@ class Configuration:
             )
         if num_processes > 1 and size - parts < round(dropped * size) < size:
             raise ValueError(
-                f"With {size // parts} images per process and forward pass and context_dropout {dropped} some would "
-                "see no context at all: give each process more images."
+                f"With {size // parts} images per process and forward pass, {dropped:g} of them without context, some processes "
+                "would see none at all: give each process more images."
             )
         return divided
 
