@@ -158,14 +158,49 @@ def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mod
         (["--solver_steps", "0"], "--solver_steps must be at least 1, got 0"),
         (["--distilled", "other"], "other has 3 classes, not those of the pair"),
         (["--compare", "other"], "other has 3 classes, not those of the pair"),
+        (["--compare", "pair"], "--compare must be a single-rate model, but pair is a pair"),
+        (["--compare", "small"], "small draws other images than the pair: sample_size is 8, not 16"),
+        (["--model", "light"], "--model must be a pair, but light is a single-rate model"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--seed", "-1"], r"--seed must lie between 0 and 2\*\*63 - 1, got -1"),
+        (["--zoom", "-2"], "--zoom must be at least 1, got -2"),
+        (["--guidance_scale", "nan"], "guidance_scale must be at least 1, .* got nan"),
+        (["--guidance_scale", "inf"], "guidance_scale must be at least 1, .* got inf"),
+        (["--num_context_steps", "99"], "num_context_steps must be between 1 and num_inference_steps=4, got 99"),
+        (["--compare", "light", "--solver_steps", "1001"], "--solver_steps must be at most 1000, got 1001"),
+        (["--class_labels", "clas 3"], "Unknown class name 'clas 3'; did you mean 'class 3'"),
+        (["--class_labels", "99"], "class_labels must lie in 0..7, got 99"),
+        (["--output", "folder.png"], "--output must be a file, but 'folder.png' is a folder"),
+        (["--output", "file/picture.png"], "--output is 'file/picture.png', but '.*file' is no folder"),
     ],
 )
-def test_generate_refuses_what_would_fail_later_before_any_image(models, make_pipe, flags, sentence, monkeypatch):
-    make_pipe(single_rate=True, num_classes=3).save_pretrained(models / "other")
+def test_generate_refuses_what_would_fail_later_before_any_image(
+    models, make_pipe, make_networks, flags, sentence, monkeypatch
+):
+    denoiser = make_networks(num_classes=3, sample_size=16, denoiser={"context_channels": None})[1]
+    DualRatePipeline(denoiser, DualRateScheduler()).save_pretrained(models / "other")
+    make_pipe(single_rate=True, num_classes=NUM_CLASSES).save_pretrained(models / "small")
+    (models / "folder.png").mkdir()
+    (models / "file").write_text("")
     monkeypatch.chdir(models)
     monkeypatch.setattr(generate, "sample", lambda *_, **__: pytest.fail("an image was made"))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, OSError), match=sentence):
         generate.main(generate.parse_args(["--model", "pair", *flags]))
+
+
+def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypatch):
+    """Wherever a name stands, it wins over the number; a number that names no class is a number."""
+    pair = DualRatePipeline.from_pretrained(models / "pair")
+    names = {0: "3", 1: "0", 2: "two"}
+    renamed = DualRatePipeline(**pair.components, id2label=names, num_inference_steps=2, num_context_steps=1)
+    renamed.save_pretrained(models / "renamed")
+    seen, original = [], generate.sample
+    monkeypatch.setattr(
+        generate, "sample", lambda *args, **options: seen.append(args[3]) or original(*args, **options)
+    )
+    arguments = ["--model", str(models / "renamed"), "--output", str(models / "new folder" / "picture.png")]
+    generate.main(generate.parse_args([*arguments, "--class_labels", "3", "0", "2", "two", "1"]))
+    assert seen == [[0, 1, 2, 2, 1]] and (models / "new folder" / "picture.png").exists()
 
 
 @pytest.fixture
