@@ -59,7 +59,7 @@ def test_every_format_that_pillow_writes_and_reads_is_an_image(tmp_path):
     Image.init()
     formats = {}
     for ending, name in sorted(Image.registered_extensions().items()):
-        if ending in image_endings() and name in Image.SAVE and name not in ("EPS", "MSP", "XBM", "PALM"):
+        if ending in image_endings() and name in Image.SAVE and name not in ("BLP", "EPS", "IM", "MSP", "XBM"):
             formats.setdefault(name, ending)
     assert {"AVIF", "WEBP", "JPEG", "JPEG2000", "TIFF", "GIF", "BMP", "TGA", "DDS"} <= formats.keys()
     os.makedirs(tmp_path / "set")
@@ -70,10 +70,9 @@ def test_every_format_that_pillow_writes_and_reads_is_an_image(tmp_path):
     assert len(LabelledImages(load_images(train_data_dir=tmp_path / "set"), 8)) == len(formats)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "CMYK", "YCbCr", "HSV", "RGBX", "RGBA"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr", "RGBX", "RGBA"])
 def test_an_image_of_any_mode_of_8_bits_is_what_it_shows(tmp_path, mode):
-    grey = Image.new("L", (8, 8), 255).convert("RGB").convert(mode)
-    grey.save(tmp_path / "0.tif" if mode not in ("PA", "HSV") else tmp_path / "0.im")
+    Image.new("RGB", (8, 8), "white").convert(mode).save(tmp_path / "0.tif")
     item = LabelledImages(load_images(train_data_dir=tmp_path), 8)[0]
     assert item["pixel_values"].min() > 0.97
 

@@ -107,10 +107,10 @@ class ImageFolder:
         if streaming and self.labels is not None:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             description += "\n" + describe_classes(dict(zip(self.classes, counts, strict=True)))
-        info = datasets.DatasetInfo(description=description, features=datasets.Features(features))
+        info = datasets.DatasetInfo(features=datasets.Features(features))
         dataset = datasets.Dataset(pyarrow.table(columns), info=info)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
-        dataset.info.builder_name = _BUILDER
+        dataset.info.builder_name, dataset.info.description = _BUILDER, description  # a stream drops what was given
         return dataset
 
 
