@@ -342,7 +342,7 @@ def test_a_run_says_what_it_learns_from(folder, tmp_path, capsys):
     (tmp_path / "images/cat/notes.txt").write_text("no image")
     train("single", tmp_path / "images", tmp_path / "run", "--max_train_steps", 1)
     printed = capsys.readouterr().out
-    assert "12 images, 2 classes" in printed and "classes: 'cat' 6, 'dog' 6" in printed
+    assert "images: 12, number of classes: 2" in printed and "classes: 'cat' 6, 'dog' 6" in printed
     assert "left out 1" in printed and "notes.txt" in printed
 
 

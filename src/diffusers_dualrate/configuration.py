@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 
+from .decoding import MAX_IMAGE_PIXELS
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .ranges import check_boolean, check_integer, check_number
@@ -125,7 +126,7 @@ class Data:
     streaming: bool = False
     shuffle_buffer: int = 10_000
     on_corrupt: str = "raise"
-    max_image_pixels: int = 128_000_000
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     cache_dir: str | None = None
     dataloader_num_workers: int = 0
 
