@@ -112,6 +112,7 @@ def test_the_table_says_what_the_design_rests_on():
         "evaluation",
         "registration",
         "ranges",
+        "repositories",
     }
     assert [module for module, (anywhere, _) in TABLE.items() if anywhere is None] == ["__init__"]
     assert TABLE["losses"] == ({"diffusion"}, set())
