@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
-from diffusers_dualrate.scheduler import refresh_plan
+from diffusers_dualrate.refreshes import plan_refreshes
 from rivals import FeatureReuseTrunk
 
 DDIM_TIMESTEPS = 960
@@ -110,7 +110,7 @@ def sample_without_context(folder: Path, solver: str, n: int, k: None) -> Sample
 def sample_with_reuse(folder: Path, solver: str, n: int, k: int) -> Sampler:
     """A single-rate network that computes its deep levels K times."""
     pipe = open_pipeline(folder, solver)
-    pipe.denoiser.trunk = FeatureReuseTrunk(pipe.denoiser.trunk, refresh_plan(n, k))
+    pipe.denoiser.trunk = FeatureReuseTrunk(pipe.denoiser.trunk, plan_refreshes(n, k))
     return make_sampler(pipe, n, deep_levels=(pipe.denoiser.trunk.trunk.middle, k))
 
 

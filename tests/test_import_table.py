@@ -116,6 +116,7 @@ def test_the_table_says_what_the_design_rests_on():
         "registration",
         "ranges",
         "records",
+        "repositories",
     }
     assert [module for module, (anywhere, _) in TABLE.items() if anywhere is None] == ["__init__"]
     assert TABLE["losses"] == ({"diffusion"}, set())
