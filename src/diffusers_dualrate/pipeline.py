@@ -295,7 +295,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         own = self._copy_for(call, run)
         self._call = call
         self._running.append(call)
-        latents, timesteps = noise, run.scheduler.timesteps
+        latents, timesteps = noise, run.timesteps
         try:
             with own_caches(run.context_encoder, run.denoiser), self.progress_bar(total=len(run.plan)) as progress_bar:
                 call.timestep = timesteps[0]
