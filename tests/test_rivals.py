@@ -29,7 +29,7 @@ def test_with_a_refresh_at_every_step_the_network_is_the_plain_one(make_networks
 def test_between_refreshes_the_outer_level_gets_what_the_deep_levels_added_at_the_newest_one(make_networks):
     network, inputs = make_network(make_networks), make_inputs(5)
     plan, expected = plan_refreshes(5, 2), []
-    assert plan == [True, False, True, False, False]
+    assert list(plan) == [True, False, True, False, False]
     # The same by a hook on the plain network: what comes up from below is replaced.
     kept = []
 

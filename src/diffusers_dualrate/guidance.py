@@ -94,6 +94,7 @@ class GuidedRun:
         self._step_options = {"generator": generator} if takes_generator else {}
         self._dtype = denoiser.dtype  # once: the host finds it by a walk over all parameters
         self._cached_rows = {}
+        self.timesteps = list(scheduler.timesteps)  # taken apart once, not at every look
 
     def guides(self, i: int) -> bool:
         """Whether step i evaluates both branches."""
@@ -105,7 +106,7 @@ class GuidedRun:
 
     def encode(self, i: int, z: Tensor) -> tuple[Context, Tensor | None]:
         """Slow rate: context for the steps from i on, and the velocity at step i where the encoder denoises."""
-        z, log_snr = self.scheduler.scale_model_input(z, self.scheduler.timesteps[i]), self.log_snrs[i]
+        z, log_snr = self.scheduler.scale_model_input(z, self.timesteps[i]), self.log_snrs[i]
         both = any(self.guides(later) for later in self.plan.until_next(i))
         # A clone: one tensor given twice, as both log-SNRs, would be another graph to a compiler.
         context = Context(self.compute_context(z, log_snr, both), log_snr.clone())
@@ -113,14 +114,12 @@ class GuidedRun:
 
     def denoise(self, i: int, z: Tensor, context: Context | None) -> Tensor:
         """Fast rate: the velocity at step i."""
-        z = self.scheduler.scale_model_input(z, self.scheduler.timesteps[i])
+        z = self.scheduler.scale_model_input(z, self.timesteps[i])
         return self.compute_velocity(z.to(self._dtype), self.log_snrs[i], context, self.guides(i))
 
     def step(self, i: int, v: Tensor, z: Tensor) -> Tensor:
         """From step i to the next: the scheduler's step, in float32."""
-        return self.scheduler.step(v.float(), self.scheduler.timesteps[i], z, **self._step_options, return_dict=False)[
-            0
-        ]
+        return self.scheduler.step(v.float(), self.timesteps[i], z, **self._step_options, return_dict=False)[0]
 
     def compute_context(self, z: Tensor, log_snr: Tensor, both: bool) -> tuple[Tensor, ...]:
         """Run the heavy network on z and project its context for the denoiser; with `both`, for both branches."""

@@ -13,6 +13,7 @@ Both condition on log-SNR rather than on a step number, so the same weights serv
 """
 
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -30,7 +31,7 @@ from torch.nn.functional import silu
 
 from . import diffusion
 from .ranges import check_boolean, check_integer, check_number
-from .repositories import RepositoryMixin
+from .repositories import RepositoryMixin, refuse_pickles
 from .uvit import NoiseLevelEmbedding, UViTTrunk
 
 # What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
@@ -97,6 +98,14 @@ class _UViTModel(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftA
             if weight.device.type == "cpu":
                 weight.data = weight.data.clone()
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save the network, weights as safetensors. Takes what the host's method takes."""
+        refuse_pickles(kwargs.get("safe_serialization", True))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # The host's pipelines read off the signature what a network's method takes.
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)
 
     def enable_cache(self, config) -> None:
         """Reuse attention outputs between steps. Takes caches that act inside blocks; call `disable_cache` to end it.

@@ -25,7 +25,7 @@ from .inputs import (
 from .models import UViTContextEncoder, UViTDenoiser
 from .ranges import check_number
 from .refreshes import plan_refreshes
-from .repositories import RepositoryMixin
+from .repositories import RepositoryMixin, refuse_pickles
 from .sampling import SamplingState, sample_at_two_rates
 
 # What a model has to say about its own use, where nobody says otherwise.
@@ -139,14 +139,15 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             # Where only the cache may be used, the host's message does not say what is missing from it.
             raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory, safe_serialization: bool = True, *args, **kwargs) -> None:
         """Save the model as a repository. Takes what the host's method takes.
 
         Beside each component lies a line of code that names its class, as the host asks of classes it does not know. So
         people who never import this package, but have it installed, load the model by
         `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`. Nobody else runs it.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
+        refuse_pickles(safe_serialization)
+        super().save_pretrained(save_directory, True, *args, **kwargs)
         package = __name__.partition(".")[0]
         files = {"pipeline.py": self} | {f"{name}/{package}.py": part for name, part in self.components.items()}
         for name, thing in files.items():
@@ -294,7 +295,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         own = self._copy_for(call, run)
         self._call = call
         self._running.append(call)
-        latents, timesteps = noise, run.scheduler.timesteps
+        latents, timesteps = noise, run.timesteps
         try:
             with own_caches(run.context_encoder, run.denoiser), self.progress_bar(total=len(run.plan)) as progress_bar:
                 call.timestep = timesteps[0]

@@ -1,12 +1,11 @@
 """How our classes are saved to a repository and loaded from it: the host's way, with every failure in one sentence."""
 
-import inspect
 import os
 from typing import Self
 
 
 class RepositoryMixin:
-    """Named failures of `from_pretrained` and `save_pretrained`; to be put before the host's classes."""
+    """Named failures of `from_pretrained`; to be put before the host's classes."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Self:
@@ -26,18 +25,6 @@ class RepositoryMixin:
         except ValueError as error:
             raise ValueError(f"{place} cannot be loaded: {error}") from error
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save to a folder, weights as safetensors. Takes what the host's method takes.
-
-        Raises:
-            ValueError: If pickled weights are asked for.
-        """
-        save = super().save_pretrained
-        given = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
-        if not given.get("safe_serialization", True):
-            raise ValueError("safe_serialization=False writes pickled weights, which are never loaded: leave it out.")
-        save(save_directory, *args, **kwargs)
-
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
         """Where the host reads all configurations, of a folder or of the Hub."""
@@ -48,3 +35,9 @@ class RepositoryMixin:
         if not isinstance(config, dict):
             raise ValueError(f"{json_file} must hold names and values in braces, got a {type(config).__name__}.")
         return config
+
+
+def refuse_pickles(safe_serialization: bool) -> None:
+    """Refuse to save what is never loaded."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False writes pickled weights, which are never loaded: leave it out.")
