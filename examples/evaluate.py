@@ -43,7 +43,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from diffusers_dualrate import DualRatePipeline, __version__, training
 from diffusers_dualrate.data import Augmentation
 from diffusers_dualrate.evaluation import file_hash
-from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
+from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops, network_flops
+from diffusers_dualrate.processes import choose_threads, run_script
 from figures import (
     check_classifier,
     distance_name,
@@ -218,6 +219,7 @@ def main(args):
     accelerator = Accelerator()
     augmentation = Augmentation(**json.loads(Path(args.preset).read_text())["training"]["augmentation"])
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
+    accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     classifier, own, published = load_extractors(args, accelerator.device)
 
     size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
@@ -337,4 +339,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -17,7 +17,8 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.flops import count_evaluations, image_flops
+from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
+from diffusers_dualrate.processes import choose_threads
 
 
 def parse_args(argv=None):
@@ -150,6 +151,8 @@ def main(args):
         guidance_scale = pipe.config.guidance_scale if num_classes else 1.0
     if steps is None:
         steps = pipe.config.num_inference_steps
+    count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
+    print(choose_threads(count * network_flops(pipe.context_encoder)))
     common = (args, class_labels, guidance_scale)
     rows = [
         sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),

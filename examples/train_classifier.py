@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import training
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
+from diffusers_dualrate.processes import choose_threads
 
 
 def parse_args(argv=None):
@@ -79,6 +81,10 @@ def main(args):
         classifier.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.99)
     )
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.max_train_steps)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier.eval()(torch.zeros(1, images.channels, images.height, images.width, device=device))
+    classifier.train()
+    print(choose_threads(args.train_batch_size * counter.get_total_flops()))
     print(f"{sum(p.numel() for p in classifier.parameters()):,} parameters, {len(seen):,} images to learn from")
 
     progress = tqdm(range(1, args.max_train_steps + 1), unit="step")

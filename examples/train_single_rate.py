@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, training
 from diffusers_dualrate.losses import denoising_loss, draw, seed_of
 from diffusers_dualrate.models import SINGLE_RATE
+from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
 
 
@@ -115,4 +116,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    run_script(main, parse_args())

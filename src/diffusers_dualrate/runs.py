@@ -58,6 +58,7 @@ from .checkpoints import (
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
 from .pipeline import DualRatePipeline
+from .processes import choose_threads
 from .streams import StreamedImages, Stretch
 from .training import name_data, sample_images
 
@@ -235,7 +236,8 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._progress.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not `end_training`, which destroys the group: see processes.py
+            tracker.finish()
 
     def _ask_to_stop(self, number, frame):
         self._signal = number
@@ -266,6 +268,7 @@ class Run:
             f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
             f"{self.recipe['max_train_steps']:,} of {size:,} images on {accelerator.num_processes} processes"
         )
+        accelerator.print(choose_threads(size // self.parts * max(map(network_flops, self.averaged.children()))))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
