@@ -33,6 +33,7 @@ from diffusers_dualrate.moment_matching import (
     roll_out,
     student_loss,
 )
+from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
 
 SHARED = {"in_channels", "sample_size", "num_classes"}
@@ -318,4 +319,4 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    run_script(main, parse_args())

@@ -46,7 +46,8 @@ from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.evaluation import file_hash
-from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
+from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops, network_flops
+from diffusers_dualrate.processes import choose_threads, run_script
 from diffusers_dualrate.recipes import DistillationRecipe
 from figures import (
     check_classifier,
@@ -238,6 +239,7 @@ def main(args):
             stacklevel=2,
         )
     augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
+    accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     classifier, own, published = load_extractors(args, accelerator.device)
 
     data = Data(**select(args, Data))
@@ -355,4 +357,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -19,7 +19,8 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.flops import count_evaluations, image_flops
+from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
+from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.scheduler import plan_refreshes
 
 
@@ -177,6 +178,8 @@ def main(args):
     plan_refreshes(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
+    count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
+    print(choose_threads(count * network_flops(pipe.context_encoder)))
     common = (args, class_labels, guidance_scale)
     rows = [
         sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),

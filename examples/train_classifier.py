@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import training
@@ -19,6 +20,7 @@ from diffusers_dualrate.arguments import find_preset, read_preset, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
+from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.records import build
 
 PRESETS = Path(__file__).with_name("presets")
@@ -90,6 +92,10 @@ def main(args, open_images=training.open_images):
         classifier.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.99)
     )
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.max_train_steps)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier.eval()(torch.zeros(1, images.channels, images.height, images.width, device=device))
+    classifier.train()
+    print(choose_threads(args.train_batch_size * counter.get_total_flops()))
     print(f"{sum(p.numel() for p in classifier.parameters()):,} parameters, {len(seen):,} images to learn from")
 
     progress = tqdm(range(1, args.max_train_steps + 1), unit="step")

@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser, training
 from diffusers_dualrate.arguments import argument_parser, configure
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, following_loss, seed_of
+from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
 
 # Of the rows that follow the encoder: those at the end of a deterministic step, and of those with a lag even in log-SNR.
@@ -166,4 +167,4 @@ def train(run, pair, averaged, pipeline):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    run_script(main, parse_args())

@@ -61,6 +61,7 @@ from .data import LabelledImages
 from .flops import context_flops, network_flops, training_flops
 from .inventory import describe_images
 from .pipeline import DualRatePipeline
+from .processes import choose_threads
 from .streams import StreamedImages, Stretch
 from .training import fingerprint_of, sample_images
 
@@ -215,7 +216,8 @@ class Run:
                 signal.signal(number, handler)
             self._progress.close()
             self._claim.release()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not `end_training`, which destroys the group: see processes.py
+            tracker.finish()
 
     def _ask_to_stop(self, number, frame):
         self._signal = number
@@ -246,6 +248,7 @@ class Run:
         accelerator.print(
             f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
+        accelerator.print(choose_threads(size // self.parts * max(map(network_flops, self.averaged.children()))))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
