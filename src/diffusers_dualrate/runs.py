@@ -248,8 +248,9 @@ class Run:
             flags = {k: v for k, v in vars(self.args).items() if isinstance(v, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-dualrate", config=flags)
         accelerator.print(json.dumps(self.recipe, indent=2))
+        counted = {name: network_flops(network) for name, network in self.averaged.named_children()}
         for name, network in self.averaged.named_children():
-            flops = network_flops(network)
+            flops = counted[name]
             if name == "denoiser" and network.config.context_channels is not None:
                 flops += context_flops(network)
             count = sum(parameter.numel() for parameter in network.parameters())
@@ -268,7 +269,7 @@ class Run:
             f"{'Streamed' if self._count is None else f'{self._count:,}'} images, {images.num_classes or 'no'} classes; steps {self.step:,} to "
             f"{self.recipe['max_train_steps']:,} of {size:,} images on {accelerator.num_processes} processes"
         )
-        accelerator.print(choose_threads(size // self.parts * max(map(network_flops, self.averaged.children()))))
+        accelerator.print(choose_threads(size // self.parts * max(counted.values())))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
