@@ -100,13 +100,8 @@ def _tell(error: BaseException) -> int:
         return 1
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    rank = distributed.get_rank()
     if isinstance(error, distributed.DistError) or "gloo" in str(error):
-        error.add_note(
-            f"Process {rank} lost another one of this run, which has failed or was killed: see its message."
-        )
-    else:
-        error.add_note(f"Process {rank} of this run failed; the others end, too.")
+        error.add_note("Another process of this run failed, was killed or no longer answers: see what it said last.")
     sys.excepthook(type(error), error, error.__traceback__)
     return 1
 

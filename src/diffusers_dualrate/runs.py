@@ -230,8 +230,9 @@ class Run:
             flags = {name: value for name, value in flags.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-dualrate", config=flags)
         accelerator.print(json.dumps(recipe, indent=2))
+        counted = {name: network_flops(network) for name, network in self.averaged.named_children()}
         for name, network in self.averaged.named_children():
-            flops = network_flops(network)
+            flops = counted[name]
             if name == "denoiser" and network.config.context_channels is not None:
                 flops += context_flops(network)
             count = sum(parameter.numel() for parameter in network.parameters())
@@ -248,7 +249,7 @@ class Run:
         accelerator.print(
             f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
-        accelerator.print(choose_threads(size // self.parts * max(map(network_flops, self.averaged.children()))))
+        accelerator.print(choose_threads(size // self.parts * max(counted.values())))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
