@@ -31,7 +31,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--preset", required=True, help="Preset, or configuration.json, of the models that will be measured."
     )
-    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
+    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", required=True)

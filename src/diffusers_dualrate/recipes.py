@@ -73,7 +73,7 @@ class Recipe:
 
     @property
     def encoder_costs(self) -> dict:
-        """What `flops.training_flops` must know of the encoder's part in a step."""
+        """What `flops.training_image_flops` must know of the encoder's part in a step."""
         return {}
 
 

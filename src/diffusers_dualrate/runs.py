@@ -58,7 +58,7 @@ from .checkpoints import (
 from .claims import Claim
 from .configuration import FILE, Configuration
 from .data import LabelledImages
-from .flops import context_flops, network_flops, training_flops
+from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
@@ -239,7 +239,7 @@ class Run:
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
         # Distillation has costs of its own.
         if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            flops = training_flops(
+            flops = training_image_flops(
                 self.averaged.denoiser,
                 self.averaged.context_encoder,
                 **self.recipe.encoder_costs,

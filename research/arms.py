@@ -1,6 +1,6 @@
 """What the study compares: arms, each a trained model and a way to sample it.
 
-A new arm is an entry of ARMS, and where no training fits it, one of `trainings.TRAININGS`. An arm whose name begins with
+A new arm is an entry of ARMS, and where no training fits it, one of `networks.TRAININGS`. An arm whose name begins with
 "dual-rate" is held against all whose name does not.
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.refreshes import plan_refreshes
-from rivals import FeatureReuseTrunk
+
+from .rivals import FeatureReuseTrunk
 
 DDIM_TIMESTEPS = 960
 

@@ -3,7 +3,7 @@
 import torch
 
 from diffusers_dualrate.refreshes import plan_refreshes
-from rivals import FeatureReuseTrunk
+from research.rivals import FeatureReuseTrunk
 
 DEEP = {"level_channels": (8, 16, 16), "level_types": ("res", "res", "transformer"), "level_blocks": (1, 1, 1)}
 
