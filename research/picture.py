@@ -1,15 +1,18 @@
-"""The picture of the README: real images, the heavy network, the pair and the student, with what each costs.
+"""The pictures of the README: real images, the heavy network, the pair and the student, with what each costs.
 
     python -m research.picture
+    python -m research.picture runs/quick 0000700
 
 draws the same classes from the same seeds by every released model with its own defaults, and writes
 `docs/images/comparison.png` and, beside it, `comparison.json` with every figure in it. Times are process time on one
 thread for batches of all classes, the arms interleaved, the lower quartile over repeats; distances are those that each
-model's `evaluation.json` holds.
+model's `evaluation.json` holds. With a run of the preset `quick` and a step, its grid of that step gets
+its classes' names and becomes `docs/images/quick.png`.
 """
 
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 from statistics import quantiles
@@ -94,7 +97,29 @@ def find_real() -> list[Image.Image]:
     return [Image.alpha_composite(white, image).convert("RGB") for image in images]
 
 
-def main():
+def label_grid(run: Path, step: str) -> Image.Image:
+    """A run's grid of samples, eight classes of four images each, enlarged and with the classes' names."""
+    names = json.loads((run / "model_index.json").read_text(encoding="utf-8"))["id2label"]
+    grid = Image.open(run / "samples" / f"{step}.png")
+    small, shown, line, each = grid.width // 8, grid.width // 4, 18, 4
+    block = each * (shown + GAP)
+    picture = Image.new("RGB", (2 * (block + GAP), 4 * (shown + line + GAP)), "white")
+    pen = ImageDraw.Draw(picture)
+    for i in range(8):
+        row, column = divmod(i, 2)
+        left, top = GAP + column * (block + GAP), row * (shown + line + GAP)
+        pen.text((left, top + 1), names[str(i)], "black", ImageFont.load_default(13))
+        for j in range(each):
+            x, y = (column * each + j) * small, row * small
+            image = grid.crop((x, y, x + small, y + small)).resize((shown, shown), Image.Resampling.LANCZOS)
+            picture.paste(image, (left + j * (shown + GAP), top + line))
+    return picture
+
+
+def main(run: str | None = None, step: str | None = None):
+    if run is not None:
+        label_grid(Path(run), step).save(PICTURE.with_name("quick.png"), optimize=True)
+        return
     torch.set_num_threads(1)
     pipes = {title: DualRatePipeline.from_pretrained(ROOT / "model_cards" / name) for title, name in MODELS.items()}
     found, times, images = {}, {title: [] for title in pipes}, {}
@@ -125,4 +150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
