@@ -109,6 +109,7 @@ def test_the_table_says_what_the_design_rests_on():
         "batches",
         "checkpoints",
         "letters",
+        "processes",
         "evaluation",
         "registration",
     }
