@@ -52,6 +52,21 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
                 weight.data = weight.data.clone()
         return (model, info) if wants_info else model
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs) -> tuple[dict, dict, dict]:
+        """Where the host takes the constructor's arguments from a configuration; it would pass over unknown ones.
+
+        Raises:
+            ValueError: If the configuration holds an argument that this network does not know.
+        """
+        known = cls._get_init_keys(cls) | {"quantization_config"}
+        unknown = sorted(name for name in config_dict if not name.startswith("_") and name not in known)
+        if unknown:
+            raise ValueError(
+                f"The configuration of a {cls.__name__} holds {', '.join(unknown)}, which it does not know."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save the network, weights as safetensors. Takes what the host's method takes."""
         refuse_pickles(kwargs.get("safe_serialization", True))
