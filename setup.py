@@ -13,8 +13,9 @@ TRAIN = ["accelerate", "datasets", "pillow", "tensorboard"]
 EVAL = ["matplotlib", "scikit-learn", "torchmetrics", "transformers"]
 DEV = [
     "build",
+    "mkdocs-material",
+    "mkdocstrings[python]",
     "packaging",
-    "pdoc",
     "peft",
     "pytest",
     "pytest-randomly",
