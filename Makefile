@@ -4,7 +4,7 @@ CONSTRAINTS := constraints.txt
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
-CODE := setup.py src examples tests
+CODE := setup.py src examples research tests
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:

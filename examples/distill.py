@@ -26,13 +26,14 @@ from diffusers_dualrate.configuration import Networks
 from diffusers_dualrate.losses import seed_of
 from diffusers_dualrate.moment_matching import (
     auxiliary_loss,
-    draw,
+    draw_on_grid,
     grid_denoising_loss,
     grid_log_snr,
     refresh_interval,
     roll_out,
     student_loss,
 )
+from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
 
 SHARED = {"in_channels", "sample_size", "num_classes"}
@@ -181,7 +182,7 @@ class VarianceCheck:
         self.shape, self._teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
         self._run, self._labels = run, None if labels is None else labels.to(device)
         n = recipe.num_inference_steps
-        self._noise = draw(seed, 0, range(-PROBES, 0), self.shape, n, device).noise
+        self._noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, n, device).noise
         self._log_snrs = grid_log_snr(log_snr, n, self._noise)
         start = torch.zeros(PROBES, dtype=torch.long, device=device)
         interval = refresh_interval(n, recipe.num_context_steps)
@@ -282,7 +283,7 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
             start = None if recipe.full_rollout else x
-            draws = draw(seed, step, run.rows(part), variance_check.shape, n, accelerator.device)
+            draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, n, accelerator.device)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe.pretraining_steps
             # The auxiliary comes first: while it equals the teacher it has nothing to tell the student.
@@ -318,4 +319,4 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    run_script(main, parse_args())

@@ -1,4 +1,4 @@
-"""Measure a trained model on the data it was trained on, and write every figure into evaluation.json.
+"""Measure a trained model on the data it was trained on, and write every metric into evaluation.json.
 
     python examples/evaluate.py --model model_cards/dualrate-emoji32 --heavy model_cards/single-rate-emoji32 \\
         --light runs/light-emoji32 --dataset_name examples/data/emoji32 \\
@@ -8,9 +8,9 @@
 `v_loss`: the mean of (v − v̂)² on freshly augmented images with fixed noise, of the model, of the model with its context
 dropped, and of the single-rate networks it is compared with; a student has none, as it knows the times of its few steps
 only. `samples`: for each way to sample, what it cost, counted, and
-the distances, precision, recall and class accuracy of its images. `floor`: the same figures for as many real images that
+the distances, precision, recall and class accuracy of its images. `floor`: the same metrics for as many real images that
 the reference does not hold, augmented as the training was: as good as a perfect model would be. Each name ends in the
-count of images, and each figure has a value for every seed. `references` says what each distance is measured from:
+count of images, and each metric has a value for every seed. `references` says what each distance is measured from:
 `fd_local` from images augmented as the training was, `fid` and `fd_dinov2` from images as they are, as it is published.
 
 Of `--heavy`, `--light` and `--rivals` nothing is sampled: what their own evaluation.json holds is taken up, where data and
@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,21 +47,21 @@ from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.evaluation import file_hash
-from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops
-from diffusers_dualrate.recipes import DistillationRecipe
-from figures import (
+from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops, network_flops, training_flops
+from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
+from diffusers_dualrate.metrics import (
     check_classifier,
     distance_name,
-    figures_of,
     load_extractors,
     make_nearest_judge,
-    measure,
+    measure_images,
     measure_reference,
     measure_v_loss,
+    metrics_of,
     spread,
 )
-from image_sets import choose, open_images, real_batches, sampled_batches
-from training_cost import training_flops
+from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.recipes import DistillationRecipe
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     parser.add_argument("--heavy", help="Single-rate model of the encoder's shape, to compare with.")
     parser.add_argument("--light", help="Single-rate model of the denoiser's shape, to compare with.")
     parser.add_argument("--rivals", nargs="*", default=[], help="Folders of more models that were measured so.")
-    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
+    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
@@ -124,7 +125,7 @@ def choose_steps(args, pipe):
 
 
 def measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator):
-    """Sample a set of images for each seed; returns their figures beside what they cost, and the first images."""
+    """Sample a set of images for each seed; returns their metrics beside what they cost, and the first images."""
     own_scheduler = pipe.scheduler
     if solver == "dpmsolver++":
         pipe.scheduler = DPMSolverMultistepScheduler(
@@ -136,10 +137,10 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
             labels = None
             if images.num_classes:
                 labels = images.class_labels[[index for _, index in choose(images, args.num_samples, seed)]]
-            batches = sampled_batches(pipe, labels, args.num_samples, seed, steps, args, accelerator)
-            measured = measure(batches, extractors, judges, accelerator)
+            batches = sampled_batches(pipe, labels, args.num_samples, seed, steps, args.batch_size, accelerator)
+            measured = measure_images(batches, extractors, judges, accelerator)
             calls += math.ceil(args.num_samples / args.batch_size)
-            per_seed.append(figures_of(measured, reference, args.num_samples))
+            per_seed.append(metrics_of(measured, reference, args.num_samples))
             first = measured.first if first is None else first
     pipe.scheduler = own_scheduler
     # Every way to sample proves what it evaluated, all processes together.
@@ -177,8 +178,10 @@ def environment(accelerator):
         hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     elif hardware == "cuda":
         hardware = torch.cuda.get_device_name(accelerator.device)
+    main_module = sys.modules["__main__"].__spec__  # of `python -m`, and none of a script
+    program = sys.argv[:1] if main_module is None else ["-m", main_module.name]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "commit": commit or None,
         "versions": {"diffusers-dualrate": __version__} | versions,
         "hardware": hardware,
@@ -186,11 +189,11 @@ def environment(accelerator):
     }
 
 
-def describe_floor(args):
+def describe_floor(args, images):
     """In words, which real images the floor and the v-loss are measured with."""
-    if args.dataset_name == "letters":
-        return "other letters, drawn afresh"
-    return f"split {args.floor_split}" if args.floor_split else "the same images, augmented again"
+    if args.floor_split:
+        return f"split {args.floor_split}"
+    return getattr(images, "other_epochs", "the same images, augmented again")
 
 
 def read_record(model, name):
@@ -216,7 +219,7 @@ def configuration_of(told):
     return Configuration.from_json({name: value for name, value in told.items() if name != "found"})
 
 
-def main(args):
+def main(args, open_images=training.open_images):
     for name in ("num_samples", "num_reference"):
         if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
             raise ValueError(f"{name} must be at least 4, got {getattr(args, name)}.")
@@ -238,14 +241,16 @@ def main(args):
             stacklevel=2,
         )
     augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
-    classifier, own, published = load_extractors(args, accelerator.device)
+    accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
+    classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
     data = Data(**select(args, Data))
     size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
-    images = floor_images = open_images(args, size, augmentation, channels=channels)
+    fresh = partial(open_images, data, size, channels=channels, seed=FRESH_SEED)  # as no training saw them
+    images = floor_images = fresh(augmentation=augmentation, split=args.reference_split)
     if args.floor_split:
-        floor_images = open_images(args, size, augmentation, args.floor_split, channels=channels)
-    plain_images = open_images(args, size, Augmentation(), channels=channels) if published else None
+        floor_images = fresh(augmentation=augmentation, split=args.floor_split)
+    plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
     training.check_classes(args.model, pipe, images)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
@@ -256,7 +261,9 @@ def main(args):
             classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
         )
     if images.num_classes and len(images) <= _NEAREST_LIMIT:
-        judges["class_of_nearest"] = make_nearest_judge(images, args, augmentation)
+        backgrounds = (Augmentation(background=(level, level)) for level in (0, 255))
+        views = (fresh(augmentation=background, split=args.reference_split) for background in backgrounds)
+        judges["class_of_nearest"] = make_nearest_judge(*views, augmentation.translation)
 
     num_reference = len(images) if args.num_reference is None else args.num_reference
     networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
@@ -270,7 +277,7 @@ def main(args):
             "images": len(images),
             "classes": images.num_classes,
             "reference": f"{num_reference} images of split {args.reference_split}",
-            "floor": describe_floor(args),
+            "floor": describe_floor(args, images),
         },
         "references": {distance_name(name): "images augmented as in training" for name in own}
         | {distance_name(name): "images as they are" for name in published},
@@ -314,24 +321,29 @@ def main(args):
     if told is not None and isinstance(configuration_of(told).recipe, DistillationRecipe):
         report["images_by_phase"] = configuration_of(told).recipe.images_by_phase
     else:
-        v_loss = {"images": args.num_noises, "model": measure_v_loss(pipe, floor_images, args, k or 1, accelerator)}
+
+        def v_loss_of(model, k, **options):
+            return measure_v_loss(model, floor_images, args.num_noises, k, args.batch_size, accelerator, **options)
+
+        v_loss = {"images": args.num_noises, "model": v_loss_of(pipe, k or 1)}
         if pipe.context_encoder is not None:
-            v_loss["context_dropped"] = measure_v_loss(pipe, floor_images, args, k, accelerator, drop_context=True)
+            v_loss["context_dropped"] = v_loss_of(pipe, k, drop_context=True)
         for name in compared:
-            v_loss[name] = measure_v_loss(rivals[name], floor_images, args, 1, accelerator)
+            v_loss[name] = v_loss_of(rivals[name], 1)
         if args.heavy and args.light:
             gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
             v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
         report["v_loss"] = v_loss
 
     extractors = own | published
-    reference = measure_reference(images, own, num_reference, args, accelerator)
-    reference |= measure_reference(plain_images, published, num_reference, args, accelerator)
+    how = (num_reference, args.cache_dir, args.batch_size, accelerator)
+    reference = measure_reference(images, own, *how) | measure_reference(plain_images, published, *how)
     floor = []
     for position, seed in enumerate(args.seeds):
         chosen = choose(floor_images, args.num_samples, seed)
-        batches = real_batches(floor_images, _FLOOR_EPOCHS[position], chosen, args, accelerator)
-        floor.append(figures_of(measure(batches, extractors, judges, accelerator), reference, args.num_samples))
+        batches = real_batches(floor_images, _FLOOR_EPOCHS[position], chosen, args.batch_size, accelerator)
+        measured = measure_images(batches, extractors, judges, accelerator)
+        floor.append(metrics_of(measured, reference, args.num_samples))
     report["floor"] = spread(floor)
     second_order = getattr(pipe.scheduler.config, "second_order", False)
     ways = [("second-order ancestral" if second_order else "ancestral", steps)]
@@ -355,4 +367,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

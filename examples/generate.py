@@ -8,6 +8,8 @@ guidance that it was distilled for. What each costs is printed.
 """
 
 import argparse
+import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,9 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.flops import count_evaluations, image_flops
+from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
+from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.scheduler import plan_refreshes
 
 
 def parse_args(argv=None):
@@ -117,16 +121,37 @@ def check(args):
     for name in ("num_columns", "num_images_per_class", "solver_steps", "zoom"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie between 0 and 2**63 - 1, got {args.seed}.")
+    if args.guidance_scale is not None and not 1 <= args.guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale must be at least 1, which is none, and finite, got {args.guidance_scale}.")
     if Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output must end in a kind of picture, such as .png, got {args.output!r}.")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    if Path(args.output).is_dir():
+        raise ValueError(f"--output must be a file, but {args.output!r} is a folder.")
+    folder = next(folder for folder in Path(args.output).absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--output is {args.output!r}, but {str(folder)!r} is no folder that can be written to.")
 
 
-def open_beside(path, pipe):
-    """A model that draws the same classes, or `None` where there is no path."""
+def read_labels(pipe, names):
+    """Numbers of classes given by name or number; a name wins, so a class may be called 3 and have another number."""
+    known = set(pipe.id2label.values())
+    return pipe.get_label_ids([int(name) if name not in known and name.isdecimal() else name for name in names])
+
+
+def open_beside(flag, args, pipe):
+    """The model of a flag, which draws the same classes, or `None` where it was not given."""
+    path = getattr(args, flag)
     if path is None:
         return None
     other = DualRatePipeline.from_pretrained(path)
+    if flag == "compare" and other.context_encoder is not None:
+        raise ValueError(f"--compare must be a single-rate model, but {path} is a pair.")
+    ours, theirs = (p.denoiser.config for p in (pipe, other))
+    for name in ("sample_size", "in_channels"):
+        if ours[name] != theirs[name]:
+            raise ValueError(f"{path} draws other images than the pair: {name} is {theirs[name]}, not {ours[name]}.")
     if other.denoiser.config.num_classes != pipe.denoiser.config.num_classes:
         raise ValueError(f"{path} has {other.denoiser.config.num_classes or 'no'} classes, not those of the pair.")
     if any(other.id2label[i] != pipe.id2label[i] for i in other.id2label.keys() & pipe.id2label.keys()):
@@ -137,19 +162,24 @@ def open_beside(path, pipe):
 def main(args):
     check(args)
     pipe = DualRatePipeline.from_pretrained(args.model)
-    single, student = open_beside(args.compare, pipe), open_beside(args.distilled, pipe)
+    if pipe.context_encoder is None:
+        raise ValueError(f"--model must be a pair, but {args.model} is a single-rate model: give it to --compare.")
+    single, student = (open_beside(flag, args, pipe) for flag in ("compare", "distilled"))
     num_classes = pipe.denoiser.config.num_classes
-    class_labels = args.class_labels and [int(label) if label.isdigit() else label for label in args.class_labels]
+    class_labels = args.class_labels and read_labels(pipe, args.class_labels)
     if class_labels is None and num_classes:
         class_labels = [i * num_classes // args.num_columns for i in range(args.num_columns)]
-    names = (
-        [pipe.id2label.get(label, str(label)) for label in pipe.get_label_ids(class_labels)] if class_labels else []
-    )
+    names = [pipe.id2label.get(label, str(label)) for label in class_labels or []]
     guidance_scale, steps = args.guidance_scale, args.num_inference_steps
     if guidance_scale is None:
         guidance_scale = pipe.config.guidance_scale if num_classes else 1.0
     if steps is None:
         steps = pipe.config.num_inference_steps
+    plan_refreshes(steps, args.num_context_steps)
+    if single is not None and args.solver_steps > len(single.scheduler):
+        raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
+    count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
+    print(choose_threads(count * network_flops(pipe.context_encoder)))
     common = (args, class_labels, guidance_scale)
     rows = [
         sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),
@@ -165,6 +195,7 @@ def main(args):
     if student is not None:
         # N, K and guidance are those that it was distilled for, and no others.
         rows.append(sample(student, "distilled", args, class_labels, student.config.guidance_scale))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     draw(rows, names, args).save(args.output)
 
     print(f"\n{len(rows[0].images)} images a row; per image, where guidance above 1 evaluates both branches:\n")

@@ -2,7 +2,7 @@
 
     python examples/make_card.py model_cards/dualrate-emoji32
 
-Every figure of the card comes from evaluation.json and model_index.json beside it, and what the training was told from
+Every metric of the card comes from evaluation.json and model_index.json beside it, and what the training was told from
 the configuration in the former. What a person has to say, such as intended use, weak points and sources, may be given in
 notes.json; without it the card says what the records know. Nothing else enters, so a card can be made again at any time.
 """
@@ -51,12 +51,12 @@ def is_share(name):
     return not name.startswith(("fd_", "fid_"))
 
 
-def show(name, figure):
-    """A figure over seeds: its mean, and its standard deviation where there are several."""
+def show(name, metric):
+    """A metric over seeds: its mean, and its standard deviation where there are several."""
     digits = ".1%" if is_share(name) else ".3f"
-    text = f"{figure['mean']:{digits}}"
-    if figure["std"] is not None:
-        text += f" ± {figure['std']:{digits}}"
+    text = f"{metric['mean']:{digits}}"
+    if metric["std"] is not None:
+        text += f" ± {metric['std']:{digits}}"
     return text.replace("%", " %")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import training
@@ -19,6 +20,7 @@ from diffusers_dualrate.arguments import find_preset, read_preset, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
+from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.records import build
 
 PRESETS = Path(__file__).with_name("presets")
@@ -29,7 +31,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--preset", required=True, help="Preset, or configuration.json, of the models that will be measured."
     )
-    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or letters, or digits.")
+    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
     parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", required=True)
@@ -90,6 +92,10 @@ def main(args, open_images=training.open_images):
         classifier.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.99)
     )
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.max_train_steps)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        classifier.eval()(torch.zeros(1, images.channels, images.height, images.width, device=device))
+    classifier.train()
+    print(choose_threads(args.train_batch_size * counter.get_total_flops()))
     print(f"{sum(p.numel() for p in classifier.parameters()):,} parameters, {len(seen):,} images to learn from")
 
     progress = tqdm(range(1, args.max_train_steps + 1), unit="step")

@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser, training
 from diffusers_dualrate.arguments import argument_parser, configure
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, following_loss, seed_of
+from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
 
 # Of the rows that follow the encoder: those at the end of a deterministic step, and of those with a lag even in log-SNR.
@@ -27,6 +28,11 @@ FOLLOWING_SHARES = {"deterministic": 0.5, "even_in_log_snr": 0.25}
 def parse_args(argv=None):
     parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
     parser.add_argument("--context_dropout", type=float, help="Share of each batch that sees no context.")
+    parser.add_argument(
+        "--context_from",
+        type=float,
+        help="Time of the first context, 1 being the noisy end: before it the denoiser works alone, and trains cheaply.",
+    )
     parser.add_argument(
         "--pretrained_model_name_or_path",
         help="Trained model to start from: a pair, or a single-rate model that becomes the encoder.",
@@ -120,9 +126,11 @@ def train(run, pair, averaged, pipeline):
     run.load(ema)
 
     schedule = training.schedule_of(pipeline.scheduler)
-    loss_function, shares = denoising_loss, {"context_dropout": recipe.context_dropout}
+    late = recipe.share_above
+    loss_function, shares = denoising_loss, {"context_dropout": recipe.share_without_context}
     if recipe.follow_encoder:
-        loss_function, shares = following_loss, FOLLOWING_SHARES
+        loss_function = following_loss
+        shares = {name: late + (1 - late) * share for name, share in FOLLOWING_SHARES.items()}
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
@@ -141,6 +149,8 @@ def train(run, pair, averaged, pipeline):
                     bias=recipe.bias,
                     context_ages=recipe.context_ages,
                     encoder_prediction=averaged.denoiser.handed_over_prediction,
+                    context_from=1 - late,
+                    late=run.share_of_first(part, late),
                     **{name: run.share_of_first(part, share) for name, share in shares.items()},
                 )
                 accelerator.backward(result.loss)
@@ -157,4 +167,4 @@ def train(run, pair, averaged, pipeline):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    run_script(main, parse_args())

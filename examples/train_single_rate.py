@@ -18,6 +18,7 @@ from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
 from diffusers_dualrate.arguments import argument_parser, configure
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, seed_of
 from diffusers_dualrate.models import SINGLE_RATE
+from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
 
 
@@ -112,4 +113,4 @@ def train(run, network, averaged, pipeline):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    run_script(main, parse_args())

@@ -70,9 +70,7 @@ def test_a_model_that_does_not_fit_the_images_is_refused(single_rate, folder, tm
     with pytest.raises(ValueError, match=r"level_blocks of the UViTDenoiser is \[1, 1\] there and \[2, 1\] here"):
         train("dual", folder, tmp_path / "other", *options, "--override", "denoiser.level_blocks=[2,1]")
     # What is no shape is the preset's.
-    train(
-        "dual", folder, tmp_path / "other", *options[:2], *AT_REST, "--override", "denoiser.dropout=0.1"
-    )
+    train("dual", folder, tmp_path / "other", *options[:2], *AT_REST, "--override", "denoiser.dropout=0.1")
     assert DualRatePipeline.from_pretrained(tmp_path / "other").denoiser.config.dropout == 0.1
     with pytest.raises(ValueError, match="must be a single-rate model, but it is a pair"):
         train("single", folder, tmp_path / "single", "--pretrained_model_name_or_path", tmp_path / "pair")

@@ -536,3 +536,81 @@ def test_the_digits_are_those_of_scikit_learn_and_their_halves_share_no_image_an
 def test_a_split_that_the_digits_do_not_have_is_refused():
     with pytest.raises(ValueError, match="'test'"):
         load_images("digits", split="test")
+
+
+@pytest.mark.parametrize("ending", ["avif", "dds"])
+def test_what_a_decoder_raises_at_a_damaged_file_is_a_corrupt_image_and_names_the_flag(tmp_path, ending):
+    whole = tmp_path / f"0.{ending}"
+    Image.fromarray(make_pixels(32, 32)).save(whole)
+    content = bytearray(whole.read_bytes())
+    if ending == "avif":
+        coded = content.index(b"mdat") + 4
+        content[coded:] = bytes(len(content) - coded)  # a RuntimeError, once it is decoded
+    else:
+        content[84:88] = b"ABCD"  # a compression that does not exist: a NotImplementedError
+        content[80:84] = (4).to_bytes(4, "little")
+    dataset = make_dataset([make_pixels(), bytes(content)])
+    with pytest.raises(ValueError, match="row 1 cannot be decoded: .*; --on_corrupt skip leaves such images out"):
+        LabelledImages(dataset, 8)
+    with pytest.warns(UserWarning, match="row 1 is left out"):
+        assert len(LabelledImages(dataset, 8, on_corrupt="skip")) == 1
+
+
+def test_an_image_of_too_many_pixels_is_refused_like_a_corrupt_one():
+    dataset = make_dataset([make_pixels(10, 10), make_pixels(10, 11)])
+    assert len(LabelledImages(dataset, 8, max_image_pixels=110)) == 2
+    with pytest.raises(ValueError, match="row 1 .* it has 110 pixels, more than --max_image_pixels 109; --on_corrupt"):
+        LabelledImages(dataset, 8, max_image_pixels=109)
+    with pytest.warns(UserWarning, match="more than --max_image_pixels"):
+        assert len(LabelledImages(dataset, 8, max_image_pixels=109, on_corrupt="skip")) == 1
+    for limit in (0, -1, 1.5, True, 10**9):
+        with pytest.raises(ValueError, match=f"`max_image_pixels` is {limit}"):
+            LabelledImages(dataset, 8, max_image_pixels=limit)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([0, None], "row 1 has no class in the column 'kind': its label is None"),
+        (["a", None], "row 1 has no class in the column 'kind': its label is None"),
+        (["a", ""], "row 1 has no class in the column 'kind': its label is ''"),
+        ([0, -1], "row 1 has no class in the column 'kind': its label is -1"),
+        ([0, -7], "row 1 has the label -7 in the column 'kind', but none is negative"),
+        ([True, False], "'kind' of .*bool.* must hold one integer or one string a row"),
+    ],
+)
+def test_a_label_that_is_none_is_named_with_its_row(values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LabelledImages(make_dataset([make_pixels()] * 2, kind=values), 8, label_column="kind")
+
+
+def test_a_number_of_classes_is_positive_and_comes_with_a_column():
+    dataset = make_dataset([make_pixels()], kind=[0])
+    with pytest.raises(ValueError, match="`num_classes` is 0, but must be a positive integer"):
+        LabelledImages(dataset, 8, label_column="kind", num_classes=0)
+    with pytest.raises(ValueError, match="`num_classes` is 3, but no `label_column`"):
+        LabelledImages(dataset, 8, num_classes=3)
+
+
+def test_a_saved_data_set_that_is_empty_or_damaged_is_refused_in_one_sentence(tmp_path):
+    dataset = make_dataset([make_pixels()] * 3)
+    dataset.select([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty' is empty\."):
+        load_images(str(tmp_path / "empty"))
+    for name, content in (
+        ("state.json", b"{"),
+        ("state.json", b"{}"),
+        ("dataset_info.json", None),
+        ("*.arrow", b"no"),
+    ):
+        folder = tmp_path / "broken"
+        dataset.save_to_disk(folder)
+        (path,) = folder.glob(name)
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match="as saved to disk, is damaged"):
+            load_images(str(folder))
+
+
+def test_a_data_set_that_does_not_exist_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="absent' cannot be opened"):
+        load_images(str(tmp_path / "absent"), cache_dir=tmp_path / "cache")

@@ -20,15 +20,14 @@ from transformers import Dinov2Config, Dinov2Model
 import benchmark
 import distill
 import evaluate
-import figures
 import generate
-import image_sets
 import train_classifier
 import train_dual_rate
 import train_single_rate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, training
-from diffusers_dualrate.arguments import configure
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, training
+from diffusers_dualrate.arguments import configure, select
 from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.data import load_images
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash, load_dinov2
 from diffusers_dualrate.flops import image_flops, network_flops
@@ -158,14 +157,55 @@ def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mod
         (["--solver_steps", "0"], "--solver_steps must be at least 1, got 0"),
         (["--distilled", "other"], "other has 3 classes, not those of the pair"),
         (["--compare", "other"], "other has 3 classes, not those of the pair"),
+        (["--compare", "pair"], "--compare must be a single-rate model, but pair is a pair"),
+        (["--compare", "small"], "small draws other images than the pair: sample_size is 8, not 16"),
+        (["--model", "light"], "--model must be a pair, but light is a single-rate model"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--seed", "-1"], r"--seed must lie between 0 and 2\*\*63 - 1, got -1"),
+        (["--zoom", "-2"], "--zoom must be at least 1, got -2"),
+        (["--guidance_scale", "nan"], "guidance_scale must be at least 1, .* got nan"),
+        (["--guidance_scale", "inf"], "guidance_scale must be at least 1, .* got inf"),
+        (["--num_context_steps", "99"], "num_context_steps must be between 1 and num_inference_steps=4, got 99"),
+        (["--compare", "light", "--solver_steps", "1001"], "--solver_steps must be at most 1000, got 1001"),
+        (["--class_labels", "clas 3"], "Unknown class name 'clas 3'; did you mean 'class 3'"),
+        (["--class_labels", "99"], "class_labels must lie in 0..7, got 99"),
+        (["--output", "folder.png"], "--output must be a file, but 'folder.png' is a folder"),
+        (["--output", "file/picture.png"], "--output is 'file/picture.png', but '.*file' is no folder"),
     ],
 )
-def test_generate_refuses_what_would_fail_later_before_any_image(models, make_pipe, flags, sentence, monkeypatch):
-    make_pipe(single_rate=True, num_classes=3).save_pretrained(models / "other")
+def test_generate_refuses_what_would_fail_later_before_any_image(
+    models, make_pipe, make_networks, flags, sentence, monkeypatch
+):
+    denoiser = make_networks(num_classes=3, sample_size=16, denoiser={"context_channels": None})[1]
+    DualRatePipeline(denoiser, DualRateScheduler()).save_pretrained(models / "other")
+    make_pipe(single_rate=True, num_classes=NUM_CLASSES).save_pretrained(models / "small")
+    (models / "folder.png").mkdir()
+    (models / "file").write_text("")
     monkeypatch.chdir(models)
     monkeypatch.setattr(generate, "sample", lambda *_, **__: pytest.fail("an image was made"))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, OSError), match=sentence):
         generate.main(generate.parse_args(["--model", "pair", *flags]))
+
+
+def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypatch):
+    """Wherever a name stands, it wins over the number; a number that names no class is a number."""
+    pair = DualRatePipeline.from_pretrained(models / "pair")
+    names = {0: "3", 1: "0", 2: "two"}
+    renamed = DualRatePipeline(**pair.components, id2label=names, num_inference_steps=2, num_context_steps=1)
+    renamed.save_pretrained(models / "renamed")
+    seen, original = [], generate.sample
+    monkeypatch.setattr(
+        generate, "sample", lambda *args, **options: seen.append(args[3]) or original(*args, **options)
+    )
+    arguments = ["--model", str(models / "renamed"), "--output", str(models / "new folder" / "picture.png")]
+    generate.main(generate.parse_args([*arguments, "--class_labels", "3", "0", "2", "two", "1"]))
+    assert seen == [[0, 1, 2, 2, 1]] and (models / "new folder" / "picture.png").exists()
+
+
+def open_images(args, size, augmentation, **options):
+    """The images that flags name, as an evaluation opens them."""
+    data = Data(**select(args, Data))
+    return training.open_images(data, size, augmentation=augmentation, seed=image_sets.FRESH_SEED, **options)
 
 
 @pytest.fixture
@@ -186,7 +226,7 @@ def measure(models, data):
 
 
 @pytest.mark.slow
-def test_evaluate_writes_every_figure_with_what_it_was_measured_with(measure, models):
+def test_evaluate_writes_every_metric_with_what_it_was_measured_with(measure, models):
     measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--solver_steps", 3)
     rivals = ["--heavy", models / "heavy", "--light", models / "light"]
     report = measure(*rivals, "--grid", models / "grid.png")
@@ -269,8 +309,8 @@ def test_a_rival_that_was_not_measured_so_is_refused(measure, models):
 
 
 def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
-    args = evaluate.parse_args(["--model", "", *data, "--batch_size", "3"])
-    images = image_sets.open_images(args, 16, Augmentation(translation=2))
+    args = evaluate.parse_args(["--model", "", *data])
+    images = open_images(args, 16, Augmentation(translation=2))
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     labels = images.class_labels[[index for _, index in image_sets.choose(images, 10, seed=0)]]
     steps = {"num_inference_steps": 2, "num_context_steps": 1, "guidance_scale": 1.0}
@@ -279,7 +319,7 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
         found = {}
         for rank in range(num_processes):
             accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes, is_main_process=False)
-            for positions, x, classes in batches(*arguments, args, accelerator):
+            for positions, x, classes in batches(*arguments, 3, accelerator):
                 found |= {i: (image, label) for i, image, label in zip(positions, x, classes, strict=True)}
         assert sorted(found) == list(range(10))
         return torch.stack([found[i][0] for i in range(10)]), torch.stack([found[i][1] for i in range(10)])
@@ -306,10 +346,11 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
 def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, monkeypatch):
     ImageClassifier(1, NUM_CLASSES).save(models / "grey.safetensors")
     ImageClassifier(3, 5).save(models / "few.safetensors")
-    for name in ("measure_v_loss", "measure_reference", "measure"):
+    for name in ("measure_v_loss", "measure_reference", "measure_images"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("something was measured"))
     flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
-    monkeypatch.setattr(evaluate, "open_images", lambda *_, **__: SimpleNamespace(num_classes=8, channels=3))
+    images = SimpleNamespace(num_classes=8, channels=3)
+    monkeypatch.setattr(evaluate, "main", partial(evaluate.main, open_images=lambda *_, **__: images))
     monkeypatch.setattr(evaluate.training, "check_classes", lambda *_: None)
     with pytest.raises(ValueError, match=sentence):
         measure(*flags)
@@ -360,12 +401,11 @@ def test_published_distances_are_measured_from_the_images_as_they_are_and_those_
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
     args = evaluate.parse_args(["--model", "", "--train_data_dir", str(tmp_path / "images")])
-    args.cache_dir = tmp_path / "cache"
     found = {}
     for name, augmentation in (("inception", Augmentation()), ("local", Augmentation(flip=True))):
-        images = image_sets.open_images(args, 4, augmentation)
+        images = open_images(args, 4, augmentation)
         extractors = {name: lambda x: x.flatten(1)}
-        found[name] = figures.measure_reference(images, extractors, 10, args, Accelerator())
+        found[name] = metrics.measure_reference(images, extractors, 10, tmp_path / "cache", 50, Accelerator())
     both = found["inception"] | found["local"]
     plain = torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1).double() / 127.5 - 1
     torch.testing.assert_close(both.statistics["inception"].mean, plain.mean(0), rtol=0, atol=1e-6)
@@ -448,24 +488,24 @@ def test_dinov2_of_a_folder_measures_a_distance_from_the_images_as_they_are(meas
     assert report["references"] == {"fd_local": "images augmented as in training", "fd_dinov2": "images as they are"}
 
     # A cached reference is named by its content, so only the same images and extractor have the same name.
-    args = evaluate.parse_args(["--model", "", *data, "--cache_dir", str(models / "plain")])
-    plain, extract = image_sets.open_images(args, 16, Augmentation()), load_dinov2(models / "dinov2")
-    figures.measure_reference(plain, {"dinov2": extract}, len(plain), args, Accelerator())
+    args = evaluate.parse_args(["--model", "", *data])
+    plain, extract = open_images(args, 16, Augmentation()), load_dinov2(models / "dinov2")
+    metrics.measure_reference(plain, {"dinov2": extract}, len(plain), models / "plain", 50, Accelerator())
     (name,) = [path.name for path in (models / "plain").iterdir()]
     assert name in [path.name for path in (models / "cache").iterdir()]
 
 
 def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_where_nothing_is_predicted(models, data):
-    args = evaluate.parse_args(["--model", "", *data, "--num_noises", "640"])
-    images = image_sets.open_images(args, 16, Augmentation())
+    args = evaluate.parse_args(["--model", "", *data])
+    images = open_images(args, 16, Augmentation())
     pipe = DualRatePipeline.from_pretrained(models / "pair")
-    first, second = (figures.measure_v_loss(pipe, images, args, 2, Accelerator()) for _ in range(2))
+    first, second = (metrics.measure_v_loss(pipe, images, 640, 2, 50, Accelerator()) for _ in range(2))
     assert first == second
     for parameter in pipe.denoiser.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     # A network that predicts 0 has the mean square of v = α ε − σ x, which is E[α² + σ² x²].
     x = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
-    zero = figures.measure_v_loss(pipe, images, args, 2, Accelerator())
+    zero = metrics.measure_v_loss(pipe, images, 640, 2, 50, Accelerator())
     assert zero == pytest.approx((1 + x.square().mean().item()) / 2, rel=0.02)
 
 
@@ -533,27 +573,30 @@ def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_
     assert classifier(plain).argmax(1).tolist() == [0, 1, 2]
 
 
+CLASSIFIERS = {path.stem: path for path in Path().glob("*/classifiers/*.safetensors")}
+
+
 @pytest.mark.parametrize("name", ["digits", "emoji32", "letters"])
 def test_a_classifier_that_ships_is_small_and_knows_unseen_images_of_its_data(name):
-    path = Path("examples/classifiers") / f"{name}.safetensors"
+    path = CLASSIFIERS[name]
     assert path.stat().st_size < 1.5e6
     facts = ImageClassifier.load(path).facts
     assert facts["held_out_images"] > 100 and facts["held_out_accuracy"] > {"emoji32": 0.3}.get(name, 0.95)
 
 
 def test_every_figure_that_ships_was_measured_with_the_classifier_that_ships():
-    study = json.loads(Path("examples/study.json").read_text())
+    study = json.loads(Path("research/study.json").read_text())
     used = {name: floor["classifier"] for name, floor in study["floors"].items()}
     for path in Path("model_cards").glob("*/evaluation.json"):
         classifier = json.loads(path.read_text())["classifier"]
         name = Path(classifier["file"]).stem
         assert used.setdefault(name, classifier["sha256"]) == classifier["sha256"]
-    assert used == {name: file_hash(f"examples/classifiers/{name}.safetensors") for name in used}
+    assert used == {name: file_hash(CLASSIFIERS[name]) for name in used}
 
 
 def test_the_classifier_of_the_digits_reads_them():
     args = evaluate.parse_args(["--model", "", "--dataset_name", "digits", "--label_column", "label"])
-    images = image_sets.open_images(args, 8, Augmentation(), "floor", channels=1)
+    images = open_images(args, 8, Augmentation(), split="floor", channels=1)
     x = torch.stack([images[i]["pixel_values"] for i in range(200)])
     with torch.no_grad():
         found = ImageClassifier.load("examples/classifiers/digits.safetensors")(x).argmax(1)

@@ -17,17 +17,18 @@ from diffusers_dualrate.flops import (
     image_flops,
     network_flops,
     target_flops,
-    training_flops,
+    training_image_flops,
 )
 from diffusers_dualrate.losses import Schedule, denoising_loss, draw
 from diffusers_dualrate.training import TrainablePair
 
-PRESETS = Path(__file__).resolve().parents[1] / "examples" / "presets"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(preset, device="meta"):
     """A preset's encoder and denoiser, by default without allocating their weights."""
-    configs = json.loads((PRESETS / f"{preset}.json").read_text(encoding="utf-8"))
+    (path,) = ROOT.glob(f"*/presets/{preset}.json")
+    configs = json.loads(path.read_text(encoding="utf-8"))
     with torch.device(device):
         pair = UViTContextEncoder(**configs["context_encoder"]), UViTDenoiser(**configs["denoiser"])
     return tuple(network.eval() for network in pair)
@@ -216,7 +217,7 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
 
 
 def test_the_table_of_training_costs_is_what_the_presets_cost():
-    text = (PRESETS.parent / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (1\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \|$", text, re.MULTILINE)
     assert len(rows) == 5
     for preset, *costs, following in rows:
@@ -232,5 +233,5 @@ def test_the_table_of_training_costs_is_what_the_presets_cost():
                 type(network).from_config({**network.config, "prediction_hand_over": True})
                 for network in (context_encoder, denoiser)
             )
-        share = training_flops(light, encoder, frozen=True, followed=True) / (3 * alone)
+        share = training_image_flops(light, encoder, frozen=True, followed=True) / (3 * alone)
         assert f"{share:.2f}" == following, preset

@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import plain_loop
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
+from diffusers_dualrate.guidance import Context, GuidedRun
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.refreshes import plan_refreshes
 from diffusers_dualrate.scheduler import log_snr_of_steps
 from diffusers_dualrate.training import TrainablePair, schedule_of
 
@@ -180,6 +182,7 @@ def test_guidance_switched_on_between_refreshes_refreshes_with_the_encoders_pred
         images = sample_three(pipe, [0, 1, 2], 6, 2, guidance_scale=1.0, callback_on_step_end=switch_on)
     assert evaluations == [3, 3]
     # The same plan, told beforehand: guidance from step 2 on, which the refresh at step 2 brings its context for.
+    pipe.scheduler.set_timesteps(6)
     levels = log_snr_of_steps(pipe.scheduler)
     options = {"guidance_scale": 2.0, "guidance_interval": ((levels[1] + levels[2]).item() / 2, 100.0)}
     torch.testing.assert_close(images, sample_three(pipe, [0, 1, 2], 6, refresh_steps=[0, 2, 3], **options))
@@ -192,10 +195,10 @@ def test_the_velocity_that_is_taken_in_half_precision_is_the_encoders_own(make_n
     _, denoiser = make_pair()
     encoder = UViTContextEncoder.from_denoiser(heavy, denoiser.config.context_channels, prediction_hand_over=True)
     heavy, encoder, denoiser = (network.to(dtype) for network in (heavy, encoder, denoiser))
-    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True)
     z, level = torch.randn(3, 3, 8, 8), torch.tensor(9.9)
     with torch.no_grad():
-        taken = pipe.take_prediction(z, level, pipe.encode_context(z, level, None, False), False)
+        run = GuidedRun(denoiser, encoder, DualRateScheduler(), plan_refreshes(1), level[None])
+        taken = run.take_prediction(z, Context(run.compute_context(z, level, False), level), False)
         expected = heavy(z.to(dtype), level).sample.float()
     torch.testing.assert_close(taken, expected, rtol=0, atol=1e-3)
 
@@ -214,10 +217,12 @@ def test_a_prediction_keeps_its_digits_in_half_precision(make_pair, dtype, toler
     torch.nn.init.zeros_(denoiser.proj_out.bias)
     velocities = []
     for precision in (torch.float32, dtype):
-        pipe = DualRatePipeline(denoiser.to(precision), DualRateScheduler(), encoder.to(precision))
+        networks = denoiser.to(precision), encoder.to(precision)
+        run = GuidedRun(*networks, DualRateScheduler(), plan_refreshes(1), level[None])
         with torch.no_grad():
-            context = pipe.encode_context(z_tau, level_tau, None, False)
-            velocities.append(pipe.denoise(z.to(precision), level, None, context, level_tau, False).float())
+            context = run.compute_context(z_tau, level_tau, False)
+            made = Context(context, level_tau)
+            velocities.append(run.compute_velocity(z.to(precision), level, made, False).float())
         assert context[0].dtype == precision and {part.dtype for part in context[-3:]} == {torch.float32}
     assert (velocities[0] - velocities[1]).norm() < tolerance * velocities[0].norm()
 

@@ -34,9 +34,9 @@ def test_pipelines_made_from_components_or_another_pipeline_share_weights_and_de
         other.set_progress_bar_config(disable=True)
         assert other.denoiser is pipe.denoiser and other.context_encoder is pipe.context_encoder
         assert torch.equal(sample(other), expected)
-    assert from_pipe.id2label == {1: "owl"}
-    for name in ("num_inference_steps", "num_context_steps", "guidance_scale"):
-        assert from_pipe.config[name] == pipe.config[name]
+        assert other.id2label == {1: "owl"}
+        for name in ("num_inference_steps", "num_context_steps", "guidance_scale"):
+            assert other.config[name] == pipe.config[name]
     single_rate = DualRatePipeline.from_pipe(pipe, context_encoder=None)
     assert single_rate.context_encoder is None and pipe.context_encoder is not None
 

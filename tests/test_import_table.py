@@ -12,21 +12,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "diffusers_dualrate"
-MODULES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "src" / PACKAGE).glob("*.py"))}
+
+
+def sources(folder):
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+
+
+MODULES, EXAMPLES, RESEARCH = sources(ROOT / "src" / PACKAGE), sources(ROOT / "examples"), sources(ROOT / "research")
 HOST = {"torch", "diffusers"}
 BROUGHT_BY_HOST = {"numpy", "PIL", "safetensors", "huggingface_hub"}  # diffusers' own requirements
 EXTRAS = {"accelerate", "datasets", "transformers", "matplotlib", "torchmetrics", "sklearn", "scipy"}
 
 
-def imports_of(source):
-    """Yield (dotted name, name taken from it or None, whether inside a function) for every import of a module."""
+def imports_of(source, package=PACKAGE):
+    """List (dotted name, name taken from it or None, whether inside a function) for every import of a module."""
 
     def visit(node, in_function):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, None, in_function
         elif isinstance(node, ast.ImportFrom):
-            origin = ".".join(filter(None, [PACKAGE if node.level else None, node.module]))
+            origin = ".".join(filter(None, [package if node.level else None, node.module]))
             for alias in node.names:
                 yield origin, alias.name, in_function
         in_function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -46,10 +52,10 @@ def our_imports_of(source):
     return found
 
 
-def read_table():
-    """CONTRIBUTING.md's table as {module: (importable anywhere, importable inside a function)}; None is anything."""
+def read_table(header):
+    """A table of CONTRIBUTING.md as {module: (what the second column names, the third)}; None is anything."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = text.split("### Who may import whom")[1].split("\n## ")[0]
+    section = text.split(header)[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|$", section, re.MULTILINE)
     assert len(rows) == len({module for module, _, _ in rows}), "a module has two rows"
     return {
@@ -61,7 +67,8 @@ def read_table():
     }
 
 
-TABLE = read_table()
+TABLE = read_table("| module | may import | inside a function |")
+RESEARCH_TABLE = read_table("| module of research | imports of research | imports of the examples |")
 
 
 def run(code):
@@ -111,11 +118,11 @@ def test_the_table_says_what_the_design_rests_on():
         "folders",
         "labels",
         "checkpoints",
-        "letters",
         "evaluation",
         "registration",
         "ranges",
         "records",
+        "repositories",
     }
     assert [module for module, (anywhere, _) in TABLE.items() if anywhere is None] == ["__init__"]
     assert TABLE["losses"] == ({"diffusion"}, set())
@@ -133,19 +140,44 @@ def test_a_module_imports_only_what_the_table_allows(module):
         assert wrong <= {(name, True) for name in late}
 
 
+def research_imports_of(source):
+    """The modules of research and of the examples that one of research imports."""
+    research, examples = set(), set()
+    for origin, name, _ in imports_of(source, "research"):
+        top, _, module = origin.partition(".")
+        if top == "research":
+            research.add(module or (name if name in RESEARCH else "__init__"))
+        elif top in EXAMPLES:
+            examples.add(top)
+    return research, examples
+
+
+def test_every_module_of_research_has_a_row_and_imports_what_it_says():
+    assert {module: research_imports_of(source) for module, source in RESEARCH.items()} == RESEARCH_TABLE
+
+
+def test_neither_the_package_nor_an_example_imports_research_or_an_example():
+    for source in [*MODULES.values(), *EXAMPLES.values()]:
+        assert not {origin.partition(".")[0] for origin, *_ in imports_of(source)} & {"research", *EXAMPLES}
+
+
 def test_no_modules_form_a_cycle():
     graph = {module: {name for name, _ in our_imports_of(source)} for module, source in MODULES.items()}
-    graphlib.TopologicalSorter(graph).prepare()
+    for edges in (graph, {module: research for module, (research, _) in RESEARCH_TABLE.items()}):
+        graphlib.TopologicalSorter(edges).prepare()
 
 
 def test_no_file_is_a_drawer_for_odds_and_ends():
     drawers = {"utils", "util", "common", "helpers", "helper", "misc"}
-    stems = {path.stem for folder in ("src", "examples", "tests") for path in (ROOT / folder).rglob("*.py")}
+    stems = {
+        path.stem for folder in ("src", "examples", "research", "tests") for path in (ROOT / folder).rglob("*.py")
+    }
     assert not stems & drawers
 
 
-def test_the_examples_import_public_names_only():
-    for path in sorted((ROOT / "examples").glob("*.py")):
+@pytest.mark.parametrize("folder", ["examples", "research"])
+def test_examples_and_research_import_public_names_only(folder):
+    for path in sorted((ROOT / folder).glob("*.py")):
         for origin, name, _ in imports_of(path.read_text(encoding="utf-8")):
             if origin.partition(".")[0] == PACKAGE:
                 private = f".{origin}.{name}".replace(".__version__", "").count("._")

@@ -90,6 +90,47 @@ def test_every_age_of_context_is_drawn_equally_often_whatever_the_time_and_lag()
         assert uniforms[chosen, 2].mean().item() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(("start", "without"), [(0.5, 20000), (0.75, 10000), (0.3, 28000)])
+def test_times_are_uniform_wherever_contexts_begin_and_no_context_is_older_than_the_first(start, without):
+    """Kills: c and 1 − c swapped in either part; τ up to 1; the rows without context last."""
+    uniforms = torch.rand(40000, 3, dtype=torch.float64)
+    t, tau = window_times(uniforms, (0.25, 0.5), context_from=start, without=without)
+    assert (t[:without] >= start).all() and (t[without:] <= start).all()
+    assert (t.sort().values - midpoints(len(t))).abs().max() < 0.01
+    assert (tau >= t).all() and (tau[without:] <= start).all() and (tau[without:] == start).any()
+    inside = tau[without:] < start
+    lag = (tau - t)[without:][inside]
+    assert lag.max() > 0.9 * min(0.5, start)
+
+
+def test_rows_noisier_than_the_first_context_see_none_and_teach_the_encoder_nothing():
+    """Kills: the encoder run on them; their times left uniform in all of [0, 1]; the other rows' times so."""
+    recorder, draws, start = Recorder(), draw(0, 0, range(8), SHAPE), 0.75
+    x = torch.randn(8, *SHAPE)
+    options = {"context_from": start, "late": 0.25, "context_dropout": 0.5}
+    loss_of(recorder, x, draws, **options)
+    (z_free, level_free, _, context, _), (_, level, _, _, level_tau) = recorder.denoised
+    ((z_tau, encoder_level, _),) = recorder.encoded
+    assert context is None and len(z_free) == 4 and len(z_tau) == 4
+    first = diffusion.cosine_log_snr(torch.tensor(start))
+    u = draws.uniforms[:, 0]
+    expected = diffusion.cosine_log_snr(torch.cat([start + (1 - start) * u[:2], start * u[2:]]))
+    torch.testing.assert_close(torch.cat([level_free, level]), expected)
+    assert (level_free[:2] <= first).all() and (level_free[2:] >= first).all()
+    assert torch.equal(encoder_level, level_tau) and (encoder_level >= first - 1e-5).all()
+    late = loss_of(Recorder(), x, draws, context_from=start, late=1.0, context_dropout=1.0)
+    alone = Recorder()
+    loss_of(alone, x, draws, context_from=start, late=1.0, context_dropout=1.0).loss.backward()
+    assert late.loss > 0 and alone.encoder_gain.grad is None and not alone.encoded
+
+
+def test_a_context_from_the_beginning_is_bit_equal_to_one_that_says_nothing_of_it():
+    x, draws = torch.randn(6, *SHAPE), draw(0, 0, range(6), SHAPE)
+    plain = loss_of(Recorder(), x, draws, context_dropout=0.5)
+    said = loss_of(Recorder(), x, draws, context_dropout=0.5, context_from=1.0, late=0.0)
+    assert torch.equal(plain.loss, said.loss) and torch.equal(plain.v_loss, said.v_loss)
+
+
 def test_a_fresh_context_has_the_age_zero():
     t, tau = window_times(torch.rand(100, 3), (0,))
     assert torch.equal(t, tau)
@@ -465,6 +506,34 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
         losses.append(weight * v_losses[-1])
     assert result.v_loss.tolist() == pytest.approx(v_losses, rel=1e-5)
     assert result.loss.item() == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_rows_noisier_than_the_first_context_follow_the_images_and_ask_the_encoder_nothing():
+    """Kills: the encoder run on them; its prediction as their target; the other rows' shares counted without them."""
+    start, k = 0.75, 0.3
+    x, draws, seen = 0.4 * torch.randn(8, *SHAPE), draw(0, 0, range(8), SHAPE), []
+
+    def encode(z, log_snr, labels):
+        assert len(z) == 6 and (log_snr >= diffusion.cosine_log_snr(torch.tensor(start)) - 1e-5).all()
+        return z, torch.zeros_like(z)
+
+    def denoise(z, log_snr, labels, context, context_log_snr):
+        seen.append((z, log_snr, context is None, context_log_snr))
+        return k * z
+
+    result = following_loss(
+        denoise, encode, x, None, draws, schedule=schedule(), bias=0.0, context_ages=(0.25,), context_from=start,
+        late=0.25, even_in_log_snr=0.5, deterministic=0.75, encoder_prediction=lambda context: context[1],
+    )  # fmt: skip
+    (_, _, has_context, level_tau), (z, level, is_free, _) = [(z, a, not free, b) for z, a, free, b in seen]
+    assert has_context and not is_free and len(z) == 2
+    level = diffusion.cosine_log_snr(start + (1 - start) * draws.uniforms[:2, 0])
+    torch.testing.assert_close(z, diffusion.add_noise(x[:2], draws.eps[:2], per_row(level)))
+    expected = (diffusion.v_from_x_eps(x[:2], draws.eps[:2], per_row(level)) - k * z).square().flatten(1).mean(1)
+    torch.testing.assert_close(result.v_loss[:2], expected)
+    t = start * draws.uniforms[2:, 0]
+    in_time = diffusion.cosine_log_snr(torch.clamp(t + 0.25 * draws.uniforms[2:, 2], max=start))
+    assert (level_tau[2:] == in_time[2:]).all() and not (level_tau[:2] == in_time[:2]).any()
 
 
 def test_the_following_loss_teaches_the_context_but_not_what_the_encoder_predicts():

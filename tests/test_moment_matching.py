@@ -8,9 +8,9 @@ import torch
 from diffusers_dualrate import DualRateScheduler, moment_matching
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
-    Draws,
+    GridDraws,
     auxiliary_loss,
-    draw,
+    draw_on_grid,
     grid_denoising_loss,
     roll_out,
     sample_student,
@@ -57,7 +57,7 @@ def exact_draws():
     uniforms = torch.tensor([((n + 0.5) / N, offset) for n, offset in rows], dtype=torch.float64)
     noise = SIGNS[:, 1 : N + 2].T.reshape(1, N + 1, 1, 4, 4).expand(len(rows), -1, -1, -1, -1)
     x = SIGNS[:, N + 2].reshape(1, 1, 4, 4).expand(len(rows), -1, -1, -1)
-    return rows, x, Draws(uniforms, noise)
+    return rows, x, GridDraws(uniforms, noise)
 
 
 def velocity(z, x_hat, log_snr):
@@ -301,7 +301,7 @@ def test_a_step_records_gradient_for_one_network_and_none_for_the_teacher_z_s_or
     networks = student, encoder, auxiliary, teacher = [Scale(value) for value in (0.5, 0.3, 0.2, 0.1)]
     shape, steps = (1, 4, 4), {"log_snr": cosine_log_snr, "num_inference_steps": 8, "num_context_steps": 2}
     inputs = student.denoise, encoder.encode, None if from_noise else torch.randn(16, *shape), None
-    inputs += (draw(0, 0, range(16), shape, 8),)
+    inputs += (draw_on_grid(0, 0, range(16), shape, 8),)
     sample = sample_student(*inputs, **steps)
     assert sample.x.requires_grad and not sample.z_s.requires_grad and not sample.log_snr_s.requires_grad
     steps |= {"auxiliary": auxiliary.denoise, "teacher": teacher.denoise, "min_variance": FLOOR}
@@ -352,7 +352,7 @@ def test_under_autocast_the_prediction_has_its_gradient_after_a_rollout_without(
     layer = torch.nn.Conv2d(1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         sample = sample_student(
-            lambda z, *_: layer(z), None, None, None, draw(0, 0, range(4), (1, 4, 4), 4), log_snr=cosine_log_snr,
+            lambda z, *_: layer(z), None, None, None, draw_on_grid(0, 0, range(4), (1, 4, 4), 4), log_snr=cosine_log_snr,
             num_inference_steps=4, num_context_steps=4,
         )  # fmt: skip
     sample.x.sum().backward()
@@ -421,7 +421,9 @@ def test_distillation_brings_the_modes_and_the_covariance_of_a_mixture_nearer_to
     for step in range(steps):
         modes = torch.multinomial(SHARES, 384, replacement=True, generator=generator)
         x = (MEANS[modes] + SPREAD * torch.randn(384, 2, generator=generator)).reshape(384, 2, 1, 1)
-        draws = Draws(torch.rand(384, 2, generator=generator), torch.randn(384, N + 1, 2, 1, 1, generator=generator))
+        draws = GridDraws(
+            torch.rand(384, 2, generator=generator), torch.randn(384, N + 1, 2, 1, 1, generator=generator)
+        )
         inputs = student, None, x, None, draws
         models = {"auxiliary": auxiliary, "teacher": mixture_teacher}
         loss = (
@@ -462,13 +464,13 @@ def test_denoising_on_the_grid_has_its_minimum_at_the_best_gain_and_ignores_the_
 def test_draws_depend_on_seed_step_and_row_alone_and_hold_independent_noise_for_every_step():
     """Kills: a generator seeded once a batch; noise repeated between the steps of a trajectory."""
     shape = (1, 4, 4)
-    together = draw(3, 7, [0, 4, 9], shape, N)
-    alone = draw(3, 7, [9], shape, N)
+    together = draw_on_grid(3, 7, [0, 4, 9], shape, N)
+    alone = draw_on_grid(3, 7, [9], shape, N)
     assert torch.equal(together.noise[2:], alone.noise) and torch.equal(together.uniforms[2:], alone.uniforms)
-    for other in (draw(3, 8, [9], shape, N), draw(4, 7, [9], shape, N)):
+    for other in (draw_on_grid(3, 8, [9], shape, N), draw_on_grid(4, 7, [9], shape, N)):
         assert not torch.equal(other.noise, alone.noise)
     for count in (1, 2, 8):
-        many = draw(0, 0, range(500), shape, count)
+        many = draw_on_grid(0, 0, range(500), shape, count)
         assert many.noise.shape == (500, count + 1, *shape) and many.uniforms.shape == (500, 2)
         columns = torch.cat([many.uniforms, many.noise.movedim(1, -1).flatten(1, -2)[:, :4].flatten(1)], dim=1)
         assert (torch.corrcoef(columns.T) - torch.eye(columns.shape[1])).abs().max() < 0.25
@@ -481,7 +483,7 @@ def test_a_time_s_that_rounding_puts_beyond_t_leaves_the_image_as_it_is():
     uniforms = torch.stack([(torch.arange(count) + 0.5) / count, torch.zeros(count)], dim=1)
     noise, student = torch.randn(count, 1, 1, 1, 1).expand(-1, count + 1, -1, -1, -1), Scale(0.5)
     sample = sample_student(
-        student.denoise, None, torch.zeros(count, 1, 1, 1), None, Draws(uniforms, noise), log_snr=cosine_log_snr,
+        student.denoise, None, torch.zeros(count, 1, 1, 1), None, GridDraws(uniforms, noise), log_snr=cosine_log_snr,
         num_inference_steps=count, num_context_steps=count,
     )  # fmt: skip
     sigma = (-sample.log_snr_s).sigmoid().sqrt().reshape(-1, 1, 1, 1)
@@ -493,6 +495,6 @@ def test_a_number_of_refreshes_that_does_not_divide_the_steps_is_refused(num_con
     student = Scale(0.5)
     with pytest.raises(ValueError, match=f"must divide num_inference_steps=8, got {num_context_steps}"):
         sample_student(
-            student.denoise, student.encode, None, None, draw(0, 0, range(2), (1, 4, 4), 8), log_snr=cosine_log_snr,
+            student.denoise, student.encode, None, None, draw_on_grid(0, 0, range(2), (1, 4, 4), 8), log_snr=cosine_log_snr,
             num_inference_steps=8, num_context_steps=num_context_steps,
         )  # fmt: skip

@@ -1,8 +1,13 @@
 """Callbacks at the end of each step: what they get, what they may change, and what they must not break."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 
 EVERYTHING = ["latents", "class_labels", "context"]
 
@@ -27,7 +32,7 @@ def test_a_callback_gets_the_pipeline_the_step_the_timestep_and_the_tensors_it_a
         seen.append(arguments)
 
     images = run(pipe, callback, EVERYTHING, guidance_scale=scale)
-    assert all(each is pipe for each, *_ in seen)
+    assert all(each.denoiser is pipe.denoiser and len(each.scheduler.timesteps) == 6 for each, *_ in seen)
     assert [i for _, i, _, _ in seen] == list(range(6))
     assert [float(t) for _, _, t, _ in seen] == pytest.approx([1000 * (6 - i) / 6 for i in range(6)])
     for i, (_, _, _, tensors) in enumerate(seen):
@@ -132,3 +137,50 @@ def test_an_error_in_a_callback_comes_through_and_the_next_call_runs_as_before(m
         run(pipe, fail, guidance_scale=2.0)
     assert torch.equal(run(pipe), plain)
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_calls_at_once_in_threads_give_the_bits_of_lone_calls(make_pipe, second_order):
+    """Kills: any state of a run on the pipeline or on the scheduler that it shares with another one."""
+    pipe = make_pipe(scheduler=DualRateScheduler(second_order=second_order))
+    other = DualRatePipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    jobs = [(pipe, 6, 2, 1.0), (pipe, 9, 3, 3.0), (other, 4, 4, 2.0)]
+
+    def draw(job):
+        each, n, k, scale = job
+        return run(each, n=n, k=k, guidance_scale=scale)
+
+    alone = [draw(job) for job in jobs]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(draw, jobs * 4))
+    assert all(torch.equal(image, alone[i % 3]) for i, image in enumerate(together))
+
+
+@pytest.mark.parametrize("scheduler", [None, "in-tree"])
+def test_a_call_from_within_a_callback_disturbs_neither(make_pipe, scheduler):
+    ours = DualRateScheduler(second_order=True)
+    if scheduler:
+        ours = DPMSolverMultistepScheduler(trained_betas=ours.betas.tolist(), prediction_type="v_prediction")
+    pipe, inner = make_pipe(scheduler=ours), []
+    plain, other = run(pipe, guidance_scale=2.0), run(pipe, n=4, k=1)
+    images = run(pipe, lambda p, i, t, tensors: inner.append(run(pipe, n=4, k=1)), guidance_scale=2.0)
+    assert torch.equal(images, plain) and all(torch.equal(image, other) for image in inner)
+
+
+def test_a_stop_from_outside_ends_every_running_call_and_one_from_a_callback_its_own(make_pipe, watch):
+    pipe = make_pipe()
+    calls = watch(pipe)
+
+    def stop_inner(p, i, t, tensors):
+        p._interrupt = True
+
+    run(pipe, lambda p, i, t, tensors: None if i or run(pipe, stop_inner) is None else {})
+    assert len(calls.denoiser) == 6 + 1
+    calls.denoiser.clear()
+
+    def press_stop(p, i, t, tensors):
+        pipe._interrupt = True
+
+    run(pipe, lambda p, i, t, tensors: {} if run(pipe, press_stop) is not None else None)
+    assert len(calls.denoiser) == 2

@@ -50,6 +50,7 @@ def test_a_call_leaves_the_components_as_they_were(make_pipe):
 @pytest.mark.parametrize("ending", ["whole", "interrupted", "failed"])
 def test_no_tensor_of_a_call_outlives_it(make_pipe, ending, single_rate):
     pipe, references = make_pipe(single_rate=single_rate), []
+    before = dict(vars(pipe.scheduler))
 
     def callback(pipe, i, t, tensors):
         for value in (tensors["latents"], tensors["class_labels"], *(tensors["context"] or ())):
@@ -69,8 +70,7 @@ def test_no_tensor_of_a_call_outlives_it(make_pipe, ending, single_rate):
     for value in vars(pipe).values():
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         assert not any(isinstance(part, torch.Tensor) for part in parts)
-    tables = {name: value for name, value in vars(pipe.scheduler).items() if isinstance(value, torch.Tensor)}
-    assert all(table.numel() <= 6 * 4 for table in tables.values())  # a few numbers for each step, no image
+    assert all(value is before[name] for name, value in vars(pipe.scheduler).items())
 
 
 def test_a_hundred_calls_leave_no_more_tensors_than_one(make_pipe):
@@ -97,7 +97,6 @@ def test_a_call_never_waits_for_the_device(make_pipe, options, single_rate):
         torch.ones((), device="meta").item()
     images = pipe([0, 3], 6, None if single_rate else 2, **options, output_type="latent").images
     assert images.device.type == "meta" and images.shape == (2, 3, 8, 8)
-    assert pipe.scheduler.timesteps.device.type == "meta"
 
 
 class Operators(TorchDispatchMode):
@@ -181,6 +180,7 @@ def test_between_refreshes_the_projected_context_is_neither_computed_nor_copied(
 
     # Where only some steps of a segment guide, the others see a part of the same storage.
     projections.clear(), calls.denoiser.clear()
+    pipe.scheduler.set_timesteps(8)
     levels = pipe.scheduler.step_log_snrs.tolist()
     pipe([0, 3], 8, 1, guidance_scale=2.0, guidance_interval=(levels[2], levels[3]), output_type="latent")
     assert len(projections) == 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import plain_loop
-from diffusers_dualrate.scheduler import refresh_plan
+from diffusers_dualrate import plan_refreshes
+from diffusers_dualrate.guidance import Context, Guidance, GuidedRun
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
 N = 8
@@ -58,21 +59,28 @@ def test_guidance_goes_from_the_null_branch_through_the_class_and_beyond(make_pi
     pipe = make_pipe()
     z, labels, level = torch.randn(2, 3, 8, 8), torch.tensor([0, 3]), torch.tensor(0.5)
     null = torch.tensor([4, 4])
-    pipe([0], 1, output_type="latent")
     with torch.no_grad():
         branches = {}
         for name, of_branch in (("class", labels), ("null", null)):
             context = pipe.denoiser.project_context(pipe.context_encoder(z, -1.0, of_branch).context)
             branches[name] = pipe.denoiser(z, level, of_branch, context, -1.0).sample
         for scale in (1.5, 4.0):
-            pipe._guidance_scale = scale
+            run = GuidedRun(
+                pipe.denoiser,
+                pipe.context_encoder,
+                pipe.scheduler,
+                plan_refreshes(1),
+                level[None],
+                labels,
+                Guidance(scale),
+            )
             early = torch.tensor(-1.0)
-            context = pipe.encode_context(z, early, labels, both=True)
-            v = pipe.denoise(z, level, labels, context, early, guides=True)
+            context = Context(run.compute_context(z, early, both=True), early)
+            v = run.compute_velocity(z, level, context, guides=True)
             torch.testing.assert_close(
                 v, branches["class"] + (scale - 1) * (branches["class"] - branches["null"]), rtol=1e-4, atol=1e-5
             )
-            unguided = pipe.denoise(z, level, labels, context, early, guides=False)
+            unguided = run.compute_velocity(z, level, context, guides=False)
             torch.testing.assert_close(unguided, branches["class"], rtol=1e-4, atol=1e-5)
     assert (branches["class"] - branches["null"]).abs().max() > 0.1
 
@@ -86,7 +94,7 @@ def test_a_refresh_encodes_the_null_branch_exactly_where_a_step_before_the_next_
     """Mutants: `any` made `all`, the slice of levels one longer or shorter, `i + 1` made `i` in the next refresh."""
     pipe, labels = make_pipe(), [0, 3]
     guided = [first <= i <= last for i in range(N)]
-    refresh_at = [i for i, refreshes in enumerate(refresh_plan(N, k)) if refreshes]
+    refresh_at = [i for i, refreshes in enumerate(plan_refreshes(N, k)) if refreshes]
     expected = plain(pipe, labels, TIMES, refresh_at, [3.0 if guides else 1.0 for guides in guided])
     calls = watch(pipe)
     images = pipe(
@@ -178,5 +186,5 @@ def test_a_callback_cannot_switch_on_guidance_where_there_are_no_classes(make_pi
 
 
 def test_a_default_guidance_scale_below_one_is_refused(make_pipe):
-    with pytest.raises(ValueError, match="at least 1, which is none, got 0.5"):
+    with pytest.raises(ValueError, match="guidance_scale must be .* at least 1, got 0.5"):
         make_pipe(guidance_scale=0.5)

@@ -14,13 +14,10 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import arms
 import distill
-import report
-import study
 import train_dual_rate
 import train_single_rate
-import trainings
+from research import arms, networks, report, study
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").iterdir())
@@ -137,15 +134,16 @@ def test_the_published_points_are_found_again_by_the_code_as_it_stands(tmp_path,
 
     What a step of training costs is read off the points, which takes no training.
     """
-    published = ROOT / "examples/study.json"
-    flags = shlex.split(json.loads(published.read_text())["command"])[2:]
+    published = ROOT / "research/study.json"
+    command = shlex.split(json.loads(published.read_text())["command"])
+    flags = command[next(i for i, word in enumerate(command) if word.startswith("--")) :]
     costs = {}
     for point in json.loads(published.read_text())["points"]:
         arm = arms.ARMS[point["arm"]]
-        if arm.beside is None and not trainings.TRAININGS[arm.training].starts:
-            batch = trainings.make_preset(point["data"], arm.training)["training"]["train_batch_size"]
+        if arm.beside is None and not networks.TRAININGS[arm.training].starts:
+            batch = networks.make_preset(point["data"], arm.training)["training"]["train_batch_size"]
             costs[point["data"], arm.training] = point["training_flops"] * batch // point["training_images"]
-    monkeypatch.setattr(trainings, "step_flops", lambda args, data, training: costs[data, training])
+    monkeypatch.setattr(networks, "step_flops", lambda args, data, training: costs[data, training])
     args = study.parse_args([*flags, "--work_dir", str(tmp_path)])
     measured = study.read_measured(published)
     series = study.list_series(args)
@@ -153,13 +151,13 @@ def test_the_published_points_are_found_again_by_the_code_as_it_stands(tmp_path,
 
 
 def test_the_readme_shows_the_study_that_its_json_holds():
-    study = json.loads((ROOT / "examples/study.json").read_text())
+    study = json.loads((ROOT / "research/study.json").read_text())
     table = f"{report.MARKERS[0]}\n\n{report.write_table(study)}\n\n{report.MARKERS[1]}"
     assert table in (ROOT / "README.md").read_text(), (
-        "run: python examples/study.py --report_only --readme README.md, with the arms and data of the file"
+        "run: python -m research.study --output research/study.json --report_only --readme README.md, with the arms and data of the file"
     )
-    assert (ROOT / "examples/study.md").read_text(encoding="utf-8") == report.write_points(study)
-    assert (ROOT / "examples/study.png").is_file()
+    assert (ROOT / "research/study.md").read_text(encoding="utf-8") == report.write_points(study)
+    assert (ROOT / "research/study.png").is_file()
     assert "/tmp" not in study["command"] and study["commit"]
     for point in study["points"]:
         floor = study["floors"][point["data"]]

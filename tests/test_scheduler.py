@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_dualrate import DualRateScheduler, diffusion, refresh_plan
-from diffusers_dualrate.scheduler import explicit_refresh_plan, plan_refreshes
+from diffusers_dualrate import DualRateScheduler, diffusion, plan_refreshes
 from plain_loop import amplitudes, conditioned, log_snr_at
 
 SHIFTED = [
@@ -36,7 +35,7 @@ def levels_of(steps):
 def test_a_plan_refreshes_exactly_k_times_first_at_step_0_then_at_floor_j_n_over_k(n):
     """Mutants: `//` made a rounding up or to the nearest, `range(K)` from 1, the end `<=` of K made `<`."""
     for k in range(1, n + 1):
-        plan = refresh_plan(n, k)
+        plan = plan_refreshes(n, k)
         assert len(plan) == n and all(type(entry) is bool for entry in plan)
         assert plan[0] and sum(plan) == k
         assert [i for i, entry in enumerate(plan) if entry] == [math.floor(j * n / k + 1e-9) for j in range(k)]
@@ -45,30 +44,30 @@ def test_a_plan_refreshes_exactly_k_times_first_at_step_0_then_at_floor_j_n_over
 @pytest.mark.parametrize(("n", "k"), [(4, 5), (4, 0), (4, -1), (0, 1), (0, 0)])
 def test_a_plan_with_more_refreshes_than_steps_or_none_is_refused_by_value(n, k):
     """Mutants: either `<=` made `<`, 1 made 0."""
-    with pytest.raises(ValueError, match=f"got {k}"):
-        refresh_plan(n, k)
-    assert refresh_plan(4, 4) == [True] * 4 and refresh_plan(1, 1) == [True]
+    with pytest.raises(ValueError, match=f"got {n if n < 1 else k}"):
+        plan_refreshes(n, k)
+    assert list(plan_refreshes(4, 4)) == [True] * 4 and list(plan_refreshes(1, 1)) == [True]
 
 
 def test_named_steps_refresh_and_no_others():
-    assert explicit_refresh_plan(5, [0, 1, 4]) == [True, True, False, False, True]
-    assert explicit_refresh_plan(5, (0,)) == [True, False, False, False, False]
-    assert all(type(entry) is bool for entry in explicit_refresh_plan(5, [0, 3]))
+    assert list(plan_refreshes(5, refresh_steps=[0, 1, 4])) == [True, True, False, False, True]
+    assert list(plan_refreshes(5, refresh_steps=(0,))) == [True, False, False, False, False]
+    assert all(type(entry) is bool for entry in plan_refreshes(5, refresh_steps=[0, 3]))
 
 
 @pytest.mark.parametrize("steps", [[], [1, 2], [0, 3, 2], [0, 2, 2], [-1, 0], [0, 8], [0, 9], [0, 2.5]])
 def test_named_steps_without_0_out_of_order_repeated_beyond_the_last_or_broken_are_refused(steps):
     """Mutants: `!= 0` made `> 0`, `>=` made `>` (both), the check of order or of the end dropped."""
     with pytest.raises(ValueError, match="refresh_steps"):
-        explicit_refresh_plan(8, steps)
+        plan_refreshes(8, refresh_steps=steps)
 
 
 def test_both_a_count_and_named_steps_are_refused_and_neither_refreshes_everywhere():
     with pytest.raises(ValueError, match="either num_context_steps or refresh_steps"):
         plan_refreshes(4, 2, [0, 1])
-    assert plan_refreshes(3) == [True] * 3
-    assert plan_refreshes(4, 2) == [True, False, True, False]
-    assert plan_refreshes(4, refresh_steps=[0, 3]) == [True, False, False, True]
+    assert list(plan_refreshes(3)) == [True] * 3
+    assert list(plan_refreshes(4, 2)) == [True, False, True, False]
+    assert list(plan_refreshes(4, refresh_steps=[0, 3])) == [True, False, False, True]
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 1500])

@@ -113,3 +113,9 @@ def test_a_label_of_a_stream_outside_of_the_classes_is_named(saved):
     images = StreamedImages(numbers, 8, label_column="label", num_classes=2, on_corrupt="skip", buffer_size=1)
     with pytest.raises(ValueError, match="row 2 has the label 2 in the column 'label', outside of the 2 classes"):
         read(images, 3)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_a_shuffle_buffer_that_holds_nothing_is_refused(saved, size):
+    with pytest.raises(ValueError, match=f"`buffer_size` is {size}, but --shuffle_buffer must be a positive integer"):
+        stream(saved, buffer_size=size)

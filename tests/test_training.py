@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -23,6 +24,7 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, claims, data
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.configuration import Configuration, Data
+from diffusers_dualrate.flops import context_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.recipes import SingleRateRecipe
 from diffusers_dualrate.runs import Run
@@ -340,7 +342,7 @@ def test_a_run_says_what_it_learns_from(folder, tmp_path, capsys):
     (tmp_path / "images/cat/notes.txt").write_text("no image")
     train("single", tmp_path / "images", tmp_path / "run", "--max_train_steps", 1)
     printed = capsys.readouterr().out
-    assert "12 images, 2 classes" in printed and "classes: 'cat' 6, 'dog' 6" in printed
+    assert "images: 12, number of classes: 2" in printed and "classes: 'cat' 6, 'dog' 6" in printed
     assert "left out 1" in printed and "notes.txt" in printed
 
 
@@ -520,6 +522,8 @@ def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path,
         (["--override", "sampling.num_context_steps=99"], r"num_context_steps must be an integer in \[1, 4\], got 99"),
         (["--context_dropout", 2], r"context_dropout must be a finite number in \[0, 1\], got 2.0"),
         (["--context_dropout", -0.1], r"context_dropout must be a finite number in \[0, 1\], got -0.1"),
+        (["--context_from", 0], r"context_from must be a finite number in \(0, 1\], got 0.0"),
+        (["--context_from", 1.5], r"context_from must be a finite number in \(0, 1\], got 1.5"),
         (["--override", "training.context_ages=[]"], r"context_ages must be a list of shares of the chain, got \[\]"),
         (["--override", "training.context_ages=[-4]"], r"context_ages must be a finite number in \[0, 1\], got -4"),
         (["--override", "training.context_ages=[4]"], r"context_ages must be a finite number in \[0, 1\], got 4"),
@@ -594,7 +598,9 @@ def test_a_process_whose_rows_would_all_lack_context_is_refused(folder, tmp_path
     args = train_dual_rate.parse_args(
         arguments(folder, tmp_path, "--train_batch_size", images, "--context_dropout", dropout, "--seed", 1)
     )
-    refused = pytest.raises(ValueError, match=f"With {images} images per process and forward pass and context_dropout")
+    refused = pytest.raises(
+        ValueError, match=f"With {images} images per process and forward pass, {dropout} of them without"
+    )
     with refused if is_refused else contextlib.nullcontext():
         assert configure(args, "train_dual_rate").divide_batch(2).recipe.train_batch_size == 2 * images
 
@@ -660,6 +666,22 @@ def test_every_shipped_preset_is_sound(preset, name):
     module = SCRIPTS[name]
     configuration = configure(module.parse_args(["--preset", preset, "--output_dir", "x"]), module.__name__)
     assert Configuration.from_json(configuration.to_json()).to_json() == configuration.to_json()
+
+
+def test_contexts_that_begin_late_make_a_step_cheaper_by_whole_rows(folder, tmp_path, capsys):
+    train("dual", folder, tmp_path / "all", "--context_dropout", 0, "--max_train_steps", 1)
+    train("dual", folder, tmp_path / "late", "--context_dropout", 0, "--context_from", 0.6, "--max_train_steps", 1)
+    costs = re.findall(r"training: ([\d.]+) MFLOP", capsys.readouterr().out)
+    whole, late = (float(cost) for cost in costs)
+    pair = DualRatePipeline.from_pretrained(tmp_path / "all")
+    heavy = (network_flops(pair.context_encoder) + context_flops(pair.denoiser)) / 1e6
+    assert whole - late == pytest.approx(3 * 3 / 8 * heavy, abs=0.1)  # of 8 rows 3 are noisier
+    configuration = configure(
+        train_dual_rate.parse_args(["--preset", "tiny", "--output_dir", "x", "--context_from", "0.6"]),
+        "train_dual_rate",
+    )
+    assert configuration.recipe.share_above == 3 / 8
+    assert configuration.recipe.share_without_context == 3 / 8 + 5 / 8 * 0.5
 
 
 def test_both_networks_learn_through_one_forward(make_networks):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from diffusers_dualrate import checkpoints
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints, step_of
 from diffusers_dualrate.losses import denoising_loss
+from diffusers_dualrate.processes import run_script
 from loopback_hub import LoopbackHub
 
 pytestmark = pytest.mark.slow
@@ -62,6 +62,8 @@ def work(script, argv, rank, world_size, port, at_step, happening):
         if len(calls) == at_step:
             if happening == "kill while saving":  # Accelerate's part of the checkpoint is written, the EMA is not
                 checkpoints.save_file = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            elif happening == "fail":
+                raise ValueError("this image is no image")
             elif isinstance(happening, float):  # a kill so many seconds later
                 threading.Timer(happening, os.kill, (os.getpid(), signal.SIGKILL)).start()
             else:
@@ -69,15 +71,8 @@ def work(script, argv, rank, world_size, port, at_step, happening):
         return denoising_loss(*args, **kwargs)
 
     script.denoising_loss = loss_function
-    # Nor is the end of the processes' group, in which one has been seen to wait for a peer that was gone.
-    torch.distributed.destroy_process_group = lambda *_: None
-    try:
-        status = script.main(script.parse_args(argv))
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    # At once: tearing down a forked interpreter is not what is tested, and has been seen to hang.
-    os._exit(status)
+    sys.stdout = sys.stderr = open(f"{argv[argv.index('--output_dir') + 1]}.log{rank}", "w")
+    run_script(lambda argv: script.main(script.parse_args(argv)), argv)
 
 
 def run(script, argv, world_size=1, at_step=None, happening=None):
@@ -149,6 +144,22 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     assert [step_of(checkpoint) for checkpoint in list_checkpoints(tmp_path / "parts")] == [2]
     assert run("train_dual_rate", [*argv, "--resume_from_checkpoint", "latest"], 2) == [0, 0]
     assert everything_in(tmp_path / "parts/checkpoint-4") == everything_in(tmp_path / "two/checkpoint-4")
+
+
+def test_where_one_process_fails_both_end_at_once_each_with_its_own_sentence(folder, tmp_path):
+    began = time.monotonic()
+    argv = arguments(folder, tmp_path / "run", "--max_train_steps", 1_000_000)
+    assert run("train_single_rate", argv, 2, at_step=2, happening="fail") == [1, 1]
+    assert time.monotonic() - began < 120  # a group of gloo waits half an hour for one who says nothing
+    lost, failed = ((tmp_path / f"run.log{rank}").read_text() for rank in (0, 1))
+    assert failed.endswith("ValueError: this image is no image\n") and "Another process" not in failed
+    assert "Another process of this run failed" in lost.splitlines()[-1] and "no image" not in lost
+
+
+def test_a_killed_process_ends_its_peer(folder, tmp_path):
+    argv = arguments(folder, tmp_path / "run", "--max_train_steps", 1_000_000)
+    assert run("train_single_rate", argv, 2, at_step=2, happening=signal.SIGKILL) == [1, -signal.SIGKILL]
+    assert "Another process of this run failed, was killed" in (tmp_path / "run.log0").read_text()
 
 
 def test_torchrun_passes_a_signal_on_and_leaves_a_checkpoint(folder, tmp_path):

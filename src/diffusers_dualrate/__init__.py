@@ -6,8 +6,9 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
+from .refreshes import RefreshPlan, plan_refreshes
 from .registration import register
-from .scheduler import DualRateScheduler, refresh_plan
+from .scheduler import DualRateScheduler
 
 # The host looks up the base classes of our components under the name that model_index.json records for them.
 register(__name__)
@@ -16,8 +17,9 @@ __all__ = [
     "DualRatePipeline",
     "DualRateScheduler",
     "ModelMixin",
+    "RefreshPlan",
     "SchedulerMixin",
     "UViTContextEncoder",
     "UViTDenoiser",
-    "refresh_plan",
+    "plan_refreshes",
 ]

@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 
+from .decoding import MAX_IMAGE_PIXELS
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .ranges import check_boolean, check_integer, check_number
@@ -125,7 +126,7 @@ class Data:
     streaming: bool = False
     shuffle_buffer: int = 10_000
     on_corrupt: str = "raise"
-    max_image_pixels: int = 128_000_000
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     cache_dir: str | None = None
     dataloader_num_workers: int = 0
 
@@ -243,7 +244,7 @@ class Configuration:
         divided = self
         if self.options.images_per_process is not None:
             divided = self.with_recipe(train_batch_size=self.options.images_per_process * parts)
-        size, dropped = divided.recipe.train_batch_size, getattr(self.recipe, "context_dropout", 0.0)
+        size, dropped = divided.recipe.train_batch_size, divided.recipe.share_without_context
         if size % parts:
             raise ValueError(
                 f"The preset's train_batch_size {size} is not divisible by {num_processes} processes times "
@@ -251,8 +252,8 @@ class Configuration:
             )
         if num_processes > 1 and size - parts < round(dropped * size) < size:
             raise ValueError(
-                f"With {size // parts} images per process and forward pass and context_dropout {dropped} some would "
-                "see no context at all: give each process more images."
+                f"With {size // parts} images per process and forward pass, {dropped:g} of them without context, some processes "
+                "would see none at all: give each process more images."
             )
         return divided
 

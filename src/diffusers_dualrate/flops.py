@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .models import UViTContextEncoder, UViTDenoiser
+from .pipeline import DualRatePipeline
+from .recipes import DistillationRecipe, Recipe
 from .uvit import UViTStage
 
 
@@ -136,7 +138,7 @@ def target_flops(
     return light + heavy * (1 - context_dropout)
 
 
-def training_flops(
+def training_image_flops(
     denoiser: UViTDenoiser,
     context_encoder: UViTContextEncoder | None = None,
     *,
@@ -159,6 +161,64 @@ def training_flops(
     if followed:
         total += network_flops(context_encoder) + context_flops(denoiser)
     return total
+
+
+def distillation_image_flops(
+    denoiser: UViTDenoiser,
+    context_encoder: UViTContextEncoder | None,
+    teacher: UViTDenoiser,
+    recipe: DistillationRecipe,
+) -> dict[str, int]:
+    """FLOPs for each image of a batch in every phase of a distillation.
+
+    A step brings the student to its time without gradient (R), lets it predict there (P), and has the teacher, twice where
+    it is guided, and the auxiliary of its shape (T) judge that: R + P + (G + 3) T for the auxiliary, R + 3 P + (G + 1) T for
+    the student.
+
+    Args:
+        denoiser: The student's.
+        context_encoder: The student's, if it has one.
+        teacher: Its network.
+        recipe: How it is distilled.
+    """
+    n, k = recipe.num_inference_steps, recipe.num_context_steps
+    light, judge = network_flops(denoiser), network_flops(teacher)
+    encode, project = 0, 0
+    if context_encoder is not None:
+        encode, project = network_flops(context_encoder), context_flops(denoiser)
+    interval = n // k
+    rollout = (interval - 1) * light
+    if recipe.full_rollout:  # from noise to the segment, too
+        rollout += (n - interval) * light + (k - 1) * (encode + project)
+    predict = light + encode + project
+    judged = 2 if recipe.guidance_scale > 1 and teacher.config.num_classes else 1
+    return {
+        "pretraining": 3 * light + 2 * project + encode,  # with the encoder frozen
+        "auxiliary": rollout + predict + (judged + 3) * judge,
+        "student": rollout + 3 * predict + (judged + 1) * judge,
+    }
+
+
+def training_flops(
+    pipe: DualRatePipeline, recipe: Recipe, images_seen: int, teacher: DualRatePipeline | None = None
+) -> int | None:
+    """FLOPs of a model's own training, without those of what it started from; `None` where they are not known.
+
+    They are those of the networks, a backward pass being two forward ones, one for the weights and one for what the network
+    was given; at a frozen network it stops. Losses, checks and the optimiser are left out.
+
+    Args:
+        pipe: The model.
+        recipe: What its configuration says of the training.
+        images_seen: Images that it was trained on.
+        teacher: Pipeline of the teacher, for a student.
+    """
+    if not isinstance(recipe, DistillationRecipe):
+        return round(training_image_flops(pipe.denoiser, pipe.context_encoder, **recipe.encoder_costs) * images_seen)
+    if teacher is None:
+        return None
+    each = distillation_image_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
+    return sum(each[phase] * count for phase, count in recipe.images_by_phase.items())
 
 
 def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:

@@ -71,7 +71,8 @@ class ImageFolder:
     def describe(self) -> str:
         """In a few lines, what was found, where it is counted and what is left out."""
         where = f", split {self.split} of {', '.join(self.splits)}" if self.split else ""
-        lines = [f"{readable(self.root)!r}{where}: {len(self.files):,} images"]
+        found = len(self.files) + sum(not name.endswith(os.sep) for name in self.left_out)
+        lines = [f"{readable(self.root)!r}{where}: {len(self.files):,} of {found:,} files are images"]
         reasons = {}
         for name, reason in self.left_out.items():
             reasons.setdefault(reason, []).append(name)
@@ -106,10 +107,10 @@ class ImageFolder:
         if streaming and self.labels is not None:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             description += "\n" + describe_classes(dict(zip(self.classes, counts, strict=True)))
-        info = datasets.DatasetInfo(description=description, features=datasets.Features(features))
+        info = datasets.DatasetInfo(features=datasets.Features(features))
         dataset = datasets.Dataset(pyarrow.table(columns), info=info)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
-        dataset.info.builder_name = _BUILDER
+        dataset.info.builder_name, dataset.info.description = _BUILDER, description  # a stream drops what was given
         return dataset
 
 
@@ -128,15 +129,15 @@ def is_folder_of_images(name: str | Path) -> bool:
     readme = Path(name, "README.md")
     if readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace"):
         return False
-    has_images, endings = False, image_endings()
+    has_images, has_tables, endings = False, False, image_endings()
     for _, _, files in os.walk(name):
         for file in files:
             ending = os.path.splitext(file)[1].lower()
             if ending in (".parquet", ".arrow", ".tar") and file not in METADATA:
                 return False
             has_images |= ending in endings
-    tables = [file for file in os.listdir(name) if file.lower().endswith(TABLES)]
-    return has_images or not tables
+            has_tables |= ending in TABLES
+    return has_images or not has_tables
 
 
 def find_described(folder: str | Path, split: str) -> str | None:
@@ -280,13 +281,14 @@ def _read_top(root):
         while waiting:
             inner = waiting.pop(0)
             if (identity := _identify(os.path.join(root, inner))) in seen:
-                top.left_out[readable(inner)] = "a link to a folder that was read"
+                top.left_out[readable(inner) + os.sep] = "a link to a folder that was read"
                 continue
             seen.add(identity)
             waiting += _sort_files(root, inner, images, top.left_out, endings)
         name = readable(folder)
         if not images:
-            top.left_out[name + os.sep] = "a folder without images, hence no class"
+            if name + os.sep not in top.left_out:
+                top.left_out[name + os.sep] = "a folder without images, hence no class"
             continue
         if name in top.classes:
             raise ValueError(
@@ -350,8 +352,8 @@ def _make(root, name, split, splits, top, classes):
     if top.loose and top.classes:
         stray = readable(os.path.basename(top.loose[0]))
         raise ValueError(
-            f"The folder {name!r} holds {len(top.loose):,} images beside its class folders, such as {stray!r}, and "
-            f"others within them, such as {next(iter(top.classes))!r}: move all images into class folders, or none."
+            f"The folder {name!r} holds images such as {stray!r} ({len(top.loose):,} in all) beside class folders such "
+            f"as {min(top.classes)!r}: move all images into class folders, or none."
         )
     if wrapped := top.find_wrapped():
         raise ValueError(

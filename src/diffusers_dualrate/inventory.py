@@ -86,11 +86,11 @@ def describe_images(images: torch.utils.data.Dataset) -> str:
     """
     lines = [] if getattr(images, "description", None) is None else [images.description]
     if not isinstance(images, Sized):
-        lines.insert(0, f"a stream of images, {images.num_classes or 'no'} classes")
-        if images.num_classes and not any("classes: " in line for line in lines[1:]):
-            lines.append(f"classes, not counted: {join_names(list_classes(images.id2label))}")
+        lines.insert(0, f"a stream of images, number of classes: {images.num_classes or 'none'}")
+        if images.num_classes and len(lines) == 1:
+            lines.append(f"classes: {join_names(list_classes(images.id2label))}")
         return "\n".join(lines)
-    lines.insert(0, f"{len(images):,} images, {images.num_classes or 'no'} classes")
+    lines.insert(0, f"images: {len(images):,}, number of classes: {images.num_classes or 'none'}")
     if images.num_classes:
         counts = torch.bincount(images.class_labels, minlength=images.num_classes).tolist()
         lines.append(describe_classes(dict(zip(list_classes(images.id2label), counts, strict=True))))

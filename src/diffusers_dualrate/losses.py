@@ -86,19 +86,29 @@ def lags(uniforms: Tensor, context_ages: Sequence[float]) -> Tensor:
     return lag * torch.tensor(context_ages, device=lag.device)[(which * len(context_ages)).long()]
 
 
-def window_times(uniforms: Tensor, context_ages: Sequence[float]) -> tuple[Tensor, Tensor]:
+def window_times(
+    uniforms: Tensor, context_ages: Sequence[float], *, context_from: float = 1.0, without: int = 0
+) -> tuple[Tensor, Tensor]:
     """Times (t, τ) of a noisy image and of the older one that its context comes from.
 
     t is uniform on [0, 1], the largest age a one of `context_ages`, and τ = min(1, t + U(0, a)). With a = 1/K these are
     the times of sampling with K refreshes on a uniform grid whose offset is random. Near t = 1 the two differ: a
     sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere.
 
+    Contexts may begin late, at time c = `context_from`: then t is uniform on [c, 1] in the first rows, which see none, and
+    on [0, c] in the others, with τ at most c.
+
     Args:
         uniforms: Numbers in [0, 1) [B, 3] for t, a and the lag.
         context_ages: The ages that a is drawn from, in shares of the chain; 0 makes τ = t.
+        context_from: c, the time of the first context.
+        without: Number of rows, the first, whose t lies above c.
     """
-    t = uniforms[:, 0]
-    return t, torch.clamp(t + lags(uniforms, context_ages), max=1.0)
+    u = uniforms[:, 0]
+    is_above = torch.arange(len(u), device=u.device) < without
+    t = torch.where(is_above, context_from + (1 - context_from) * u, context_from * u)
+    latest = torch.where(is_above, torch.ones_like(u), torch.full_like(u, context_from))
+    return t, torch.minimum(t + lags(uniforms, context_ages), latest)
 
 
 def coupled_pair(
@@ -164,6 +174,8 @@ def denoising_loss(
     schedule: Schedule,
     bias: float,
     context_ages: Sequence[float] = (1.0,),
+    context_from: float = 1.0,
+    late: float = 0.0,
     context_dropout: float = 0.0,
     encoder_prediction: Callable[[object], Tensor | None] | None = None,
 ) -> DenoisingLoss:
@@ -171,7 +183,7 @@ def denoising_loss(
 
     The batch is split: its first round(p B) rows see no context, and the encoder runs on the others only. Where p B is
     whole, that equals in expectation dropping each row's context with probability p, and the dropped rows cost nothing
-    heavy.
+    heavy. Contexts that begin late are such a split, too: the first of those rows are the ones noisier than `context_from`.
 
     Args:
         denoise: (z_t, λ_t, labels, context, λ_τ) → v̂, context and λ_τ being `None` in the context-free part.
@@ -183,11 +195,14 @@ def denoising_loss(
         bias: b of the sigmoid weight.
         context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them, all alike, and its
             context is uniformly up to so old. 0 is a fresh context; a value given twice is drawn twice as often.
-        context_dropout: Share p of rows that see no context.
+        context_from: Time of the first context: above it no row sees one, and the encoder learns nothing.
+        late: Share of rows, the first, whose times lie above it; for times that are uniform in all 1 − `context_from`.
+        context_dropout: Share p of rows that see no context, those included.
         encoder_prediction: context → x̂, the encoder's own prediction at τ, where it hands one over: it is trained by
             its own denoising loss beside the joint one.
     """
-    t, tau = window_times(draws.uniforms[:, :3], context_ages)
+    assert late <= context_dropout or encode is None
+    t, tau = window_times(draws.uniforms[:, :3], context_ages, context_from=context_from, without=round(late * len(x)))
     lambda_t, lambda_tau = schedule.log_snr(t), schedule.log_snr(tau)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, column(lambda_t, x), column(lambda_tau, x))
     target = diffusion.v_from_x_eps(x, draws.eps, column(lambda_t, x))
@@ -230,6 +245,8 @@ def following_loss(
     context_ages: Sequence[float],
     deterministic: float,
     even_in_log_snr: float,
+    context_from: float = 1.0,
+    late: float = 0.0,
     encoder_prediction: Callable[[object], Tensor],
 ) -> DenoisingLoss:
     """Loss of a denoiser that learns what a trained encoder would predict at z_t, from its context at z_τ.
@@ -242,38 +259,46 @@ def following_loss(
     Args:
         denoise: As for [`denoising_loss`], and so are the others that are not named here.
         encode: (z_τ, λ_τ, labels) → context.
-        deterministic: Share of rows, the first, whose z_t is a DDIM step from z_τ with the encoder's own prediction.
-        even_in_log_snr: Share of rows, the first of those, with a lag that is uniform in log-SNR instead of time, as
-            solvers whose steps are even in log-SNR have it.
+        deterministic: Share of rows, the first, whose z_t is a DDIM step from z_τ with the encoder's own prediction; the
+            rows of `late`, which come before them, are none of them but count.
+        even_in_log_snr: Share of rows, the first of those, counted alike, with a lag that is uniform in log-SNR instead of
+            time, as solvers whose steps are even in log-SNR have it.
         encoder_prediction: context → x̂, the encoder's own prediction.
 
     Returns:
         The loss, and as `v_loss` the distance from the encoder's velocity.
     """
-    t, tau = window_times(draws.uniforms[:, :3], context_ages)
+    assert late <= even_in_log_snr <= deterministic
+    free = round(late * len(x))
+    t, tau = window_times(draws.uniforms[:, :3], context_ages, context_from=context_from, without=free)
     lambda_t, lambda_tau = schedule.log_snr(t), schedule.log_snr(tau)
-
-    assert even_in_log_snr <= deterministic
 
     def is_in_first(share: float) -> Tensor:
         return torch.arange(len(x), device=x.device) < round(share * len(x))
 
     # The lag as a share of the times there are becomes the same share of the log-SNRs.
+    first = schedule.log_snr(torch.full_like(t, context_from))
     lowest, highest = schedule.log_snr(torch.ones_like(t)), schedule.log_snr(torch.zeros_like(t))
-    evenly = (lambda_t - lags(draws.uniforms[:, :3], context_ages) * (highest - lowest)).maximum(lowest)
-    lambda_tau = torch.where(is_in_first(even_in_log_snr), evenly, lambda_tau)
+    evenly = (lambda_t - lags(draws.uniforms[:, :3], context_ages) * (highest - lowest)).maximum(first)
+    lambda_tau = torch.where(is_in_first(even_in_log_snr) & ~is_in_first(late), evenly, lambda_tau)
 
     level_t, level_tau = column(lambda_t, x), column(lambda_tau, x)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, level_t, level_tau)
+    v, is_deterministic = diffusion.v_from_x_eps(x, draws.eps, level_t), is_in_first(deterministic)[free:]
+    labels = class_labels if class_labels is None else class_labels[free:]
+    level_t, level_tau, z_tau = level_t[free:], level_tau[free:], z_tau[free:]
     # Before what has no gradient: autocast keeps the weights that it casts, as they were cast first.
-    context = encode(z_tau, lambda_tau, class_labels)
+    context = encode(z_tau, lambda_tau[free:], labels)
     with torch.no_grad():
         x_tau = encoder_prediction(context)
         eps = diffusion.eps_from_v(z_tau, diffusion.v_from_x(z_tau, x_tau, level_tau), level_tau)
         stepped = diffusion.add_noise(x_tau, eps, level_t)
-        z_t = torch.where(column(is_in_first(deterministic), x), stepped, z_t)
-        target = diffusion.v_from_x(z_t, encoder_prediction(encode(z_t, lambda_t, class_labels)), level_t)
-    denoised = denoise(z_t, lambda_t, class_labels, context, lambda_tau)
-    v_loss = _v_loss(denoised, target)
+        z = torch.where(column(is_deterministic, x), stepped, z_t[free:])
+        target = diffusion.v_from_x(z, encoder_prediction(encode(z, lambda_t[free:], labels)), level_t)
+    v_loss = _v_loss(denoise(z, lambda_t[free:], labels, context, lambda_tau[free:]), target)
+    if free > 0:  # what is noisier than the first context learns from the images, which costs nothing heavy
+        labels = class_labels if class_labels is None else class_labels[:free]
+        alone = denoise(z_t[:free], lambda_t[:free], labels, None, None)
+        v_loss = torch.cat([_v_loss(alone, v[:free]), v_loss])
     weight = sigmoid_weight(lambda_t, schedule.log_snr_rate(t), bias)
     return DenoisingLoss(loss=(weight * v_loss).mean(), v_loss=v_loss.detach())

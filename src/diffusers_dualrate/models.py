@@ -13,9 +13,10 @@ Both condition on log-SNR rather than on a step number, so the same weights serv
 """
 
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
@@ -29,10 +30,14 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from . import diffusion
+from .ranges import check_boolean, check_integer, check_number
+from .repositories import RepositoryMixin, refuse_pickles
 from .uvit import NoiseLevelEmbedding, UViTTrunk
 
 # What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
 _INITIAL_VARIANCE = 0.2
+# Far more than any network of this kind has in a level.
+_MOST_BLOCKS = 1000
 
 SINGLE_RATE = {"context_channels": None, "prediction_hand_over": False}
 """What of a denoiser's configuration makes it a single-rate network: laid over a pair's, it leaves the shape."""
@@ -61,8 +66,11 @@ class UViTDenoiserOutput(BaseOutput):
     sample: Tensor
 
 
-class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class _UViTModel(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """What encoder and denoiser share: trunk, noise-level and class conditioning, and the host's bookkeeping."""
+
+    # Defaults of the pipeline that hands this network out among its components.
+    pipeline_defaults: ClassVar[dict] = {}
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
@@ -82,11 +90,22 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
+        for name, weight in model.named_parameters():
+            if weight.device.type != "meta" and not weight.float().isfinite().all():
+                raise ValueError(f"{pretrained_model_name_or_path} holds NaN or infinity in {name}.")
         # Weights mapped from a file may start at any address, and the rounding of some kernels depends on it.
         for weight in model.parameters():
             if weight.device.type == "cpu":
                 weight.data = weight.data.clone()
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save the network, weights as safetensors. Takes what the host's method takes."""
+        refuse_pickles(kwargs.get("safe_serialization", True))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # The host's pipelines read off the signature what a network's method takes.
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)
 
     def enable_cache(self, config) -> None:
         """Reuse attention outputs between steps. Takes caches that act inside blocks; call `disable_cache` to end it.
@@ -129,10 +148,7 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
 
     def _make_trunk(self, in_channels: int) -> None:
         config = self.config
-        if config.num_classes is not None and config.num_classes < 1:
-            raise ValueError(
-                f"num_classes must be positive, or None for an unconditional model, got {config.num_classes}."
-            )
+        _check_config(config)
         self.noise_embedding = NoiseLevelEmbedding(config.embedding_dim)
         # One more row than classes: the null label, for dropped labels and for guidance.
         self.class_embedding = (
@@ -159,6 +175,27 @@ class _UViTModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
         elif class_labels is not None:
             raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
         return embedding
+
+
+def _check_config(config) -> None:
+    """Refuse arguments of the wrong type or out of range; what must fit together the trunk checks."""
+    sides = config.sample_size
+    for side in sides if isinstance(sides, (list, tuple)) and len(sides) == 2 else (sides,):
+        check_integer("sample_size", side, 1)
+    for name in ("in_channels", "patch_size", "attention_head_dim", "embedding_dim"):
+        check_integer(name, config[name], 1)
+    if config.num_classes is not None:
+        check_integer("num_classes, if it is not None for an unconditional model,", config.num_classes, 1)
+    ranges = {"level_channels": (1, None), "level_blocks": (0, _MOST_BLOCKS), "context_channels": (1, None)}
+    for name, (least, most) in ranges.items():
+        if name == "context_channels" and config[name] is None:
+            continue
+        if not isinstance(config[name], (list, tuple)):
+            raise ValueError(f"{name} must be a list with an entry for each level, got {config[name]!r}.")
+        for entry in config[name]:
+            check_integer(f"each of {name}", entry, least, most)
+    check_number("dropout", config.dropout, least=0, below=1)
+    check_boolean("prediction_hand_over", config.prediction_hand_over)
 
 
 def _per_sample(log_snr: Tensor | float, sample: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     pipe.load_components()
     image = pipe(class_labels=[0], output="images")[0]
 
-The loop is the pipeline's own: there is one implementation of it.
+The loop is that of `sampling.py`, which the pipeline goes through, too.
 """
 
 import torch
@@ -13,8 +13,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 
+from .guidance import own_caches
+from .inputs import check_components, make_run
 from .models import UViTContextEncoder, UViTDenoiser
-from .pipeline import DualRatePipeline
+from .sampling import sample_at_two_rates
 
 _DEFAULTS = ("num_inference_steps", "num_context_steps", "guidance_scale", "encoder_denoises")
 _INPUTS = {
@@ -51,16 +53,30 @@ class DualRateSampleBlock(ModularPipelineBlocks):
     def __call__(self, components, state):
         """Sample with the pipeline's loop and put `latents` into the state."""
         block_state = self.get_block_state(state)
-        defaults = {name: components.config[name] for name in _DEFAULTS if components.config[name] is not None}
-        pipe = DualRatePipeline(
+        arguments = {name: getattr(block_state, name) for name in _INPUTS}
+        steps = tuple(
+            arguments.pop(name) for name in ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
+        )
+        defaults = {name: components.config[name] for name in ("id2label", *_DEFAULTS)}
+        defaults["encoder_denoises"] = bool(defaults["encoder_denoises"])
+        context_encoder = getattr(components, "context_encoder", None)
+        check_components(components.denoiser, components.scheduler, context_encoder)
+        device = components._execution_device
+        run, block_state.latents = make_run(
             components.denoiser,
             components.scheduler,
-            getattr(components, "context_encoder", None),
-            id2label=components.config["id2label"],
-            **defaults,
+            context_encoder,
+            defaults,
+            device,
+            steps=steps,
+            num_images_per_prompt=1,
+            **arguments,
         )
-        arguments = {name: getattr(block_state, name) for name in _INPUTS}
-        block_state.latents = pipe(**arguments, output_type="latent").images
+        with torch.no_grad(), own_caches(run.context_encoder, run.denoiser):
+            for each in sample_at_two_rates(
+                block_state.latents, run.plan, run.encode, run.denoise, run.step, run.serves
+            ):
+                block_state.latents = each.z
         self.set_block_state(state, block_state)
         return components, state
 

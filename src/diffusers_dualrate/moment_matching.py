@@ -24,7 +24,7 @@ from .losses import Denoise, Encode, LogSNR, column
 
 
 @dataclass(frozen=True)
-class Draws:
+class GridDraws:
     """All randomness of one step of distillation.
 
     Args:
@@ -36,14 +36,14 @@ class Draws:
     noise: Tensor
 
 
-def draw(
+def draw_on_grid(
     seed: int,
     step: int,
     rows: Sequence[int],
     shape: Sequence[int],
     num_inference_steps: int,
     device: torch.device | str = "cpu",
-) -> Draws:
+) -> GridDraws:
     """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
 
     Args:
@@ -56,7 +56,7 @@ def draw(
     """
     halves = losses.draw(seed, step, rows, (num_inference_steps // 2 + 1, *shape), device)
     noise = torch.cat([halves.eps, halves.eps_tau], dim=1)[:, : num_inference_steps + 1]
-    return Draws(halves.uniforms[:, :2], noise)
+    return GridDraws(halves.uniforms[:, :2], noise)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def sample_student(
     encode: Encode | None,
     x: Tensor | None,
     class_labels: Tensor | None,
-    draws: Draws,
+    draws: GridDraws,
     *,
     log_snr: LogSNR,
     num_inference_steps: int,
@@ -210,7 +210,7 @@ def auxiliary_loss(
     encode: Encode | None,
     x: Tensor | None,
     class_labels: Tensor | None,
-    draws: Draws,
+    draws: GridDraws,
     *,
     auxiliary: Denoise,
     teacher: Denoise,
@@ -239,7 +239,7 @@ def student_loss(
     encode: Encode | None,
     x: Tensor | None,
     class_labels: Tensor | None,
-    draws: Draws,
+    draws: GridDraws,
     *,
     auxiliary: Denoise,
     teacher: Denoise,
@@ -263,7 +263,7 @@ def grid_denoising_loss(
     encode: Encode,
     x: Tensor,
     class_labels: Tensor | None,
-    draws: Draws,
+    draws: GridDraws,
     *,
     log_snr: LogSNR,
     num_inference_steps: int,

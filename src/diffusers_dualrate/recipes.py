@@ -67,8 +67,13 @@ class Recipe:
         return self.max_train_steps
 
     @property
+    def share_without_context(self) -> float:
+        """Share of rows that see no context, where there is one."""
+        return 0.0
+
+    @property
     def encoder_costs(self) -> dict:
-        """What `flops.training_flops` must know of the encoder's part in a step."""
+        """What `flops.training_image_flops` must know of the encoder's part in a step."""
         return {}
 
 
@@ -100,12 +105,15 @@ class PairRecipe(SingleRateRecipe):
     Args:
         context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them, and its context is
             uniformly up to so old; 0 is a fresh context, and a value given twice is drawn twice as often.
-        context_dropout: Share of the rows of a batch that see no context.
+        context_from: Time of the first context, a share of the chain; 1 is its noisy end. Above it no row sees a context,
+            and the encoder never learns. It is rounded to whole rows of the batch.
+        context_dropout: Share of the other rows of a batch that see no context.
         freeze_encoder: Whether the encoder keeps what it knows, and learns only what it hands over.
         follow_encoder: Whether, beside that, the denoiser learns from the encoder's predictions instead of the images.
     """
 
     context_ages: tuple[float, ...]
+    context_from: float = 1.0
     context_dropout: float
     freeze_encoder: bool = False
     follow_encoder: bool = False
@@ -118,11 +126,21 @@ class PairRecipe(SingleRateRecipe):
         object.__setattr__(self, "context_ages", tuple(ages))
         for age in ages:
             check_number("context_ages", age, least=0, most=1)
+        check_number("context_from", self.context_from, above=0, most=1)
         check_number("context_dropout", self.context_dropout, least=0, most=1)
         for name in ("freeze_encoder", "follow_encoder"):
             check_boolean(name, getattr(self, name))
         if self.follow_encoder and self.context_dropout:
             raise ValueError(f"--follow_encoder needs --context_dropout 0, got {self.context_dropout}.")
+
+    @property
+    def share_above(self) -> float:
+        """Share of rows that are noisier than the first context."""
+        return round((1 - self.context_from) * self.train_batch_size) / self.train_batch_size
+
+    @property
+    def share_without_context(self) -> float:
+        return self.share_above + (1 - self.share_above) * self.context_dropout
 
     @property
     def is_frozen(self) -> bool:
@@ -132,7 +150,7 @@ class PairRecipe(SingleRateRecipe):
     @property
     def encoder_costs(self) -> dict:
         return {
-            "context_dropout": self.context_dropout,
+            "context_dropout": self.share_without_context,
             "frozen": self.is_frozen,
             "followed": self.follow_encoder,
         }

@@ -58,9 +58,10 @@ from .checkpoints import (
 from .claims import Claim
 from .configuration import FILE, Configuration
 from .data import LabelledImages
-from .flops import context_flops, network_flops, training_flops
+from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .pipeline import DualRatePipeline
+from .processes import choose_threads
 from .streams import StreamedImages, Stretch
 from .training import fingerprint_of, sample_images
 
@@ -215,7 +216,8 @@ class Run:
                 signal.signal(number, handler)
             self._progress.close()
             self._claim.release()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not `end_training`, which destroys the group: see processes.py
+            tracker.finish()
 
     def _ask_to_stop(self, number, frame):
         self._signal = number
@@ -228,15 +230,16 @@ class Run:
             flags = {name: value for name, value in flags.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-dualrate", config=flags)
         accelerator.print(json.dumps(recipe, indent=2))
+        counted = {name: network_flops(network) for name, network in self.averaged.named_children()}
         for name, network in self.averaged.named_children():
-            flops = network_flops(network)
+            flops = counted[name]
             if name == "denoiser" and network.config.context_channels is not None:
                 flops += context_flops(network)
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
         # Distillation has costs of its own.
         if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            flops = training_flops(
+            flops = training_image_flops(
                 self.averaged.denoiser,
                 self.averaged.context_encoder,
                 **self.recipe.encoder_costs,
@@ -246,6 +249,7 @@ class Run:
         accelerator.print(
             f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
+        accelerator.print(choose_threads(size // self.parts * max(counted.values())))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""

@@ -1,10 +1,13 @@
 """`DualRateScheduler`: the ancestral sampler of a variance-preserving process, and when to refresh the context.
 
-The host's contract over `diffusion.py`. A `timestep` is the time t in [0, 1] times `num_train_timesteps`, a float.
+The host's contract over `diffusion.py` and `refreshes.py`. A `timestep` is the time t in [0, 1] times `num_train_timesteps`, a float.
 """
 
+import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -14,34 +17,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import diffusion
+from .ranges import check_boolean, check_integer, check_number
+from .refreshes import MOST_STEPS, RefreshPlan, plan_refreshes
+from .repositories import RepositoryMixin
 
-
-def refresh_plan(num_inference_steps: int, num_context_steps: int) -> list[bool]:
-    """Which of N steps recompute the context so that K refreshes are spread evenly: steps floor(j N / K), j < K.
-
-    Args:
-        num_inference_steps: N, evaluations of the denoiser.
-        num_context_steps: K, evaluations of the context encoder, 1 ≤ K ≤ N.
-    """
-    if not 1 <= num_context_steps <= num_inference_steps:
-        raise ValueError(
-            f"num_context_steps must be between 1 and num_inference_steps={num_inference_steps}, "
-            f"got {num_context_steps}."
-        )
-    steps = {j * num_inference_steps // num_context_steps for j in range(num_context_steps)}
-    return [step in steps for step in range(num_inference_steps)]
-
-
-def explicit_refresh_plan(num_inference_steps: int, refresh_steps: Sequence[int]) -> list[bool]:
-    """Which of N steps recompute the context when the steps are named: 0 first, then in rising order, below N."""
-    steps = list(refresh_steps)
-    if any(not hasattr(step, "__index__") for step in steps):
-        raise ValueError(f"refresh_steps must be integers, got {steps}.")
-    if not steps or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise ValueError(f"refresh_steps must start with 0 and rise, got {steps}.")
-    if steps[-1] >= num_inference_steps:
-        raise ValueError(f"refresh_steps must lie below num_inference_steps={num_inference_steps}, got {steps}.")
-    return [step in set(steps) for step in range(num_inference_steps)]
+# Beyond, what is left of image or noise is no longer a number of single precision.
+_LARGEST_LOG_SNR = 80.0
 
 
 @dataclass
@@ -57,7 +38,7 @@ class DualRateSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class DualRateScheduler(SchedulerMixin, ConfigMixin):
+class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
     """Ancestral sampling, the Markov chain whose law a pair is trained on, with steps uniform in time.
 
     Of first order it is the paper's sampler; of second order it needs far fewer steps.
@@ -72,8 +53,8 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         variance_interpolation: γ in [0, 1] between the posterior's variance (0) and the forward transition's.
         clip_sample: Whether predicted clean images are clipped.
         clip_sample_range: Largest magnitude of a clipped clean image.
-        second_order: Whether a step goes by the predicted clean image carried on half a step along its change since the
-            step before, as the stochastic DPM-Solver++(2M) does (arXiv 2211.01095), for the same chain in fewer steps.
+        second_order: Whether to extrapolate the predicted image by half a step, from its change since the previous step
+            (stochastic DPM-Solver++(2M), arXiv 2211.01095).
     """
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
@@ -93,29 +74,34 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range: float = 1.0,
         second_order: bool = False,
     ):
+        check_integer("num_train_timesteps", num_train_timesteps, 1, MOST_STEPS)
+        for name, log_snr in (("log_snr_min", log_snr_min), ("log_snr_max", log_snr_max)):
+            check_number(name, log_snr, -_LARGEST_LOG_SNR, _LARGEST_LOG_SNR)
         if not log_snr_min < log_snr_max:
             raise ValueError(f"log_snr_min must lie below log_snr_max, got {log_snr_min} and {log_snr_max}.")
-        sizes = {
-            "num_train_timesteps": num_train_timesteps,
-            "image_size": image_size,
-            "clip_sample_range": clip_sample_range,
-        }
-        sizes |= {"noise_low": noise_low, "noise_high": noise_high}
-        for name, size in sizes.items():
-            if size is not None and not size > 0:
-                raise ValueError(f"{name} must be positive, got {size}.")
-        if not 0 <= variance_interpolation <= 1:
-            raise ValueError(f"variance_interpolation must lie in [0, 1], got {variance_interpolation}.")
+        if image_size is not None:
+            check_number("image_size", image_size, above=0)
+        check_number("noise_low", noise_low, above=0)
+        check_number("noise_high", noise_high, above=0)
+        check_number("variance_interpolation", variance_interpolation, 0, 1)
+        check_boolean("clip_sample", clip_sample)
+        check_number("clip_sample_range", clip_sample_range, above=0)
+        check_boolean("second_order", second_order)
         # Not an argument, since the networks predict nothing else, but in-tree schedulers made from this one's
         # configuration must know it.
         self.register_to_config(prediction_type="v_prediction")
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self._set_timesteps(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), None)
-        self.refreshes_context = [True] * num_train_timesteps
+        self.refresh_plan = plan_refreshes(num_train_timesteps)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    @property
+    def refreshes_context(self) -> list[bool]:
+        """Whether each step of the run refreshes the context."""
+        return list(self.refresh_plan)
 
     def log_snr(self, timestep: Tensor) -> Tensor:
         """Log-SNR λ of timesteps of any shape; the only map from time to noise level."""
@@ -167,19 +153,25 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give either num_inference_steps or timesteps.")
         if timesteps is None:
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+            check_integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
             times = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
             times = times * self.config.num_train_timesteps
         else:
-            # In the precision that `step` compares them in.
-            times = torch.as_tensor(timesteps, dtype=torch.float32).cpu().double()
-            falls = times.ndim == 1 and len(times) > 0 and bool((times.diff() < 0).all())
-            if not (falls and len(self) >= times[0] and times[-1] > 0):  # nan compares false
-                raise ValueError(f"timesteps must fall and lie within (0, {len(self)}], got {times.tolist()}.")
-        self.refreshes_context = plan_refreshes(len(times), num_context_steps, refresh_steps)
+            times = self._check_timesteps(timesteps)
+        self.refresh_plan = plan_refreshes(len(times), num_context_steps, refresh_steps)
         self.num_inference_steps = len(times)
         self._set_timesteps(times, device)
+
+    def _check_timesteps(self, timesteps: Sequence[float]) -> Tensor:
+        given = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+        fits = isinstance(given, Sequence) and len(given) > 0 and all(isinstance(time, Real) for time in given)
+        if fits:
+            # In the precision that `step` compares them in.
+            times = torch.tensor([float(time) for time in given]).double()
+            fits = bool((times.diff() < 0).all()) and len(self) >= times[0] and times[-1] > 0  # nan compares false
+        if not fits:
+            raise ValueError(f"timesteps must fall and lie within (0, {len(self)}], got {given}.")
+        return times
 
     def _set_timesteps(self, times: Tensor, device: str | torch.device | None) -> None:
         """Tabulate, in float64, what `step` needs at every time, so that a step is a look-up on the device."""
@@ -199,7 +191,7 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         self._table = table.to(device=device, dtype=torch.float32)
         self.timesteps = times.to(device=device, dtype=torch.float32)
         self.step_log_snrs = log_snr.float()
-        self._last_x = None
+        self._last_x, self._steps_left = None, len(times)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Return the sample as it is; there for interchangeability with other schedulers."""
@@ -215,9 +207,9 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
     ) -> DualRateSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw z_s ~ q(z_s | z_t, x) for the predicted clean image x, s being the timestep after `timestep`.
 
-        Where a step stands follows from `timestep` alone, by comparison on the device: it is that of the nearest of
-        `timesteps`, which a loop may have rounded by less than half a step. Only of second order does it keep a state,
-        the predicted image, so steps are then taken in turn and `set_timesteps` begins a run.
+        The step is the entry of `timesteps` nearest to `timestep`, which may be rounded by less than half a step.
+        First order keeps no state. Second order remembers the last prediction until the run's last step: take steps in
+        order and call `set_timesteps` before each run.
 
         Args:
             model_output: Predicted velocity at `timestep` [B, C, H, W].
@@ -226,6 +218,8 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
             generator: Source of noise; in a list, one for each image.
             return_dict: Whether to return an output object or a plain tuple.
         """
+        if not isinstance(timestep, Tensor) or timestep.device.type == "cpu":  # elsewhere a look would wait for it
+            check_number("timestep", float(timestep), 0, len(self))
         index = (self.timesteps - timestep).abs().argmin().reshape(1)
         alpha, sigma, factor_z, factor_x, std, carried = self._table.index_select(1, index).unbind()
         z, v = sample.float(), model_output.float()
@@ -235,7 +229,8 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         guess = x
         if self.config.second_order:
             guess = x if self._last_x is None else x + carried * (x - self._last_x)
-            self._last_x = x
+            self._steps_left -= 1
+            self._last_x = x if self._steps_left > 0 else None  # no image outlives its run
         noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         prev_sample = (factor_z * z + factor_x * guess + std * noise).to(sample.dtype)
         x = x.to(sample.dtype)
@@ -257,33 +252,76 @@ class DualRateScheduler(SchedulerMixin, ConfigMixin):
         return diffusion.v_from_x_eps(sample, noise, self._log_snr_like(timesteps, sample)).to(sample.dtype)
 
 
-def plan_refreshes(
-    num_inference_steps: int, num_context_steps: int | None = None, refresh_steps: Sequence[int] | None = None
-) -> list[bool]:
-    """Which of N steps recompute the context: K spread evenly, or the named ones, or all where neither is given."""
-    for name, count in (("num_inference_steps", num_inference_steps), ("num_context_steps", num_context_steps)):
-        if not (count is None or hasattr(count, "__index__")):
-            raise ValueError(f"{name} must be an integer, got {count!r}.")
-    if refresh_steps is None:
-        return refresh_plan(
-            num_inference_steps, num_inference_steps if num_context_steps is None else num_context_steps
-        )
-    if num_context_steps is not None:
-        raise ValueError("Give either num_context_steps or refresh_steps.")
-    return explicit_refresh_plan(num_inference_steps, refresh_steps)
+def start_run(
+    scheduler: SchedulerMixin,
+    device: str | torch.device | None,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    num_context_steps: int | None = None,
+    refresh_steps: Sequence[int] | None = None,
+) -> tuple[SchedulerMixin, RefreshPlan, Tensor]:
+    """Copy a scheduler for one run, set its steps and plan the refreshes. The scheduler that is given stays as it is.
+
+    Args:
+        scheduler: Ours, or any in-tree variance-preserving scheduler that predicts v.
+        device: Where the run's tensors live.
+        num_inference_steps: Number N of steps.
+        timesteps: Instead of N, the timesteps themselves, falling.
+        num_context_steps: Number K of refreshes.
+        refresh_steps: Instead of K, the steps that refresh.
+
+    Returns:
+        The run's scheduler, the plan, and the log-SNR [N] of each step on the CPU.
+
+    Raises:
+        ValueError: If the scheduler does not fit the networks, or there is no such run.
+    """
+    if (num_inference_steps is None) == (timesteps is None):
+        raise ValueError("Give either num_inference_steps or timesteps.")
+    refreshes = {"num_context_steps": num_context_steps, "refresh_steps": refresh_steps}
+    if isinstance(scheduler, DualRateScheduler):
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(num_inference_steps, device, timesteps=timesteps, **refreshes)
+        return scheduler, scheduler.refresh_plan, scheduler.step_log_snrs
+    name = type(scheduler).__name__
+    if scheduler.config.get("prediction_type") != "v_prediction":
+        raise ValueError(f"The networks predict v: give {name} prediction_type='v_prediction'.")
+    most = scheduler.config.get("num_train_timesteps", MOST_STEPS)
+    if timesteps is None:
+        check_integer(f"num_inference_steps under {name}", num_inference_steps, 1, most)
+    elif "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{name} does not take timesteps: give num_inference_steps.")
+    # Before the scheduler sees bad numbers.
+    plan_refreshes(num_inference_steps if timesteps is None else len(timesteps), **refreshes)
+    scheduler = copy.deepcopy(scheduler)
+    if timesteps is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    else:
+        scheduler.set_timesteps(timesteps=timesteps, device=device)
+    # Some solvers evaluate the networks more or less often than they were asked to.
+    return scheduler, plan_refreshes(len(scheduler.timesteps), **refreshes), log_snr_of_steps(scheduler)
 
 
 def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
     """Log-SNR [N] at every step of a run, on the CPU, for ours or any in-tree variance-preserving scheduler.
 
     Raises:
-        ValueError: If the scheduler has neither `sigmas` nor `alphas_cumprod` to read it from, or steps of noise alone.
+        ValueError: If the scheduler has neither `sigmas` nor `alphas_cumprod` to read it from, leaves the
+            variance-preserving process, runs towards noise, or has steps of noise alone.
     """
     if isinstance(scheduler, DualRateScheduler):
         return scheduler.step_log_snrs
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod to read log-SNR from.")
+    name = type(scheduler).__name__
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{name} with use_flow_sigmas=True leaves the variance-preserving process that the networks know: leave it out."
+        )
     timesteps = scheduler.timesteps.cpu()
+    if (timesteps.diff() > 0).any():
+        raise ValueError(f"{name} runs from images to noise: give a scheduler whose timesteps fall.")
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == len(timesteps) + 1:
         # Solvers that place their steps in log-SNR round the timesteps but not these: σ/α in our terms.
@@ -291,7 +329,6 @@ def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
     log_snrs = torch.logit(scheduler.alphas_cumprod.cpu().double()[timesteps.long()]).float()
     if not log_snrs.isfinite().all():
         raise ValueError(
-            f"{type(scheduler).__name__} has a step without any signal, whose log-SNR no network knows: leave out "
-            "rescale_betas_zero_snr."
+            f"{name} has a step without any signal, whose log-SNR no network knows: leave out rescale_betas_zero_snr."
         )
     return log_snrs

@@ -1,6 +1,6 @@
 """What the study compares: arms, each a trained model and a way to sample it.
 
-A new arm is an entry of ARMS, and where no training fits it, one of `trainings.TRAININGS`. An arm whose name begins with
+A new arm is an entry of ARMS, and where no training fits it, one of `networks.TRAININGS`. An arm whose name begins with
 "dual-rate" is held against all whose name does not.
 """
 
@@ -18,8 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
-from diffusers_dualrate.scheduler import refresh_plan
-from rivals import FeatureReuseTrunk
+from diffusers_dualrate.refreshes import plan_refreshes
+
+from .rivals import FeatureReuseTrunk
 
 DDIM_TIMESTEPS = 960
 
@@ -110,7 +111,7 @@ def sample_without_context(folder: Path, solver: str, n: int, k: None) -> Sample
 def sample_with_reuse(folder: Path, solver: str, n: int, k: int) -> Sampler:
     """A single-rate network that computes its deep levels K times."""
     pipe = open_pipeline(folder, solver)
-    pipe.denoiser.trunk = FeatureReuseTrunk(pipe.denoiser.trunk, refresh_plan(n, k))
+    pipe.denoiser.trunk = FeatureReuseTrunk(pipe.denoiser.trunk, plan_refreshes(n, k))
     return make_sampler(pipe, n, deep_levels=(pipe.denoiser.trunk.trunk.middle, k))
 
 

@@ -1,21 +1,23 @@
-"""The figures of a set of images: what feature extractors and judges see in it, its distances from a reference, and v-losses.
+"""The metrics of a set of images: what feature extractors and judges see in it, its distances from a reference, and v-losses.
 
 What depends on the data, `fd_local`, is held to the reference augmented as the training was: that is the law a model
-learns. Published figures, FID and FD-DINOv2, are held to the images as they are, resized and cut at the centre alone.
+learns. Published metrics, FID and FD-DINOv2, are held to the images as they are, resized and cut at the centre alone.
 """
 
 import hashlib
 import math
 import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
+from torch import Tensor
 
-from diffusers_dualrate.data import Augmentation
-from diffusers_dualrate.evaluation import (
+from .evaluation import (
     FeatureStatistics,
     ImageClassifier,
     fd_local,
@@ -25,9 +27,15 @@ from diffusers_dualrate.evaluation import (
     nearest_training_image,
     precision_recall,
 )
-from diffusers_dualrate.losses import denoising_loss, draw
-from diffusers_dualrate.training import TrainablePair, schedule_of
-from image_sets import FRESH_SEED, batches_of, choose, open_images, real_batches
+from .image_sets import FRESH_SEED, Batch, batches_of, choose, real_batches
+from .losses import denoising_loss, draw
+from .pipeline import DualRatePipeline
+from .training import TrainablePair, schedule_of
+
+Extractors = dict[str, Callable[[Tensor], Tensor]]
+"""Feature functions by name: images [B, C, H, W] in [-1, 1] to features [B, D]."""
+Judges = dict[str, Callable[[Tensor, Tensor], Tensor]]
+"""By name: images and the classes that were asked for to truths [B]."""
 
 # An epoch of augmentation that nothing else takes.
 _REFERENCE_EPOCH = 1_000_000
@@ -35,21 +43,25 @@ _REFERENCE_EPOCH = 1_000_000
 _PRECISION_LIMIT = 10_000
 
 
-def load_extractors(args, device):
-    """The classifier, if any, and feature functions by name: of this data, and those that published figures use."""
-    own, published, classifier = {}, {}, None
-    if args.classifier:
-        classifier = ImageClassifier.load(args.classifier).to(device)
+def load_extractors(
+    classifier_file: str | None, dinov2: str | None, inception: bool, device: torch.device
+) -> tuple[ImageClassifier | None, Extractors, Extractors]:
+    """The classifier, if any, and feature functions: of this data, and those that published metrics use."""
+    own: Extractors = {}
+    published: Extractors = {}
+    classifier = None
+    if classifier_file:
+        classifier = ImageClassifier.load(classifier_file).to(device)
         own["local"] = classifier.features
-    if args.dinov2:
-        published["dinov2"] = load_dinov2(args.dinov2, device)
-    if args.inception:
+    if dinov2:
+        published["dinov2"] = load_dinov2(dinov2, device)
+    if inception:
         published["inception"] = load_inception(device)
     return classifier, own, published
 
 
 def check_classifier(path: str, classifier: ImageClassifier, channels: int, num_classes: int | None) -> None:
-    """Refuse a classifier of other images: its features and classes would still give figures.
+    """Refuse a classifier of other images: its features and classes would still give metrics.
 
     Raises:
         ValueError: If it has other channels, or other classes where the images have some.
@@ -63,19 +75,21 @@ def check_classifier(path: str, classifier: ImageClassifier, channels: int, num_
 class Measured:
     """What a set of images shows, gathered over processes: by extractor, features; and how many have their class."""
 
-    statistics: dict
-    features: dict
-    right: dict = field(default_factory=dict)
-    first: torch.Tensor | None = None
+    statistics: dict[str, FeatureStatistics]
+    features: dict[str, Tensor]
+    right: dict[str, int] = field(default_factory=dict)
+    first: Tensor | None = None
 
-    def __or__(self, other):
+    def __or__(self, other: "Measured") -> "Measured":
         """Both as one, where each has seen the images with extractors of its own."""
         return Measured(self.statistics | other.statistics, self.features | other.features)
 
 
 @torch.no_grad()
-def measure(batches, extractors, judges, accelerator):
-    """Pass batches of images through feature extractors, and through judges: functions (images, classes) → [B] truths."""
+def measure_images(
+    batches: Iterable[Batch], extractors: Extractors, judges: Judges, accelerator: Accelerator
+) -> Measured:
+    """Pass batches of images through feature extractors and judges."""
     streamed = {name: FeatureStatistics() for name in extractors}
     kept, right, first = [], dict.fromkeys(judges, 0), []
     for positions, x, labels in batches:
@@ -100,13 +114,24 @@ def measure(batches, extractors, judges, accelerator):
     )
 
 
-def measure_reference(images, extractors, count, args, accelerator):
-    """Measure the reference, or read what an earlier run has measured on the very same images and extractors."""
+def measure_reference(
+    images, extractors: Extractors, count: int, cache_dir: str | Path, batch_size: int, accelerator: Accelerator
+) -> Measured:
+    """Measure the reference, or read what an earlier run has measured on the very same images and extractors.
+
+    Args:
+        images: The data set.
+        extractors: Feature functions; without any nothing is measured.
+        count: Number of images.
+        cache_dir: Where references are kept.
+        batch_size: Images of a batch.
+        accelerator: Knows this process and how many there are.
+    """
     if not extractors:
         return Measured({}, {})
     chosen = choose(images, count, 0)
     total = 0
-    for _, x, _ in real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator):
+    for _, x, _ in real_batches(images, _REFERENCE_EPOCH, chosen, batch_size, accelerator):
         total += sum(int.from_bytes(hashlib.sha256(image.numpy().tobytes()).digest()) for image in x)
     content = sum(gather_object([total])) % 2**256  # the same in any order
     paths = {}
@@ -117,13 +142,13 @@ def measure_reference(images, extractors, count, args, accelerator):
         with torch.no_grad():
             response = extract(noise.to(accelerator.device)).cpu().numpy().tobytes()
         key = hashlib.sha256(f"{name} {content:x} {len(chosen)}".encode() + response).hexdigest()
-        paths[name] = Path(args.cache_dir) / f"{key}.safetensors"
+        paths[name] = Path(cache_dir) / f"{key}.safetensors"
     # Another device may respond with other last digits: the main process says where everything is.
     missing = [name for name in extractors if not paths[name].is_file()]
     paths, missing = broadcast_object_list([paths, missing])
     if missing:
-        batches = real_batches(images, _REFERENCE_EPOCH, chosen, args, accelerator)
-        fresh = measure(batches, {name: extractors[name] for name in missing}, {}, accelerator)
+        batches = real_batches(images, _REFERENCE_EPOCH, chosen, batch_size, accelerator)
+        fresh = measure_images(batches, {name: extractors[name] for name in missing}, {}, accelerator)
         for name in missing if accelerator.is_main_process else ():
             fresh.statistics[name].save(paths[name], features=fresh.features[name])
     accelerator.wait_for_everyone()
@@ -133,31 +158,30 @@ def measure_reference(images, extractors, count, args, accelerator):
     )
 
 
-def make_nearest_judge(images, args, augmentation):
-    """Judge of whether the training image nearest to an image, over shifts and backgrounds, carries its class."""
-    black, white = (
-        open_images(
-            args, (images.height, images.width), Augmentation(background=(level, level)), channels=images.channels
-        )
-        for level in (0, 255)
-    )
-    black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (black, white))
-    return lambda x, labels: (
-        images.class_labels[nearest_training_image(x, black, white, augmentation.translation)] == labels
-    )
+def make_nearest_judge(on_black, on_white, translation: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Judge of whether the training image nearest to an image, over shifts and backgrounds, carries its class.
+
+    Args:
+        on_black: The training images on a black background, a data set.
+        on_white: The same on white.
+        translation: Largest shift in pixels, in each direction.
+    """
+    black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (on_black, on_white))
+    return lambda x, labels: on_black.class_labels[nearest_training_image(x, black, white, translation)] == labels
 
 
-def count_in_name(count):
+def count_in_name(count: int) -> str:
+    """A count as names of metrics end in it."""
     return f"{count // 1000}k" if count % 1000 == 0 else str(count)
 
 
-def distance_name(extractor):
+def distance_name(extractor: str) -> str:
     """What the distance in an extractor's features is called."""
     return "fid" if extractor == "inception" else f"fd_{extractor}"
 
 
-def figures_of(measured, reference, count):
-    """The figures of one set of images, with the count of those that each was taken on in its name."""
+def metrics_of(measured: Measured, reference: Measured, count: int) -> dict[str, float]:
+    """The metrics of one set of images, with the count of those that each was taken on in its name."""
     suffix = count_in_name(count)
     found = {}
     for name, found_statistics in measured.statistics.items():
@@ -170,8 +194,8 @@ def figures_of(measured, reference, count):
     return found | {f"{name}_{suffix}": right / count for name, right in measured.right.items()}
 
 
-def spread(per_seed):
-    """The values of each figure over seeds, with their mean and standard deviation."""
+def spread(per_seed: list[dict[str, float]]) -> dict[str, dict]:
+    """The values of each metric over seeds, with their mean and standard deviation."""
     return {
         name: {
             "values": (values := [found[name] for found in per_seed]),
@@ -182,13 +206,32 @@ def spread(per_seed):
     }
 
 
-def measure_v_loss(pipe, images, args, num_context_steps, accelerator, drop_context=False):
-    """Mean of (v − v̂)² over fresh augmentations, at stratified times with noise fixed by the position."""
+def measure_v_loss(
+    pipe: DualRatePipeline,
+    images,
+    count: int,
+    num_context_steps: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    *,
+    drop_context: bool = False,
+) -> float:
+    """Mean of (v − v̂)² over fresh augmentations, at stratified times with noise fixed by the position.
+
+    Args:
+        pipe: The model.
+        images: The data set.
+        count: Images that noise is added to.
+        num_context_steps: K, which the ages of contexts come from.
+        batch_size: Images of a batch.
+        accelerator: Knows this process and how many there are.
+        drop_context: Whether the denoiser sees no context.
+    """
     schedule = schedule_of(pipe.scheduler)
     pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()
     total = 0.0
-    for rows in batches_of(args.num_noises, args, accelerator):
+    for rows in batches_of(count, batch_size, accelerator):
         batch = [images[row // len(order), order[row % len(order)]] for row in rows]
         x = torch.stack([item["pixel_values"] for item in batch]).to(accelerator.device)
         labels = None
@@ -209,4 +252,4 @@ def measure_v_loss(pipe, images, args, num_context_steps, accelerator, drop_cont
                 context_dropout=float(drop_context),
             )
         total += result.v_loss.double().sum().item()
-    return sum(gather_object([total])) / args.num_noises
+    return sum(gather_object([total])) / count

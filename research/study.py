@@ -1,6 +1,6 @@
 """Compare Dual-Rate Diffusion with its rivals at equal training budgets: quality against compute, by one command.
 
-    python examples/study.py --data digits letters --seeds 0 1 2 --jobs 2
+    python -m research.study --data digits letters --seeds 0 1 2 --jobs 2
 
 An arm is a trained model and a way of sampling it. Every arm is sampled with every solver at many step counts, and each
 point, a Fréchet distance in the features of a classifier (`fd_local`) at a counted number of FLOPs, is saved when it is
@@ -8,7 +8,7 @@ done: stopped and started again, the study goes on where it was. `--max_train_st
 `--max_evaluations` shrink it. It ends with one JSON file, and a table, a plot and a list of all points made from that file alone.
 
 What was computed is found again by its configuration, which the code is no part of: after a change of the code, name
-another `--work_dir`. With `--measured examples/study.json` the published points are found so, too, and only what is new,
+another `--work_dir`. With `--measured research/study.json` the published points are found so, too, and only what is new,
 such as an arm of your own, is measured, and what it samples trained.
 """
 
@@ -25,24 +25,27 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import report
-from arms import ARMS, Sampler
-from diffusers_dualrate.data import Augmentation, LabelledImages, load_images
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import FeatureStatistics, ImageClassifier, fd_local, file_hash
 from diffusers_dualrate.flops import count_evaluations
-from diffusers_dualrate.letters import Letters
+from diffusers_dualrate.image_sets import choose
 from diffusers_dualrate.losses import seed_of
-from evaluate import choose, environment
-from jobs import digest, run_jobs, write_json
-from trainings import (
+from evaluate import environment
+
+from . import report
+from .arms import ARMS, Sampler
+from .jobs import digest, run_jobs, write_json
+from .letters import open_images
+from .networks import (
     DATA,
-    EXAMPLES,
     TRAININGS,
     budgets_of,
     find_model,
     given_count,
     lineage,
     make_preset,
+    recipe_of,
     step_flops,
     train_model,
 )
@@ -93,7 +96,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--report_only", action="store_true", help="Make table, plot and points of the JSON file as it is."
     )
-    parser.add_argument("--classifiers", default=str(EXAMPLES / "classifiers"), help="Folder of <data>.safetensors.")
+    parser.add_argument("--classifiers", help="Folder of <data>.safetensors; default: those that ship.")
     shrink = parser.add_argument_group("to shrink it")
     counts = {"nargs": "+", "type": parse_count, "default": [], "metavar": "[DATA=]COUNT"}
     shrink.add_argument(
@@ -142,24 +145,26 @@ def count_of(args, name: str, data: str) -> int:
 # Measuring
 
 
-def open_images(data: str, role: str):
+def classifier_file(args, data: str) -> Path:
+    """The classifier that a data set is measured with."""
+    return Path(args.classifiers, f"{data}.safetensors") if args.classifiers else DATA[data].classifier
+
+
+def open_measured(data: str, role: str):
     """The images that distances are measured from: "reference", or "floor", other ones like them."""
     preset = make_preset(data, "heavy")
-    seed = {"reference": _REFERENCE_SEED, "floor": _FLOOR_SEED}[role]
-    if DATA[data].dataset_name == "letters":
-        return Letters(preset["denoiser"]["sample_size"], seed=seed)
-    return LabelledImages(
-        load_images(DATA[data].dataset_name, label_column="label", split=role if data == "digits" else "train"),
+    return open_images(
+        Data(dataset_name=DATA[data].dataset_name, label_column="label"),
         preset["denoiser"]["sample_size"],
-        label_column="label",
-        augmentation=Augmentation(**preset["training"]["augmentation"]),
         channels=preset["denoiser"]["in_channels"],
-        seed=seed,
+        augmentation=Augmentation(**preset["training"]["augmentation"]),
+        seed={"reference": _REFERENCE_SEED, "floor": _FLOOR_SEED}[role],
+        split=role if data == "digits" else "train",
     )
 
 
 @torch.no_grad()
-def measure(classifier, batches) -> FeatureStatistics:
+def statistics_of(classifier, batches) -> FeatureStatistics:
     """Statistics of the features of batches of images [B, C, H, W]."""
     statistics = FeatureStatistics()
     device = next(classifier.parameters()).device
@@ -170,9 +175,9 @@ def measure(classifier, batches) -> FeatureStatistics:
 
 def open_reference(args, data: str):
     """Classifier, statistics of the reference, and the floor with what is known of all three."""
-    path = Path(args.classifiers, f"{data}.safetensors")
+    path = classifier_file(args, data)
     classifier = ImageClassifier.load(path).to(PartialState().device)
-    reference, floor = open_images(data, "reference"), open_images(data, "floor")
+    reference, floor = open_measured(data, "reference"), open_measured(data, "floor")
     num_references = min(DATA[data].num_references or len(reference), len(reference))
     n = count_of(args, "num_samples", data)
     facts = {"n": n, "references": num_references, "classifier": file_hash(path), "seed": _FLOOR_SEED}
@@ -187,10 +192,10 @@ def open_reference(args, data: str):
 
     if not stem.with_suffix(".safetensors").exists():
         indices = [(0, row) for row in range(num_references)]
-        measure(classifier, batches(reference, indices)).save(stem.with_suffix(".safetensors"))
+        statistics_of(classifier, batches(reference, indices)).save(stem.with_suffix(".safetensors"))
     statistics = FeatureStatistics.load(stem.with_suffix(".safetensors"))
     if not stem.with_suffix(".json").exists():
-        floor_statistics = measure(classifier, batches(floor, choose(floor, n, 0)))
+        floor_statistics = statistics_of(classifier, batches(floor, choose(floor, n, 0)))
         write_json(stem.with_suffix(".json"), facts | {"fd": fd_local(floor_statistics, statistics)})
     labels = reference.class_labels[[row for _, row in choose(reference, n, 0)]].tolist()
     return classifier, statistics, labels, json.loads(stem.with_suffix(".json").read_text())
@@ -226,17 +231,17 @@ def measure_point(args, key: dict, folders: list[Path], reference) -> dict:
         total = 0
         for training in set().union(*map(lineage, arm.trainings)):
             budget = key["budget"] if training in arm.trainings else "steps"
-            preset = find_model(args, data, training, budget, key["seed"])[1]["training"]
-            total += preset["max_train_steps"] * unit(training, preset)
+            recipe = recipe_of(training, find_model(args, data, training, budget, key["seed"])[1])
+            total += recipe["max_train_steps"] * unit(training, recipe)
         return total
 
     return key | {
         "flops": counter.get_total_flops(),
         "evaluations": {name: times for name, (_, times) in sampler.evaluations.items()},
-        "fd": fd_local(measure(classifier, batches()), statistics),
+        "fd": fd_local(statistics_of(classifier, batches()), statistics),
         "n": len(labels),
         "training_flops": spent(lambda training, _: step_flops(args, data, training, key["seed"])),
-        "training_images": spent(lambda _, preset: preset["train_batch_size"]),
+        "training_images": spent(lambda _, recipe: recipe["train_batch_size"]),
     }
 
 
@@ -247,7 +252,7 @@ def list_points(
     arm = ARMS[name]
     folders = [find_model(args, data, training, budget, seed)[0] for training in arm.trainings]
     limit, size = count_of(args, "max_evaluations", data), count_of(args, "num_samples", data)
-    classifier = file_hash(Path(args.classifiers, f"{data}.safetensors"))
+    classifier = file_hash(classifier_file(args, data))
     listed = []
     for sampling_seed in sampling_seeds_of(args, data):
         for n, k in arm.steps.get(solver, ()):
@@ -295,7 +300,7 @@ def main(args):
         report.check_markers(Path(args.readme))
     if not args.report_only:
         for data in args.data:
-            ImageClassifier.load(Path(args.classifiers, f"{data}.safetensors"))  # missing ones before work, not after
+            ImageClassifier.load(classifier_file(args, data))  # missing ones before work, not after
         measured = read_measured(Path(args.measured)) if args.measured else {}
         run_jobs(args, step_flops, list_counted(list_series(args)))
         missing = leave_out_unavailable(

@@ -14,31 +14,29 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-import arms
-import jobs
-import study
-import train_unet
-import trainings
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.losses import lags
 from diffusers_dualrate.scheduler import log_snr_of_steps
+from research import arms, jobs, networks, study, train_unet
+
+TINY = Path("examples/presets/tiny.json")
 
 
-@pytest.mark.parametrize("data", trainings.DATA)
+@pytest.mark.parametrize("data", networks.DATA)
 def test_the_sized_network_costs_what_the_pair_costs_a_step_on_average(data):
-    preset = trainings.make_preset(data, "sized")
+    preset = networks.make_preset(data, "sized")
     sized = UViTDenoiser(**preset["denoiser"] | {"context_channels": None, "prediction_hand_over": False})
-    preset = trainings.make_preset(data, "pair")
+    preset = networks.make_preset(data, "pair")
     encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
     mean = image_flops(denoiser, encoder, num_inference_steps=64, num_context_steps=8) / 64
     assert network_flops(sized) == pytest.approx(mean, rel=0.04)
 
 
-@pytest.mark.parametrize("data", trainings.DATA)
+@pytest.mark.parametrize("data", networks.DATA)
 def test_the_unet_costs_what_the_heavy_network_costs(data):
-    preset = trainings.make_preset(data, "unet")
+    preset = networks.make_preset(data, "unet")
     shape = {key: value for key, value in preset["context_encoder"].items() if "context" not in key}
     heavy = network_flops(UViTDenoiser(**{key: value for key, value in shape.items() if "hand_over" not in key}))
     size, channels = preset["unet"]["sample_size"], preset["unet"]["in_channels"]
@@ -56,16 +54,16 @@ def test_the_unet_is_told_the_timestep_that_its_schedulers_name():
 
 @pytest.fixture
 def unet(tmp_path):
-    preset = trainings.make_preset("digits", "unet", 2)
-    trainings.run_training("digits", "unet", preset, tmp_path / "unet", "--seed", "0")
+    preset = networks.make_preset("digits", "unet", 2)
+    networks.run_training("digits", "unet", preset, tmp_path / "unet", "--seed", "0")
     return tmp_path / "unet"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_study_trains_and_samples_on_the_gpu(tmp_path, unet):
-    preset = trainings.make_preset("digits", "pair", 2)
-    trainings.run_training("digits", "pair", preset, tmp_path / "pair", "--seed", "0")
+    preset = networks.make_preset("digits", "pair", 2)
+    networks.run_training("digits", "pair", preset, tmp_path / "pair", "--seed", "0")
     args = study.parse_args(["--num_samples", "20", "--work_dir", str(tmp_path)])
     classifier, statistics, *_ = study.open_reference(args, "digits")
     samplers = [arms.sample_as_trained(tmp_path / "pair", "dpmsolver++", 4, 2)]
@@ -73,7 +71,7 @@ def test_the_study_trains_and_samples_on_the_gpu(tmp_path, unet):
         samplers.append(arms.sample_with_deepcache(unet, "ddim", 8, 4))
     for sampler in samplers:
         images = study.draw_checked(sampler, [1, 2], [3, 4])
-        assert images.is_cuda and study.measure(classifier, [images]).moments.device == statistics.moments.device
+        assert images.is_cuda and study.statistics_of(classifier, [images]).moments.device == statistics.moments.device
 
 
 @pytest.mark.slow
@@ -87,7 +85,7 @@ def test_the_unet_trains_and_samples_with_deepcache_where_that_is_installed(unet
 
 
 def test_the_unet_refuses_the_flags_that_it_would_ignore(capsys):
-    common = ["--preset", "p.json", "--output_dir", "o"]
+    common = ["--preset", "p.json", "--unet", "u.json", "--output_dir", "o"]
     assert train_unet.parse_args(common).preset == "p.json"
     for flags in (["--mixed_precision", "bf16"], ["--train_batch_size", "8"], ["--resume_from_checkpoint", "latest"]):
         with pytest.raises(SystemExit):
@@ -269,9 +267,9 @@ def test_a_method_that_does_nothing_is_an_error(make_pipe):
 
 @pytest.mark.parametrize("data", ["letters", "digits"])
 def test_samples_and_floor_have_the_classes_in_the_shares_of_the_data(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(trainings.DATA, data, dataclasses.replace(trainings.DATA[data], num_references=60))
+    monkeypatch.setitem(networks.DATA, data, dataclasses.replace(networks.DATA[data], num_references=60))
     measured = []
-    images_of = type(study.open_images(data, "floor"))
+    images_of = type(study.open_measured(data, "floor"))
     load = images_of.__getitem__
     monkeypatch.setattr(
         images_of, "__getitem__", lambda self, index: measured.append(load(self, index)) or measured[-1]
@@ -279,7 +277,7 @@ def test_samples_and_floor_have_the_classes_in_the_shares_of_the_data(data, tmp_
     args = study.parse_args(["--data", data, "--num_samples", "130", "--work_dir", str(tmp_path)])
     *_, labels, _ = study.open_reference(args, data)
     floor = [item["class_labels"].item() for item in measured[60:]]
-    classes = study.open_images(data, "floor").num_classes
+    classes = study.open_measured(data, "floor").num_classes
     for found in (labels, floor):
         assert len(found) == 130
         assert all(abs(found.count(label) - 130 / classes) < 2 for label in range(classes))
@@ -292,10 +290,10 @@ def test_counts_are_shrunk_for_one_data_set_or_for_all():
     assert study.count_of(study.parse_args([]), "num_samples", "letters") == 5000
     # The steps of a training are shrunk, never stretched: a conversion's are fewer than those of what it starts from.
     args = study.parse_args(["--max_train_steps", "digits=2000"])
-    shrunk = {data: trainings.given_count(args, "max_train_steps", data) for data in ("letters", "digits")}
+    shrunk = {data: networks.given_count(args, "max_train_steps", data) for data in ("letters", "digits")}
     assert shrunk == {"letters": None, "digits": 2000}
     for training, steps in (("heavy", 2000), ("converted", 1500)):
-        assert trainings.make_preset("digits", training, 2000)["training"]["max_train_steps"] == steps
+        assert networks.make_preset("digits", training, 2000)["training"]["max_train_steps"] == steps
     for wrong in ("letters", "words=5", "0", "letters=-1"):
         with pytest.raises(SystemExit):
             study.parse_args(["--num_samples", wrong])
@@ -312,15 +310,17 @@ def test_a_data_set_has_sampling_seeds_of_its_own_or_those_for_all(tmp_path):
         study.parse_args(["--sampling_seeds", "words=1"])
 
 
-@pytest.mark.parametrize("data", trainings.DATA)
+@pytest.mark.parametrize("data", networks.DATA)
 def test_the_presets_train_what_the_arm_dual_rate_does(data):
-    own = json.loads(Path(f"examples/presets/{trainings.DATA[data].preset}.json").read_text())["training"]
-    assert trainings.make_preset(data, "pair")["training"] == own
+    own = json.loads(networks.DATA[data].preset.read_text())
+    trained = ("context_encoder", "denoiser", "scheduler", "training")
+    made = networks.make_preset(data, "pair")
+    assert {name: made[name] for name in trained} == {name: own[name] for name in trained}
 
 
 def test_half_of_the_contexts_of_half_fresh_pairs_are_fresh():
     uniforms = torch.rand(10_000, 3, generator=torch.Generator().manual_seed(0))
-    ages = lags(uniforms, trainings.make_preset("digits", "half-fresh-pair")["training"]["context_steps"])
+    ages = lags(uniforms, networks.make_preset("digits", "half-fresh-pair")["training"]["context_ages"])
     assert abs((ages < 1e-5).float().mean() - 0.5) < 0.02
     assert (ages[ages >= 1e-5] > 1e-3).float().mean() > 0.95
 
@@ -348,7 +348,8 @@ def nap(args, name):
     time.sleep(60)
 
 if __name__ == "__main__":
-    import jobs, nap
+    import nap
+    from research import jobs
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     jobs.run_jobs(SimpleNamespace(work_dir=sys.argv[1], jobs=2), nap.nap, [("first",), ("second",), ("third",)])
 """
@@ -357,7 +358,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_a_study_that_is_told_to_stop_leaves_no_worker_behind(tmp_path):
     (tmp_path / "nap.py").write_text(NAP)
-    path = os.pathsep.join([str(tmp_path), str(Path(jobs.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "nap.py", tmp_path], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
     )
@@ -387,7 +388,9 @@ def until(condition, seconds):
 def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     """The digits as the networks of the preset `tiny` see them, enlarged and in colour."""
     monkeypatch.setitem(
-        trainings.DATA, "digits", trainings.Data("tiny", "digits", {"level_channels": [8, 24]}, {}, num_samples=20)
+        networks.DATA,
+        "digits",
+        networks.DataSet(TINY, None, "digits", {"level_channels": [8, 24]}, {}, num_samples=20),
     )
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
@@ -426,7 +429,7 @@ def test_a_small_study_measures_every_arm_at_equal_budgets_and_goes_on_where_it_
     assert stitched["training_images"] == 2 * heavy["training_images"]
     assert heavy["training_flops"] < stitched["training_flops"] < 2 * heavy["training_flops"]
 
-    preset = trainings.make_preset("digits", "pair")
+    preset = networks.make_preset("digits", "pair")
     classes = {"num_classes": 10}
     encoder = UViTContextEncoder(**preset["context_encoder"] | classes)
     denoiser = UViTDenoiser(**preset["denoiser"] | classes)
@@ -473,7 +476,7 @@ def test_what_an_earlier_study_measured_differently_is_not_taken_over(tmp_path):
 
 @pytest.mark.slow
 def test_students_are_distilled_from_models_of_the_study_whose_training_counts_as_theirs(tmp_path, monkeypatch):
-    monkeypatch.setitem(trainings.DATA, "digits", trainings.Data("tiny", "digits", {}, {}, num_samples=20))
+    monkeypatch.setitem(networks.DATA, "digits", networks.DataSet(TINY, None, "digits", {}, {}, num_samples=20))
     ImageClassifier(3, 10).save(tmp_path / "classifiers/digits.safetensors")
     args = study.parse_args(
         ["--data", "digits", "--max_train_steps", "2", "--solvers", "ancestral", "--budgets", "flops"]
@@ -483,8 +486,7 @@ def test_students_are_distilled_from_models_of_the_study_whose_training_counts_a
     single, dual = study.main(args)["points"]
     assert single["evaluations"] == {"denoiser": 8} and dual["evaluations"] == {"denoiser": 8, "context_encoder": 2}
     flops = {
-        name: 2 * trainings.step_flops(args, "digits", name)
-        for name in ("heavy", "converted", "heavy-mmd", "pair-mmd")
+        name: 2 * networks.step_flops(args, "digits", name) for name in ("heavy", "converted", "heavy-mmd", "pair-mmd")
     }
     assert single["training_flops"] == flops["heavy"] + flops["heavy-mmd"]
     assert dual["training_flops"] == flops["heavy"] + flops["converted"] + flops["pair-mmd"]
@@ -516,7 +518,7 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     for i, group in enumerate(groups):
         before = {model for earlier in groups[:i] for model in earlier}
         for data, training, _, seed in group:
-            starts = trainings.TRAININGS[training].starts.values()
+            starts = networks.TRAININGS[training].starts.values()
             assert before >= {(data, start, "steps", seed) for start in starts}
     wanted = {
         (data, part, budget, seed) for data, name, budget, _, seed in series for part in arms.ARMS[name].trainings
@@ -529,14 +531,14 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
 def test_a_step_that_starts_from_a_model_is_counted_from_that_of_its_own_seed(tmp_path, monkeypatch):
     """Another seed's may have been measured elsewhere, and so not be there."""
     given = []
-    monkeypatch.setattr(trainings, "run_training", lambda *arguments: given.append(arguments[4:]))
+    monkeypatch.setattr(networks, "run_training", lambda *arguments: given.append(arguments[4:]))
     args = study.parse_args(["--seeds", "0", "1", "--work_dir", str(tmp_path)])
-    trainings.train_model(args, "digits", "converted", "steps", 1)
+    networks.train_model(args, "digits", "converted", "steps", 1)
     assert len(given) == 3 and all("/heavy-steps-1-" in " ".join(flags) for flags in given)
 
 
 def test_what_a_distillation_spent_counts_each_training_that_led_to_it_once(monkeypatch):
     chain = {"a": (), "b": ("a",), "c": ("a", "b")}
     trained = {name: SimpleNamespace(starts=dict(enumerate(starts))) for name, starts in chain.items()}
-    monkeypatch.setattr(trainings, "TRAININGS", trained)
-    assert trainings.lineage("c") == {"a", "b", "c"} and trainings.lineage("a") == {"a"}
+    monkeypatch.setattr(networks, "TRAININGS", trained)
+    assert networks.lineage("c") == {"a", "b", "c"} and networks.lineage("a") == {"a"}

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
-from front import compare, undominated
+from .front import compare, undominated
 
 SOLVERS = ("ancestral", "ddim", "dpmsolver++", "sde-dpmsolver++")
 BUDGETS = ("steps", "flops")

@@ -1,17 +1,11 @@
 """Tests of the script that renders emoji32, where its font is installed."""
 
-import importlib.util
-from pathlib import Path
-
 import datasets
 import numpy as np
 import pytest
 from PIL import features
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-spec = importlib.util.spec_from_file_location("make_emoji32", EXAMPLES / "make_emoji32.py")
-make_emoji32 = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_emoji32)
+from research import EXAMPLES, make_emoji32
 
 
 @pytest.fixture(scope="module")

@@ -4,28 +4,24 @@ Each set is cut into the same batches whatever the number of processes, and deal
 function of its place in the set and the set's seed alone, so any number of processes measure the same images.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import training
-from diffusers_dualrate.arguments import select
-from diffusers_dualrate.configuration import Data
-from diffusers_dualrate.letters import Letters
-from diffusers_dualrate.losses import seed_of
+from .losses import seed_of
+from .pipeline import DualRatePipeline
+
+Batch = tuple[range, Tensor, Tensor | None]
+"""Positions in the set, images [B, C, H, W] and classes [B], if there are some."""
 
 # Far from the seeds that trainings use, so that no augmentation and no noise was seen before.
 FRESH_SEED = 1_000_003
 
 
-def open_images(args, size, augmentation, split=None, *, channels=3):
-    """A split of the data set at a size, augmented as no training saw it; letters are rendered, and have no splits."""
-    if args.dataset_name == "letters":
-        return Letters(size, label_column=args.label_column, channels=channels, seed=FRESH_SEED)
-    data, split = Data(**select(args, Data)), split or args.reference_split
-    return training.open_images(data, size, channels=channels, augmentation=augmentation, seed=FRESH_SEED, split=split)
-
-
-def choose(images, count, seed):
+def choose(images, count: int, seed: int) -> list[list[int]]:
     """Images in random order as pairs (repeat, index), the classes in proportion to the data."""
     generator = torch.Generator().manual_seed(seed_of(FRESH_SEED, seed))
     order = torch.randperm(len(images), generator=generator)
@@ -38,31 +34,51 @@ def choose(images, count, seed):
     return torch.stack([repeat, order[rank]], dim=1)[torch.randperm(count, generator=generator)].tolist()
 
 
-def batches_of(count, args, accelerator):
+def batches_of(count: int, batch_size: int, accelerator: Accelerator) -> Iterable[range]:
     """This process's share of `range(count)` in batches: the same batches, whatever the number of processes."""
-    batches = [range(count)[first : first + args.batch_size] for first in range(0, count, args.batch_size)]
+    batches = [range(count)[first : first + batch_size] for first in range(0, count, batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     return tqdm(mine, disable=not accelerator.is_main_process)
 
 
-def as_bytes(x):
+def as_bytes(x: Tensor) -> Tensor:
     """Images as a file of 8 bits a channel holds them."""
     return (x.clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
 
 
-def real_batches(images, epoch, chosen, args, accelerator):
-    """Real images of this process, augmented from an epoch on: yields (positions, images, classes)."""
-    for positions in batches_of(len(chosen), args, accelerator):
+def real_batches(
+    images, epoch: int, chosen: Sequence[Sequence[int]], batch_size: int, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """Real images of this process, those chosen, augmented from an epoch on."""
+    for positions in batches_of(len(chosen), batch_size, accelerator):
         rows = [chosen[position] for position in positions]
         items = [images[epoch + repeat, index] for repeat, index in rows]
-        labels = torch.stack([item["class_labels"] for item in items]) if args.label_column else None
+        labels = torch.stack([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
         yield positions, as_bytes(torch.stack([item["pixel_values"] for item in items])), labels
 
 
-def sampled_batches(pipe, labels, count, seed, steps, args, accelerator):
-    """Samples of this process, image i from a seed of its own: yields (positions, images, classes)."""
+def sampled_batches(
+    pipe: DualRatePipeline,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
+    steps: dict,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Iterator[Batch]:
+    """Samples of this process, image i from a seed of its own.
+
+    Args:
+        pipe: The model.
+        labels: Class of each sample, if there are classes.
+        count: Number of samples, over all processes.
+        seed: Each samples a set of its own.
+        steps: How the pipeline samples: `num_inference_steps` and whatever else it is called with.
+        batch_size: Samples of a batch.
+        accelerator: Knows this process and how many there are.
+    """
     pipe.set_progress_bar_config(disable=True)
-    for positions in batches_of(count, args, accelerator):
+    for positions in batches_of(count, batch_size, accelerator):
         chunk = None if labels is None else labels[positions.start : positions.stop]
         generator = [torch.Generator().manual_seed(seed_of(FRESH_SEED, seed, i)) for i in positions]
         size = {"batch_size": len(positions)} if chunk is None else {"class_labels": chunk.tolist()}

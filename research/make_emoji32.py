@@ -10,7 +10,7 @@ Alpha is kept, so that the colour behind an emoji can be an augmentation. One sc
 only their size that tells some of them apart (the black squares); the largest leaves `MARGIN` pixels on each side.
 
     apt-get install fonts-noto-color-emoji unicode-data
-    python examples/make_emoji32.py
+    python -m research.make_emoji32
 """
 
 import argparse
@@ -24,6 +24,8 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont, features
+
+from . import EXAMPLES
 
 SIZE = 32
 MARGIN = 2
@@ -68,7 +70,7 @@ emoji = load_dataset("examples/data/emoji32", split="train")
 
 ## How it was made
 
-`examples/make_emoji32.py` draws each emoji with Noto Color Emoji {font_version} at its native {font_size} px, centres
+`research/make_emoji32.py` draws each emoji with Noto Color Emoji {font_version} at its native {font_size} px, centres
 the drawing, and reduces it with a Lanczos filter on premultiplied alpha, at one scale for all emoji. The list and the
 classes are those of Unicode's `emoji-test.txt`, version {unicode_version}. Same font, same list, same pixels; the
 SHA-256 of the font file is `{font_hash}`.
@@ -97,7 +99,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--font", type=Path, default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"))
     parser.add_argument("--emoji_test", type=Path, default=Path("/usr/share/unicode/emoji/emoji-test.txt"))
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "data" / "emoji32")
+    parser.add_argument("--output_dir", type=Path, default=EXAMPLES / "data" / "emoji32")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Letters without end: the capitals A to Z, rendered from the text faces that matplotlib brings along.
+"""Letters without end: the capitals A to Z, rendered from the text faces that matplotlib brings along; and how trainings open them.
 
 Face, size, shift, rotation and contrast of every image are drawn anew and are a function of (seed, epoch, index) alone,
 so no image comes twice, and neither a resumed run nor another number of processes changes one. Glyphs are rendered once,
@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from diffusers_dualrate import training
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import Data
 
 # By name, since the other faces beside them hold symbols, or placeholders in place of letters.
 FACES = (
@@ -49,10 +53,13 @@ class Letters(torch.utils.data.Dataset):
         num_classes: How many there are, or `None`.
         corrupt: Empty: no image can be.
         fingerprint: What the letters are, in the form that `LabelledImages` has.
+        other_epochs: What images of other epochs are called in an evaluation.
 
     Raises:
         ValueError: If an argument is not as described.
     """
+
+    other_epochs = "other letters, drawn afresh"
 
     def __init__(self, resolution: int = 16, *, label_column: str | None = "label", channels: int = 1, seed: int = 0):
         if not isinstance(resolution, int) or resolution < 1:
@@ -108,6 +115,31 @@ class Letters(torch.utils.data.Dataset):
         if self.id2label is not None:
             item["class_labels"] = torch.tensor(letter)
         return item
+
+
+def open_images(
+    data: Data,
+    resolution: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+    split: str = "train",
+):
+    """As `training.open_images`, which scripts call unless they are given this, and for `--dataset_name letters` the letters.
+
+    They have no splits, and change from epoch to epoch without an augmentation.
+
+    Raises:
+        ValueError: If flags ask for other letters than there are.
+    """
+    if data.dataset_name != "letters":
+        return training.open_images(
+            data, resolution, channels=channels, augmentation=augmentation, seed=seed, split=split
+        )
+    if data.streaming or data.num_classes not in (None, len(LETTERS)):
+        raise ValueError("The letters are rendered, of 26 classes: they take neither --streaming nor --num_classes.")
+    return Letters(resolution, label_column=data.label_column, channels=channels, seed=seed)
 
 
 def _render_glyphs() -> list[list[Image.Image]]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from front import compare, distance_at, flops_at, neighbours, pooled_deviation, undominated
+from research.front import compare, distance_at, flops_at, neighbours, pooled_deviation, undominated
 
 FRONT = [(10, 4.0), (100, 2.0), (1000, 1.5)]
 

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PRESET
 from diffusers_dualrate import losses, moment_matching
+from diffusers_dualrate.flops import distillation_image_flops, training_flops
 from diffusers_dualrate.recipes import DistillationRecipe, PairRecipe
 from diffusers_dualrate.training import TrainablePair
 from distill import Distillation
-from training_cost import distillation_flops, training_flops
 
 ROWS, N, K = 2, 6, 2
 SCHEDULE = losses.Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
@@ -57,12 +57,12 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
         return v
 
     x = torch.randn(ROWS, 3, 8, 8)
-    draws = moment_matching.draw(0, 0, range(ROWS), x.shape[1:], N)
+    draws = moment_matching.draw_on_grid(0, 0, range(ROWS), x.shape[1:], N)
     judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
     arguments = [None if full_rollout else x, LABELS, draws]
     told = {name: value for name, value in steps.items() if name != "log_snr"}
     recipe = make_recipe(**told, full_rollout=full_rollout, guidance_scale=scale)
-    cost = distillation_flops(denoiser, encoder, teacher, recipe)
+    cost = distillation_image_flops(denoiser, encoder, teacher, recipe)
     counted = {
         "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **judges, **steps)),
         "student": count(lambda: trained(moment_matching.student_loss, *arguments, **judges, **steps)[0]),

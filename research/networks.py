@@ -13,33 +13,41 @@ from torch.utils.flop_counter import FlopCounterMode
 import distill
 import train_dual_rate
 import train_single_rate
-import train_unet
-from jobs import digest, write_json
 
-EXAMPLES = Path(__file__).parent
+from . import EXAMPLES, train_unet
+from .jobs import digest, write_json
+from .letters import open_images
+
+RESEARCH = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSet:
     """A data set of the study; the preset is the one of the same heavy and light networks for every arm.
 
     Args:
-        preset: Name of the preset.
+        preset: File of the preset.
+        classifier: File of the classifier whose features measure distances.
         dataset_name: What the training scripts call the data set.
         sized: Shape of the single-rate network that costs per step what the pair does on average at N = 64, K = 8.
         unet: Shape of the `UNet2DModel` that costs what the heavy network does.
         num_samples: n, images of a point and of the floor.
         num_references: Images that both are held against; `None` for all there are.
         max_evaluations: Largest N.
+        sampling: How models are saved to sample. No point follows it, but names of points are made of it, too.
     """
 
-    preset: str
+    preset: Path
+    classifier: Path
     dataset_name: str
     sized: dict
     unet: dict
     num_samples: int
     num_references: int | None = None
     max_evaluations: int = 256
+    sampling: dict = field(
+        default_factory=lambda: {"num_inference_steps": 64, "num_context_steps": 8, "guidance_scale": 1.0}
+    )
 
 
 def _unet(sample_size, channels, *widths):
@@ -58,27 +66,31 @@ def _unet(sample_size, channels, *widths):
 
 
 DATA = {
-    "letters": Data(
-        "letters16",
+    "letters": DataSet(
+        RESEARCH / "presets/letters16.json",
+        RESEARCH / "classifiers/letters.safetensors",
         "letters",
         {"level_channels": [12, 16, 32], "level_blocks": [1, 1, 1], "embedding_dim": 96},
         _unet(16, 1, 8, 20, 32),
         num_samples=5000,
         num_references=10_000,
     ),
-    "digits": Data(
-        "digits8",
+    "digits": DataSet(
+        EXAMPLES / "presets/digits8.json",
+        EXAMPLES / "classifiers/digits.safetensors",
         "digits",
         {"level_channels": [16, 32], "level_blocks": [1, 1], "embedding_dim": 64},
         _unet(8, 1, 8, 32),
         num_samples=898,
     ),
-    "emoji32": Data(
-        "emoji32",
+    "emoji32": DataSet(
+        EXAMPLES / "presets/emoji32.json",
+        EXAMPLES / "classifiers/emoji32.safetensors",
         str(EXAMPLES / "data/emoji32"),
         {"level_channels": [27, 64, 128], "level_blocks": [1, 1, 2], "attention_head_dim": 32},
         _unet(32, 3, 16, 24, 48, 64),
         num_samples=500,
+        sampling={"num_inference_steps": 64, "num_context_steps": 16, "guidance_scale": 4.0},
     ),
 }
 
@@ -91,7 +103,7 @@ class Training:
         script: The training script.
         flags: Its flags.
         changes: What is laid over sections of the data's preset.
-        shape: Field of `Data` that is laid over the preset too, and the section that it is laid over.
+        shape: Field of `DataSet` that is laid over the preset too, and the section that it is laid over.
         starts: For each flag of the script that names a model, the training whose model it is given: so a conversion, or a
             distillation, which follows the preset's other recipe.
     """
@@ -103,28 +115,32 @@ class Training:
     starts: dict[str, str] = field(default_factory=dict)
 
 
-def _train_pair(*context_steps, context_dropout=0.0):
-    """Both networks of a pair, jointly, with these windows of the context's age."""
+# Largest ages of a context, in shares of the chain: those that K = 4, 8, 16 and 32 bring.
+_WINDOWS = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def _train_pair(context_ages, context_dropout=0.0):
+    """Both networks of a pair, jointly, with these largest ages of a context."""
     return Training(
         train_dual_rate,
-        changes={"training": {"context_steps": list(context_steps), "context_dropout": context_dropout}},
+        changes={"training": {"context_ages": context_ages, "context_dropout": context_dropout}},
     )
 
 
 def _distil_pair(pair="converted", **recipe):
     """A pair distilled from the heavy network."""
-    return Training(distill, changes={"training": recipe}, starts={"--teacher": "heavy", "--student": pair})
+    return Training(distill, changes={"distillation": recipe}, starts={"--teacher": "heavy", "--student": pair})
 
 
 TRAININGS = {
     "heavy": Training(train_single_rate, ("--network", "heavy")),
-    "pair": _train_pair(4, 8, 16, 32),
+    "pair": _train_pair(_WINDOWS),
     # The paper's p, with the rows that see no context costing nothing heavy.
-    "dropout-pair": _train_pair(4, 8, 16, 32, context_dropout=0.5),
+    "dropout-pair": _train_pair(_WINDOWS, context_dropout=0.5),
     # An encoder that always sees the image that the denoiser sees, as in DDT (arXiv 2504.05741).
-    "fresh-pair": _train_pair(10**6),
+    "fresh-pair": _train_pair([0.0]),
     # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
-    "half-fresh-pair": _train_pair(*[10**6] * 4, 4, 8, 16, 32),
+    "half-fresh-pair": _train_pair([0.0] * 4 + _WINDOWS),
     # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns,
     # to predict what the heavy one would.
     "converted": Training(
@@ -133,7 +149,11 @@ TRAININGS = {
         changes={
             "context_encoder": {"prediction_hand_over": True},
             "denoiser": {"prediction_hand_over": True},
-            "training": {"max_train_steps": 1500, "context_dropout": 0.0, "context_steps": [2, 4, 8, 16]},
+            "training": {
+                "max_train_steps": 1500,
+                "context_dropout": 0.0,
+                "context_ages": [1 / 2, 1 / 4, 1 / 8, 1 / 16],
+            },
         },
         starts={"--pretrained_model_name_or_path": "heavy"},
     ),
@@ -157,21 +177,41 @@ def given_count(args, name: str, data: str) -> int | None:
 
 def make_preset(data: str, training: str, max_train_steps: int | None = None) -> dict:
     """The preset of a data set as one training changes it, its steps shrunk where there are more."""
-    preset = json.loads((EXAMPLES / f"presets/{DATA[data].preset}.json").read_text())
-    recipe = preset["distillation" if TRAININGS[training].script is distill else "training"]
-    preset = {name: preset[name] for name in ("context_encoder", "denoiser", "scheduler")} | {"training": recipe}
+    preset = json.loads(DATA[data].preset.read_text())
+    networks = ("context_encoder", "denoiser", "scheduler")
+    followed = "distillation" if TRAININGS[training].script is distill else "training"
+    preset = {name: preset[name] for name in (*networks, followed)}
+    if followed == "training":
+        preset["sampling"] = dict(DATA[data].sampling)
     for section, changes in TRAININGS[training].changes.items():
         preset[section] |= changes
     if shape := TRAININGS[training].shape:
         name, section = shape
         preset[section] = preset.get(section, {}) | getattr(DATA[data], name)
     if max_train_steps is not None:
-        preset["training"]["max_train_steps"] = min(max_train_steps, preset["training"]["max_train_steps"])
+        recipe_of(training, preset)["max_train_steps"] = min(
+            max_train_steps, recipe_of(training, preset)["max_train_steps"]
+        )
     return preset
 
 
+def recipe_of(training: str, preset: dict) -> dict:
+    """The recipe that a training follows."""
+    return preset["distillation" if TRAININGS[training].script is distill else "training"]
+
+
 def configuration_of(training: str, preset: dict) -> dict:
-    """What of a preset decides the trained model: a single-rate network has no context and no second network."""
+    """What of a preset decides the trained model: a single-rate network has no context and no second network.
+
+    Names of points are made of this, so it stays in the words of study.json: the ages of contexts as the K that brings
+    them, 10^6 for a fresh one, and how the model samples as a part of the recipe.
+    """
+    preset = dict(preset)
+    recipe = recipe_of(training, preset) | preset.pop("sampling", {})
+    preset.pop("distillation", None)
+    if "context_ages" in recipe:
+        recipe["context_steps"] = [round(1 / age) if age else 10**6 for age in recipe.pop("context_ages")]
+    preset["training"] = recipe
     if TRAININGS[training].script not in (train_single_rate, train_unet):
         return preset
     network = "context_encoder" if "heavy" in TRAININGS[training].flags else "denoiser"
@@ -189,14 +229,16 @@ def configuration_of(training: str, preset: dict) -> dict:
 
 def run_training(data: str, training: str, preset: dict, folder: Path, *flags: str) -> None:
     """Train with the script that a user calls."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if TRAININGS[training].script is distill:
-        preset = preset | {"distillation": preset["training"]}
-    (folder / f"{DATA[data].preset}.json").write_text(json.dumps(preset, indent=2) + "\n")
-    script = TRAININGS[training].script
-    common = ["--preset", str(folder / f"{DATA[data].preset}.json"), "--output_dir", str(folder)]
+    script, presets = TRAININGS[training].script, folder.with_name(f"{folder.name}-preset")
+    presets.mkdir(parents=True, exist_ok=True)  # the folder itself is the run's alone
+    path = presets / DATA[data].preset.name
+    path.write_text(json.dumps({name: part for name, part in preset.items() if name != "unet"}, indent=2) + "\n")
+    common = ["--preset", str(path), "--output_dir", str(folder)]
+    if "unet" in preset:
+        write_json(presets / "unet.json", preset["unet"])
+        common += ["--unet", str(presets / "unet.json")]
     common += ["--dataset_name", DATA[data].dataset_name, "--label_column", "label", "--validation_steps", "0"]
-    if status := script.main(script.parse_args([*common, *TRAININGS[training].flags, *flags])):
+    if status := script.main(script.parse_args([*common, *TRAININGS[training].flags, *flags]), open_images):
         raise SystemExit(status)  # stopped by a signal, and so is the study
 
 
@@ -222,10 +264,10 @@ def step_flops(args, data: str, training: str, seed: int | None = None) -> int:
     if not cached.exists():
         totals = []
         for steps in (1, 3):
-            preset["training"]["max_train_steps"] = steps
+            recipe_of(training, preset)["max_train_steps"] = steps
             with tempfile.TemporaryDirectory() as folder, sdpa_kernel(SDPBackend.MATH):
                 with FlopCounterMode(display=False) as counter:
-                    run_training(data, training, preset, Path(folder), *start_flags(args, data, training, seed))
+                    run_training(data, training, preset, Path(folder, "run"), *start_flags(args, data, training, seed))
             totals.append(counter.get_total_flops())
         write_json(cached, (totals[1] - totals[0]) // 2)
     return json.loads(cached.read_text())
@@ -244,9 +286,9 @@ def find_model(args, data: str, training: str, budget: str, seed: int) -> tuple[
     """Folder of a model and the preset that it is trained with."""
     preset = make_preset(data, training, given_count(args, "max_train_steps", data))
     if budget == "flops":
-        steps = preset["training"]["max_train_steps"]
+        recipe = recipe_of(training, preset)
         ratio = step_flops(args, data, "heavy") / step_flops(args, data, training)
-        preset["training"]["max_train_steps"] = max(1, round(steps * ratio))
+        recipe["max_train_steps"] = max(1, round(recipe["max_train_steps"] * ratio))
     configuration = configuration_of(training, preset)
     if TRAININGS[training].starts:
         # By their names, which hold what they were trained with: the work_dir may be moved.

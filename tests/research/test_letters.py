@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from diffusers_dualrate import letters
-from diffusers_dualrate.letters import FACES, LETTERS, Letters
+from diffusers_dualrate.configuration import Data
+from research import letters
+from research.letters import FACES, LETTERS, Letters
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,23 @@ def test_bad_arguments_are_refused(options, message):
 def test_an_index_outside_is_refused(images):
     with pytest.raises(IndexError, match="26000"):
         images[26_000]
+
+
+@pytest.mark.parametrize(
+    ("told", "channels", "sentence"),
+    [
+        ({}, 3, "letters are grey, and the networks take 3 channels: take a preset with 1, such as letters16"),
+        ({"streaming": True}, 1, "they take neither --streaming nor --num_classes"),
+        ({"num_classes": 9, "label_column": "label"}, 1, "they take neither --streaming nor --num_classes"),
+    ],
+)
+def test_letters_are_refused_where_the_preset_or_a_flag_wants_other_images(told, channels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        letters.open_images(Data(dataset_name="letters", **told), 16, channels=channels)
+
+
+def test_letters_are_opened_by_their_name_and_other_data_as_ever():
+    opened = letters.open_images(Data(dataset_name="letters", label_column="label"), 16, channels=1, seed=5)
+    assert torch.equal(opened[2, 7]["pixel_values"], Letters(16, seed=5)[2, 7]["pixel_values"])
+    digits = letters.open_images(Data(dataset_name="digits", label_column="label"), 8, channels=1)
+    assert digits.num_classes == 10 and len(digits) == 1797

@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-import report
+from research import report
 
 
 def make_study(**fds):

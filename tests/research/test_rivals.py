@@ -2,8 +2,8 @@
 
 import torch
 
-from diffusers_dualrate.scheduler import refresh_plan
-from rivals import FeatureReuseTrunk
+from diffusers_dualrate.refreshes import plan_refreshes
+from research.rivals import FeatureReuseTrunk
 
 DEEP = {"level_channels": (8, 16, 16), "level_types": ("res", "res", "transformer"), "level_blocks": (1, 1, 1)}
 
@@ -28,8 +28,8 @@ def test_with_a_refresh_at_every_step_the_network_is_the_plain_one(make_networks
 @torch.no_grad()
 def test_between_refreshes_the_outer_level_gets_what_the_deep_levels_added_at_the_newest_one(make_networks):
     network, inputs = make_network(make_networks), make_inputs(5)
-    plan, expected = refresh_plan(5, 2), []
-    assert plan == [True, False, True, False, False]
+    plan, expected = plan_refreshes(5, 2), []
+    assert list(plan) == [True, False, True, False, False]
     # The same by a hook on the plain network: what comes up from below is replaced.
     kept = []
 

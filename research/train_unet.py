@@ -1,13 +1,14 @@
 """Train diffusers' `UNet2DModel` as a single-rate model that predicts v: the network that the DeepCache package works on.
 
-    python examples/train_unet.py --preset runs/unet.json --dataset_name digits --label_column label --output_dir runs/unet
+    python -m research.train_unet --preset digits8 --unet runs/unet.json --dataset_name digits --label_column label --output_dir runs/unet
 
-The preset is one of ours with a section `unet`, the arguments of `UNet2DModel`. Process, loss and recipe are those of
-`train_single_rate.py`, so that the study can compare; without its checkpoints and trackers, on one process. The result
-is a folder that `DDIMPipeline.from_pretrained` loads, holding the EMA weights.
+`--unet` holds the arguments of `UNet2DModel`. Process, loss and recipe are the preset's, as `train_single_rate.py` has
+them, so that the study can compare; without its checkpoints and trackers, on one process. The result is a folder that
+`DDIMPipeline.from_pretrained` loads, holding the EMA weights.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -17,9 +18,14 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import DualRateScheduler, training
+from diffusers_dualrate import training
+from diffusers_dualrate.arguments import argument_parser, configure
 from diffusers_dualrate.batches import ShuffledIndices
-from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
+from diffusers_dualrate.records import read_json
+
+from . import EXAMPLES
+from .letters import open_images as open_any
 
 _UNSUPPORTED = (
     *("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "train_batch_size"),
@@ -29,7 +35,8 @@ _UNSUPPORTED = (
 
 
 def parse_args(argv=None):
-    parser = training.argument_parser(__doc__)
+    parser = argument_parser(__doc__, presets=EXAMPLES / "presets")
+    parser.add_argument("--unet", type=Path, required=True, help="JSON file of the arguments of UNet2DModel.")
     args = parser.parse_args(argv)
     given = [f"--{name}" for name in _UNSUPPORTED if getattr(args, name) != parser.get_default(name)]
     if given:
@@ -43,23 +50,25 @@ def timesteps_of(log_snr, scheduler):
     return (torch.atan(torch.exp(-log_snr / 2)) - low) / (high - low) * len(scheduler) - 1
 
 
-def main(args):
-    preset = training.read_preset(args)
-    recipe = preset["training"]
-    images = training.open_images(args, preset)
+def main(args, open_images=open_any):
+    shape = read_json(args.unet)
+    configuration = configure(args, "train_single_rate")
+    recipe, seed = configuration.recipe, configuration.options.seed
+    images = open_images(configuration.data, **configuration.image_options)
 
-    set_seed(args.seed)
+    set_seed(seed)
     device = PartialState().device
     # One more row than classes: the null label.
-    unet = UNet2DModel(
-        **preset["unet"], num_class_embeds=None if images.num_classes is None else images.num_classes + 1
-    ).to(device)
-    scheduler = DualRateScheduler(**preset["scheduler"])
+    unet = UNet2DModel(**shape, num_class_embeds=None if images.num_classes is None else images.num_classes + 1).to(
+        device
+    )
+    scheduler = training.make_scheduler(configuration)
+    schedule = training.schedule_of(scheduler)
     optimizer = training.make_optimizer(unet.parameters(), recipe)
     lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
-    batch_size, steps = recipe["train_batch_size"], recipe["max_train_steps"]
-    loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), args.seed, 0, steps * batch_size))
-    ema = EMAModel(unet.parameters(), decay=recipe["ema_decay"])
+    batch_size, steps = recipe.train_batch_size, recipe.max_train_steps
+    loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), seed, 0, steps * batch_size))
+    ema = EMAModel(unet.parameters(), decay=recipe.ema_decay)
 
     def denoise(z, log_snr, class_labels, context, context_log_snr):
         return unet(z, timesteps_of(log_snr, scheduler), class_labels=class_labels).sample
@@ -67,20 +76,11 @@ def main(args):
     for step, batch in enumerate(tqdm(loader, unit="step")):
         batch = {name: values.to(device) for name, values in batch.items()}
         x, class_labels = batch["pixel_values"], batch.get("class_labels")
-        result = denoising_loss(
-            denoise,
-            None,
-            x,
-            class_labels,
-            draw(args.seed, step, range(len(x)), x.shape[1:], device),
-            log_snr=lambda t: scheduler.log_snr(t * len(scheduler)),
-            log_snr_rate=lambda t: scheduler.log_snr_rate(t * len(scheduler)),
-            bias=recipe["bias"],
-            label_dropout=recipe["label_dropout"],
-            null_label=images.num_classes,
-        )
+        draws = draw(seed, step, range(len(x)), x.shape[1:], device)
+        class_labels = drop_labels(class_labels, draws, recipe.label_dropout, images.num_classes)
+        result = denoising_loss(denoise, None, x, class_labels, draws, schedule=schedule, bias=recipe.bias)
         result.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe["max_grad_norm"])
+        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
         if not norm.isfinite():
             raise ValueError(f"The training diverged at step {step}.")
         optimizer.step()

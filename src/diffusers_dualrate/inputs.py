@@ -1,0 +1,301 @@
+"""What a pipeline and its calls are given, checked as a whole before anything is computed."""
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .guidance import Guidance, GuidedRun
+from .models import UViTContextEncoder, UViTDenoiser
+from .ranges import check_boolean, check_choice, check_integer, check_number
+from .scheduler import DualRateScheduler, start_run
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Beyond this factor of the trained size the networks have seen nothing like the image.
+_FAR = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call is asked for.
+
+    Args:
+        class_labels: Class of each image; `None` for no class.
+        shape: Shape of the images (B, C, height, width).
+        guidance: Scale and interval of guidance.
+        latents: Noise to start from; `None` to draw it.
+    """
+
+    class_labels: list[int] | None
+    shape: tuple[int, int, int, int]
+    guidance: Guidance
+    latents: Tensor | None
+
+
+def check_inputs(
+    denoiser: UViTDenoiser,
+    id2label: Mapping[int, str],
+    *,
+    class_labels: int | str | Sequence[int | str] | Tensor | None,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float] | None,
+    batch_size: int | None,
+    num_images_per_prompt: int,
+    height: int | None,
+    width: int | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: Tensor | None,
+) -> Inputs:
+    """Check the arguments of a call that say what is drawn; they are documented there."""
+    if class_labels is not None:
+        class_labels = find_label_ids(class_labels, denoiser.config.num_classes, id2label)
+        if batch_size not in (None, len(class_labels)):
+            raise ValueError(f"batch_size is {batch_size!r}, but there are {len(class_labels)} class_labels.")
+    each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
+    if class_labels is None:
+        batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
+    else:
+        class_labels = [label for label in class_labels for _ in range(each)]
+        batch_size = len(class_labels)
+    shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width))
+    _check_generator(generator, batch_size)
+    _check_latents(latents, shape)
+    guidance = _check_guidance(guidance_scale, guidance_interval, class_labels)
+    return Inputs(class_labels, shape, guidance, latents)
+
+
+def find_label_ids(
+    class_labels: int | str | Sequence[int | str] | Tensor, num_classes: int | None, id2label: Mapping[int, str]
+) -> list[int]:
+    """Turn classes in any form into a list of their numbers: a number, a name, a list of either, an integer tensor."""
+    if num_classes is None:
+        raise ValueError("This model is unconditional: leave class_labels out and give batch_size.")
+    if isinstance(class_labels, Tensor):
+        if class_labels.is_floating_point() or class_labels.dtype == torch.bool or class_labels.ndim > 1:
+            raise ValueError(
+                "class_labels must be integers in at most one dimension, "
+                f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
+            )
+        class_labels = class_labels.reshape(-1).tolist()
+    elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+        class_labels = [class_labels]
+    numbers = {name: number for number, name in reversed(id2label.items())}
+    ids = [_find_label_id(label, num_classes, numbers) for label in class_labels]
+    if not ids:
+        raise ValueError("class_labels is empty.")
+    return ids
+
+
+def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping[str, int]) -> int:
+    if isinstance(label, str):
+        if label not in numbers:
+            close = difflib.get_close_matches(label, numbers)
+            hint = f"did you mean {close[0]!r}?" if close else "pipe.id2label lists the names."
+            raise ValueError(f"Unknown class name {label!r}; {hint}")
+        label = numbers[label]
+    if isinstance(label, Tensor) and label.ndim == 0:
+        label = label.item()
+    if isinstance(label, bool) or not hasattr(label, "__index__"):
+        raise ValueError(f"class_labels must be integers or names, got {label!r}.")
+    if not 0 <= label < num_classes:
+        raise ValueError(f"class_labels must lie in 0..{num_classes - 1}, got {label}.")
+    return int(label)
+
+
+def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -> tuple[int, int]:
+    config = denoiser.config
+    trained = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    stride = config.patch_size * 2 ** (len(config.level_channels) - 1)
+    height = trained[0] if height is None else check_integer("height", height)
+    width = trained[1] if width is None else check_integer("width", width)
+    if height < 1 or width < 1 or height % stride or width % stride:
+        raise ValueError(f"height and width must be divisible by {stride}, got {height} and {width}.")
+    ratios = [side / other for side, other in zip((height, width), trained, strict=True)]
+    if max(ratios) > _FAR or min(ratios) < 1 / _FAR:
+        warnings.warn(
+            f"height and width are {height} and {width}, but the model was trained at {trained[0]} and {trained[1]}: "
+            "images this far from it are hardly like those it learned from.",
+            stacklevel=5,
+        )
+    return height, width
+
+
+def _check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+    if not (generator is None or isinstance(generator, (torch.Generator, list))):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}.")
+    if isinstance(generator, list):
+        if len(generator) != batch_size:
+            raise ValueError(f"generator needs one entry for each of {batch_size} images, got {len(generator)}.")
+        for each in generator:
+            if not isinstance(each, torch.Generator):
+                raise ValueError(f"generator must be a torch.Generator or a list of them, got {each!r} in the list.")
+
+
+def _check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
+    if latents is None:
+        return
+    if not (isinstance(latents, Tensor) and latents.is_floating_point()):
+        what = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"latents must be a tensor of floating-point numbers of shape {shape}, got {what}.")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite, got NaN or infinity among them.")
+
+
+def _check_guidance(scale: float, interval: tuple[float, float] | None, class_labels: list[int] | None) -> Guidance:
+    scale = check_number("guidance_scale", scale, least=1)
+    if scale > 1 and class_labels is None:
+        raise ValueError(f"guidance_scale={scale} needs class_labels.")
+    if interval is None:
+        return Guidance(scale)
+    fits = (
+        isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(end, Real) for end in interval)
+    )
+    if not (fits and interval[0] <= interval[1]):  # nan compares false; infinity leaves an end open
+        raise ValueError(f"guidance_interval must be (low, high) in log-SNR, got {interval}.")
+    return Guidance(scale, tuple(interval))
+
+
+def check_delivery(
+    output_type: str, callback: Callable | None, tensor_inputs: Sequence[str], known: Sequence[str]
+) -> None:
+    """Check the arguments of a call that say how it hands out what it draws."""
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if not (callback is None or callable(callback)):
+        raise ValueError(f"callback_on_step_end must be a function, got {callback!r}.")
+    listed = isinstance(tensor_inputs, (list, tuple)) and all(isinstance(name, str) for name in tensor_inputs)
+    if not (listed and set(tensor_inputs) <= set(known)):
+        raise ValueError(f"Callbacks may ask for a list of {list(known)}, got {tensor_inputs!r}.")
+
+
+def check_components(
+    denoiser: UViTDenoiser, scheduler: SchedulerMixin, context_encoder: UViTContextEncoder | None
+) -> None:
+    """Check that a pipeline is made of the right parts and that its two networks fit each other."""
+    _check_class("denoiser", denoiser, UViTDenoiser)
+    _check_class("scheduler", scheduler, SchedulerMixin)
+    expected = denoiser.config.context_channels
+    if context_encoder is None:
+        return
+    _check_class("context_encoder", context_encoder, UViTContextEncoder)
+    for name in ("in_channels", "patch_size", "num_classes", "prediction_hand_over"):
+        theirs, ours = context_encoder.config[name], denoiser.config[name]
+        if theirs != ours:
+            raise ValueError(f"The pair does not fit: {name} is {theirs} in the encoder and {ours} in the denoiser.")
+    widths = tuple(context_encoder.config.context_channels or context_encoder.config.level_channels)
+    if expected is None or tuple(expected) != widths:
+        raise ValueError(
+            f"The pair does not fit: the encoder hands out context of widths {widths}, "
+            f"the denoiser takes {expected if expected is None else tuple(expected)}."
+        )
+
+
+def _check_class(name: str, part: object, cls: type) -> None:
+    # `torch.compile` wraps a network.
+    if not isinstance(getattr(part, "_orig_mod", part), cls):
+        raise ValueError(f"{name} must be a {cls.__name__}, got {'None' if part is None else type(part).__name__}.")
+
+
+def check_encoder_denoises(
+    encoder_denoises: bool, context_encoder: UViTContextEncoder | None, denoiser: UViTDenoiser
+) -> None:
+    """Check that there is a prediction to take where the encoder is to denoise."""
+    check_boolean("encoder_denoises", encoder_denoises)
+    if encoder_denoises and (context_encoder is None or not denoiser.config.prediction_hand_over):
+        raise ValueError(
+            "encoder_denoises=True needs a context_encoder that hands over its prediction; without one, load the model "
+            "with encoder_denoises=False."
+        )
+
+
+def check_id2label(id2label: Mapping[int | str, str] | None, num_classes: int | None) -> dict[int, str]:
+    """Names of classes by number, in the order of the numbers; JSON, which knows only strings as keys, mixes it up."""
+    if not isinstance(id2label or {}, Mapping):
+        raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
+    names = {}
+    for key, name in (id2label or {}).items():
+        number = int(key) if isinstance(key, str) and key.isdecimal() else key
+        check_integer("each class of id2label", number)
+        if not isinstance(name, str):
+            raise ValueError(f"id2label must map numbers of classes to their names, got {name!r} for class {key}.")
+        names[number] = name
+    if any(not 0 <= number < (num_classes or 0) for number in names):
+        raise ValueError(f"id2label names classes outside 0..{(num_classes or 0) - 1}: {sorted(names)}.")
+    return dict(sorted(names.items()))
+
+
+def make_run(
+    denoiser: UViTDenoiser,
+    scheduler: SchedulerMixin,
+    context_encoder: UViTContextEncoder | None,
+    defaults: Mapping,
+    device: str | torch.device,
+    *,
+    steps: tuple[int | None, int | None, Sequence[int] | None, Sequence[float] | None],
+    class_labels: int | str | Sequence[int | str] | Tensor | None,
+    guidance_scale: float | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    **options,
+) -> tuple[GuidedRun, Tensor]:
+    """Check what a call is given, and make its run and the noise that it starts from.
+
+    Args:
+        denoiser: The light network.
+        scheduler: Stays as it is: the run gets a copy.
+        context_encoder: The heavy network; `None` for a single-rate model.
+        defaults: What the model says where the call does not, by the names of the pipeline's configuration.
+        device: Where the networks compute.
+        steps: N, K, `refresh_steps` and `timesteps` as the call gives them.
+        class_labels: As the call gives them.
+        guidance_scale: As the call gives it.
+        generator: As the call gives it.
+        options: The other arguments of [`check_inputs`].
+    """
+    if guidance_scale is None:  # without classes there is nothing to guide towards
+        guidance_scale = 1.0 if class_labels is None else defaults["guidance_scale"]
+    id2label = check_id2label(defaults["id2label"], denoiser.config.num_classes)
+    inputs = check_inputs(
+        denoiser, id2label, class_labels=class_labels, guidance_scale=guidance_scale, generator=generator, **options
+    )
+    check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
+    n, k, refresh_steps, timesteps = steps
+    if n is None and timesteps is None:
+        n = defaults["num_inference_steps"]
+    if k is None and refresh_steps is None and defaults["num_context_steps"] is not None:
+        count = check_integer("num_inference_steps", n, 1) if timesteps is None else len(timesteps)
+        k = min(defaults["num_context_steps"], count) or None
+    scheduler, plan, log_snrs = start_run(
+        scheduler, device, num_inference_steps=n, timesteps=timesteps, num_context_steps=k, refresh_steps=refresh_steps
+    )
+    if context_encoder is not None and not isinstance(scheduler, DualRateScheduler):
+        warnings.warn(
+            f"{type(scheduler).__name__} samples off the Markov law: pairs that learned to follow their encoder know its "
+            "steps, others may do better with DualRateScheduler.",
+            stacklevel=4,
+        )
+    labels = None if inputs.class_labels is None else torch.tensor(inputs.class_labels, device=device)
+    noise = inputs.latents
+    if noise is None:
+        noise = randn_tensor(inputs.shape, generator, torch.device(device), torch.float32)
+    # The chain stays in float32 whatever the networks compute in.
+    noise = noise.to(device, torch.float32) * scheduler.init_noise_sigma
+    run = GuidedRun(
+        denoiser,
+        context_encoder,
+        scheduler,
+        plan,
+        log_snrs,
+        labels,
+        inputs.guidance,
+        generator,
+        defaults["encoder_denoises"],
+        device,
+    )
+    return run, noise

@@ -1,0 +1,58 @@
+"""Sampling at two rates (arXiv 2605.18190): the method itself, without any duty towards the host.
+
+A heavy network looks at the image a few times and hands out what it sees, the context. A light network denoises at every
+step, with the newest context at hand. Images, contexts and velocities are whatever the callables take and return.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .refreshes import RefreshPlan
+
+
+@dataclass
+class SamplingState:
+    """What one step hands to the next. Whoever drives the loop may replace either between steps.
+
+    Args:
+        z: Noisy image, less noisy at every step [B, C, H, W].
+        context: What the heavy network handed out at the last refresh; `None` before the first.
+    """
+
+    z: Tensor
+    context: Any = None
+
+
+def sample_at_two_rates(
+    noise: Tensor,
+    plan: RefreshPlan,
+    encode: Callable[[int, Tensor], tuple[Any, Tensor | None]],
+    denoise: Callable[[int, Tensor, Any], Tensor],
+    step: Callable[[int, Tensor, Tensor], Tensor],
+    serves: Callable[[int, Tensor, Any], bool] = lambda i, z, context: True,
+) -> Iterator[SamplingState]:
+    """Go from noise to an image in N steps, of which K refresh the context.
+
+    Args:
+        noise: Image to start from [B, C, H, W].
+        plan: Which steps refresh. Before the first one that does, the light network runs without context.
+        encode: Slow rate: (i, z) to a context, and the velocity if the heavy network predicts it too, else `None`.
+        denoise: Fast rate: (i, z, context) to the velocity.
+        step: (i, v, z) to the less noisy image.
+        serves: Whether a context (i, z, context) still serves this step; where it does not, the step refreshes it.
+
+    Yields:
+        The state after each step, the same object every time.
+    """
+    state = SamplingState(noise)
+    for i, refreshes in enumerate(plan):
+        v = None
+        if refreshes or not serves(i, state.z, state.context):
+            state.context, v = encode(i, state.z)  # the heavy network, K times
+        if v is None:
+            v = denoise(i, state.z, state.context)  # the light network, N times
+        state.z = step(i, v, state.z)
+        yield state
