@@ -81,7 +81,9 @@ def draw(points: dict, name: str, floors: dict) -> None:
         for i, (label, arm, solvers) in enumerate(CHARTS[name]):
             if line := envelope(points, data, arm, solvers):
                 flops, fds, spread = zip(*line, strict=True)
-                axis.errorbar(flops, fds, yerr=spread, label=label, color=f"C{i}", marker="osD^v*"[i], markersize=4, capsize=2)
+                axis.errorbar(
+                    flops, fds, yerr=spread, label=label, color=f"C{i}", marker="osD^v*"[i], markersize=4, capsize=2
+                )
         axis.axhline(floors[data]["fd"], color="grey", linestyle=":", label="real images")
         axis.set(title=data, xscale="log", yscale="log", xlabel="MFLOP per image")
         for side in (axis.xaxis, axis.yaxis):
@@ -89,7 +91,9 @@ def draw(points: dict, name: str, floors: dict) -> None:
             side.set_major_formatter(lambda value, _: f"{value:g}")
             side.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("distance (lower is better)")
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(IMAGES / f"{name}.png", dpi=80, metadata={"Software": None})
     plt.close(figure)

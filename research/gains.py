@@ -73,7 +73,10 @@ def best_of(points: dict, data: str, arm: str, budget: str, solvers: Sequence[st
 
 def compare_pair(points: dict, data: str, n: int, k: int) -> dict:
     """The paper's setting: ancestral steps, as many of them for the pair as for its heavy network."""
-    ours, theirs = (data, "dual-rate", "steps", "ancestral", n, k), (data, "single-rate", "steps", "ancestral", n, None)
+    ours, theirs = (
+        (data, "dual-rate", "steps", "ancestral", n, k),
+        (data, "single-rate", "steps", "ancestral", n, None),
+    )
     pair, heavy = describe(points, ours), describe(points, theirs)
     chain = [describe(points, key) for key in points if key[:4] == theirs[:4]]
     front = undominated([(row["flops"], row["fd"]["mean"]) for row in chain])
@@ -217,9 +220,18 @@ def write_needs(gains: dict) -> str:
             f"{needed / 1e6:,.0f}" if needed else "not reached", f"{needed / own:.2f}" if needed else "",
             f"{row['pair']['training_flops'] / row['heavy']['training_flops']:.2f}", f"N = {light['N']}",
         ])  # fmt: skip
-    titles = ["data", "N/K", "pair", "heavy needs, MFLOP", "times the pair's", "training FLOPs, pair ÷ heavy", "light's best"]
+    titles = [
+        "data",
+        "N/K",
+        "pair",
+        "heavy needs, MFLOP",
+        "times the pair's",
+        "training FLOPs, pair ÷ heavy",
+        "light's best",
+    ]
     students = [
-        [row["pair"]["data"], write_cost(row["pair"]), f"{row['times_the_training_flops']:.2f}"] for row in gains["students"]
+        [row["pair"]["data"], write_cost(row["pair"]), f"{row['times_the_training_flops']:.2f}"]
+        for row in gains["students"]
     ]
     return "\n\n".join([
         write_table(titles, rows),
@@ -230,8 +242,16 @@ def write_needs(gains: dict) -> str:
 def write_student(gains: dict) -> str:
     """The released student in one row."""
     row = gains["students"][-1]
-    cells = [write_cost(row["single"]), write_cost(row["pair"]), f"{row['times_fewer_flops']:.1f}", write_ratio(row["distance_ratio"])]
-    return write_table(["emoji32, 8 steps: single-rate student", "distilled pair, K = 2", "times fewer FLOPs", "pair ÷ single"], [cells])
+    cells = [
+        write_cost(row["single"]),
+        write_cost(row["pair"]),
+        f"{row['times_fewer_flops']:.1f}",
+        write_ratio(row["distance_ratio"]),
+    ]
+    return write_table(
+        ["emoji32, 8 steps: single-rate student", "distilled pair, K = 2", "times fewer FLOPs", "pair ÷ single"],
+        [cells],
+    )
 
 
 def write_ends(gains: dict) -> str:
@@ -241,7 +261,17 @@ def write_ends(gains: dict) -> str:
         for row in [end["pair"], *end["rivals"]]:
             steps = f"{row['N']}" + (f" / {row['K']}" if row["K"] else "")
             budget = "more steps, heavy's FLOPs" if row["budget"] == "flops" else "equal steps"
-            rows.append([row["data"], f"`{row['arm']}`", row["solver"], steps, budget, f"{row['flops'] / 1e6:,.0f}", write_distance(row)])
+            rows.append(
+                [
+                    row["data"],
+                    f"`{row['arm']}`",
+                    row["solver"],
+                    steps,
+                    budget,
+                    f"{row['flops'] / 1e6:,.0f}",
+                    write_distance(row),
+                ]
+            )
     return write_table(["data", "arm", "solver", "N / K", "training", "MFLOP", "distance"], rows)
 
 
