@@ -142,12 +142,13 @@ def test_links_of_a_page_lead_to_files_that_there_are(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_sentence_of_a_page_has_at_most_25_words(page):
     text = page.read_text(encoding="utf-8")
-    text = re.sub(r"```.*?```|<!--.*?-->|\\\[.*?\\\]", "", text, flags=re.DOTALL)
+    generated = r"<!-- (\w+): begin -->.*?<!-- \1: end -->"
+    text = re.sub(rf"{generated}|```.*?```|<!--.*?-->|\\\[.*?\\\]", "", text, flags=re.DOTALL)
     lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] not in "|#!<["]
     for line in lines:
         if line.startswith("    "):
             continue
-        line = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line)
+        line = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line).replace("**", "")
         for sentence in re.split(r"(?<=[.:;?!])\s+", line):
             assert len(re.findall(r"[^\s·–-]+", sentence)) <= 25, sentence
 

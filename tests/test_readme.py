@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from diffusers_dualrate import plan_refreshes
 from research import arms, gains, networks, report, study
 
 ROOT = Path(__file__).parents[1]
@@ -231,7 +232,7 @@ def test_a_card_has_what_the_hub_asks_for(card):
     assert data["license"] == "apache-2.0" and data["library_name"] == "diffusers"
     assert data["pipeline_tag"] == "unconditional-image-generation"
     assert "dual-rate-diffusion" in data["tags"]
-    for name in ("tags", "datasets", "metrics"):  # what the Hub shows as links: lists of identifiers
+    for name in ("tags", "metrics"):  # what the Hub shows as links: lists of identifiers
         assert data[name] and all(re.fullmatch(r"[a-z0-9][\w.:-]*", entry) for entry in data[name])
 
 
@@ -241,6 +242,7 @@ def test_a_model_folder_is_the_content_of_a_hub_repository(card):
     names = json.loads((card / "model_index.json").read_text())
     networks = [name for name in ("context_encoder", "denoiser") if names.get(name, [None])[0]]
     expected = {"README.md", "model_index.json", "evaluation.json", "training.json", "notes.json", "samples.png"}
+    expected |= {"configuration.json"}
     expected |= {"pipeline.py", "scheduler/scheduler_config.json", "scheduler/diffusers_dualrate.py"}
     expected |= {
         f"{name}/{file}"
@@ -249,3 +251,8 @@ def test_a_model_folder_is_the_content_of_a_hub_repository(card):
     }
     assert files - {"comparison.png"} == expected
     assert sum(path.stat().st_size for path in card.rglob("*") if path.is_file()) < 10e6
+
+
+def test_the_diagram_of_two_rates_is_what_a_plan_prints():
+    for page in (README, (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")):
+        assert f"```text\n{plan_refreshes(8, 2)}\n```" in page
