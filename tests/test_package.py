@@ -1,7 +1,7 @@
 """What is published: one version, two requirements, the extras by name, and nothing in the archives but the package."""
 
+import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
