@@ -45,10 +45,11 @@ def decode_image(file: dict | None, max_pixels: int) -> Image.Image:
         RuntimeError: If the file is there, but cannot be reached now.
     """
     content, path = (None, None) if file is None else (file["bytes"], file["path"])
-    if content is None and path is None:
-        raise UndecodableError("the row is empty")
     try:
-        content = read_file(path) if content is None else content
+        if content is None:
+            if path is None:
+                raise UndecodableError("the row is empty")
+            content = read_file(path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UndecodableError(error.strerror or str(error)) from error
     try:

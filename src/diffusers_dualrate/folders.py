@@ -73,7 +73,7 @@ class ImageFolder:
         where = f", split {self.split} of {', '.join(self.splits)}" if self.split else ""
         found = len(self.files) + sum(not name.endswith(os.sep) for name in self.left_out)
         lines = [f"{readable(self.root)!r}{where}: {len(self.files):,} of {found:,} files are images"]
-        reasons = {}
+        reasons: dict[str, list[str]] = {}
         for name, reason in self.left_out.items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
@@ -99,12 +99,12 @@ class ImageFolder:
                 [pyarrow.nulls(len(paths), pyarrow.binary()), paths], ["bytes", "path"]
             )
         }
-        features = {"image": datasets.Image()}
-        if self.labels is not None:
+        features: dict[str, object] = {"image": datasets.Image()}
+        if self.labels is not None and self.classes is not None:
             columns["label"] = pyarrow.array(np.array(self.labels, dtype=np.int64)[order])
             features["label"] = datasets.ClassLabel(names=list(self.classes))
         description = self.describe()
-        if streaming and self.labels is not None:
+        if streaming and self.labels is not None and self.classes is not None:
             counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
             description += "\n" + describe_classes(dict(zip(self.classes, counts, strict=True)))
         info = datasets.DatasetInfo(features=datasets.Features(features))
@@ -162,7 +162,7 @@ def describe_classes(counts: dict[str, int]) -> str:
     named = ", ".join(f"{readable(name)!r} {count:,}" for name, count in list(counts.items())[:_NAMED])
     if len(counts) <= _NAMED:
         return f"classes: {named}"
-    least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    (least, _), (most, _) = (choose(counts.items(), key=lambda item: item[1]) for choose in (min, max))
     return (
         f"classes: {named} and {len(counts) - _NAMED:,} more; the smallest is {readable(least)!r} with "
         f"{counts[least]:,}, the largest {readable(most)!r} with {counts[most]:,}"
@@ -277,7 +277,8 @@ def _read_top(root):
     top, endings = _Top(), image_endings()
     folders = _sort_files(root, "", top.loose, top.left_out, endings)
     for folder in folders:
-        images, waiting, seen = [], [folder], {_identify(root)}
+        images: list[str] = []
+        waiting, seen = [folder], {_identify(root)}
         while waiting:
             inner = waiting.pop(0)
             if (identity := _identify(os.path.join(root, inner))) in seen:
@@ -338,7 +339,7 @@ def _find_splits(name, top):
     """Folder of each split, or `None` where not every folder with images is called like one."""
     if top.loose or not top.classes or any(folder.lower() not in SPLITS for folder in top.classes):
         return None
-    splits = {}
+    splits: dict[str, str] = {}
     for folder in sorted(top.classes):
         known = SPLITS[folder.lower()]
         if known in splits:

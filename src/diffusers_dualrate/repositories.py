@@ -29,7 +29,7 @@ class RepositoryMixin:
         if not os.path.exists(place) and (isinstance(place, os.PathLike) or not _HUB_NAME.fullmatch(place)):
             raise OSError(f"{place} cannot be loaded: there is no such folder.")
         try:
-            return super().from_pretrained(place, *args, **kwargs)
+            return super().from_pretrained(place, *args, **kwargs)  # type: ignore[misc] # of the host's class
         except ValueError as error:
             raise ValueError(f"{place} cannot be loaded: {error}") from error
         except OSError as error:
@@ -44,7 +44,7 @@ class RepositoryMixin:
     def _dict_from_json_file(cls, json_file) -> dict:
         """Where the host reads all configurations, of a folder or of the Hub."""
         try:
-            config = super()._dict_from_json_file(json_file)
+            config = super()._dict_from_json_file(json_file)  # type: ignore[misc] # of the host's class
         except ValueError as error:  # of JSON or of UTF-8
             raise ValueError(f"{json_file} is no valid JSON: {error}") from error
         if not isinstance(config, dict):
