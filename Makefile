@@ -5,7 +5,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 CODE := setup.py src examples research tests
-MODULES := $(patsubst src/diffusers_dualrate/%.py,diffusers_dualrate.%,$(filter-out %/__init__.py %/registration.py,$(wildcard src/diffusers_dualrate/*.py)))
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:
@@ -29,7 +28,7 @@ format: $(VENV)/.dev
 	$(PY) -m ruff check --fix $(CODE) && $(PY) -m ruff format $(CODE)
 
 docs: $(VENV)/.dev
-	$(PY) -m pdoc --docformat google --no-show-source --output-directory build/docs $(MODULES)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "build/docs/index.html"
 
 dist: $(VENV)/.dev

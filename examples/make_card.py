@@ -94,9 +94,14 @@ def sample_rows(evaluation, title, columns):
     yield ["floor", "", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
 
 
+def told_to(evaluation):
+    """All that the training was told, without what it found by itself."""
+    return {name: value for name, value in evaluation["configuration"].items() if name != "found"}
+
+
 def describe_images(evaluation):
     """The images that a training took, and for a student in what kind of step."""
-    told, data = evaluation["configuration"], evaluation["data"]
+    told, data = told_to(evaluation), evaluation["data"]
     images = evaluation["training"]["images_seen"]
     if told.get("distillation", {}).get("full_rollout"):
         text = f"{images:,} samples of its own, from noise alone"
@@ -173,7 +178,7 @@ def list_flags(told):
 
 def describe_command(evaluation):
     """The command that trains the model again."""
-    told = {name: value for name, value in evaluation["configuration"].items() if name != "found"}
+    told = told_to(evaluation)
     preset = told["preset"] if is_preset(told) else FILE  # which lies beside the card
     parts = [f"accelerate launch examples/{told['script']}.py --preset {preset}", *list_flags(told)]
     return " ".join([*parts, f"--output_dir runs/{evaluation['model']}"])

@@ -17,7 +17,7 @@ from .front import flops_at, undominated
 ROOT = Path(__file__).resolve().parents[1]
 STUDY, TIMING, GAINS = (Path(__file__).with_name(name) for name in ("study.json", "timing.json", "gains.json"))
 RELEASED = ROOT / "model_cards" / "dualrate-emoji32-distilled" / "evaluation.json"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("gains.md", "distillation.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("gains.md", "distillation.md", "comparison.md")))
 
 PAIRS = [  # data, steps, refreshes
     ("emoji32", 32, 4),
@@ -31,6 +31,12 @@ RIVALS = {  # who is ahead of every undistilled pair, data set by data set: arm,
     "emoji32": [("single-rate", "steps"), ("deepcache", "steps"), ("single-rate-sized", "flops")],
     "digits": [("single-rate", "steps"), ("stitching", "steps"), ("single-rate-sized", "flops")],
     "letters": [("single-rate", "steps"), ("deepcache", "steps"), ("stitching", "steps")],
+}
+SOLVERS = {
+    "ancestral": "ancestral",
+    "ddim": "DDIM",
+    "dpmsolver++": "DPM-Solver++",
+    "sde-dpmsolver++": "second-order ancestral",
 }
 FAST = ("dpmsolver++", "sde-dpmsolver++")
 
@@ -158,6 +164,9 @@ def compute(study: dict, timing: dict, evaluation: dict) -> dict:
         "floor": {data: floor["fd"] for data, floor in study["floors"].items()},
         "pairs": [compare_pair(points, *case) for case in PAIRS],
         "students": [*(compare_student(points, *case) for case in STUDENTS), compare_released(evaluation)],
+        "solvers": [
+            {solver: best_of(points, data, "single-rate", "steps", (solver,)) for solver in SOLVERS} for data in RIVALS
+        ],
         "ends": [find_ends(points, data) for data in RIVALS],
         "time": [row | {"times_less_time": row["heavy_ms"] / row["pair_ms"]} for row in timing["rows"]],
     }
@@ -239,6 +248,15 @@ def write_needs(gains: dict) -> str:
     ])  # fmt: skip
 
 
+def write_solvers(gains: dict) -> str:
+    """The heavy network alone under each solver."""
+    rows = [
+        [row["ancestral"]["data"], *(f"{own['N']}: {write_cost(own)}" for own in row.values())]
+        for row in gains["solvers"]
+    ]
+    return write_table(["data", *SOLVERS.values()], rows)
+
+
 def write_student(gains: dict) -> str:
     """The released student in one row."""
     row = gains["students"][-1]
@@ -288,7 +306,13 @@ def read(path: Path) -> dict:
 
 def write_tables(gains: dict) -> dict[str, str]:
     """All tables by the names of their markers."""
-    writers = {"gains": write_gains, "needs": write_needs, "ends": write_ends, "student": write_student}
+    writers = {
+        "gains": write_gains,
+        "needs": write_needs,
+        "ends": write_ends,
+        "solvers": write_solvers,
+        "student": write_student,
+    }
     return {name: write(gains) for name, write in writers.items()}
 
 

@@ -118,7 +118,7 @@ def label_grid(run: Path, step: str) -> Image.Image:
 
 def main(run: str | None = None, step: str | None = None):
     if run is not None:
-        label_grid(Path(run), step).save(PICTURE.with_name("quick.png"), optimize=True)
+        label_grid(Path(run), step).quantize(256).save(PICTURE.with_name("quick.png"), optimize=True)
         return
     torch.set_num_threads(1)
     pipes = {title: DualRatePipeline.from_pretrained(ROOT / "model_cards" / name) for title, name in MODELS.items()}
@@ -135,7 +135,7 @@ def main(run: str | None = None, step: str | None = None):
     rows = [("real images", find_real())]
     rows += [(write_caption(title, row), images[title]) for title, row in found.items()]
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    draw(rows).save(PICTURE, optimize=True)
+    draw(rows).quantize(256).save(PICTURE, optimize=True)
     record = {
         "command": "python -m research.picture",
         "classes": CLASSES,

@@ -18,9 +18,8 @@ from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
 README = Path("examples/README.md").read_text(encoding="utf-8")
 COMMANDS = {
     title: "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
-    for title, text in re.findall(r"^## (ImageNet \d+|Conversion)\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+    for title, text in re.findall(r"^## (ImageNet \d+)\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
 }
-CONVERSION = COMMANDS.pop("Conversion")
 TINY = [
     *("context_encoder.level_channels=[8,8,8]", "context_encoder.level_blocks=[1,1,1]"),
     *("context_encoder.context_channels=[8,8,8]", "context_encoder.level_types=['res','res','transformer']"),
@@ -45,18 +44,6 @@ def run(script, argv):
     module = importlib.import_module(script)
     module.main(module.parse_args(argv))
     reset_accelerate()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_commands_of_the_conversion_make_a_pair(tmp_path):
-    for command in CONVERSION:
-        script, argv = re.fullmatch(r"accelerate launch examples/(\w+)\.py (.*)", command).groups()
-        argv = [re.sub(r"^runs/", f"{tmp_path}/", argument) for argument in shlex.split(argv)]
-        run(script, [*argv, "--max_train_steps", "1", "--validation_steps", "0"])
-    pair = DualRatePipeline.from_pretrained(tmp_path / "dualrate-digits")
-    record = json.loads((tmp_path / "dualrate-digits" / "training.json").read_text())
-    assert pair.context_encoder.config.prediction_hand_over and record["recipe"]["follow_encoder"]
 
 
 @pytest.mark.slow
@@ -100,7 +87,8 @@ def test_the_flags_of_the_readme_exist():
     known = set(training.argument_parser("")._option_string_actions) | {"--config_file"}  # the last is Accelerate's
     for script in Path("examples").glob("*.py"):
         known |= set(re.findall(r'"(--\w+)"', script.read_text(encoding="utf-8")))
-    named = set(re.findall(r"`(--\w+)[` ]", README))
+    pages = [README, *(page.read_text(encoding="utf-8") for page in [Path("README.md"), *Path("docs").glob("*.md")])]
+    named = {flag for page in pages for flag in re.findall(r"`(--\w+)[` ]", page)}
     assert "--on_corrupt" in named and not named - known
     for commands in COMMANDS.values():
         train_single_rate.parse_args(shlex.split(commands[1])[3:])

@@ -217,7 +217,7 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
 
 
 def test_the_table_of_training_costs_is_what_the_presets_cost():
-    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| (1\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \|$", text, re.MULTILINE)
     assert len(rows) == 5
     for preset, *costs, following in rows:

@@ -118,12 +118,12 @@ def test_the_table_says_what_the_design_rests_on():
         "folders",
         "labels",
         "checkpoints",
+        "processes",
         "evaluation",
         "registration",
         "ranges",
         "records",
         "repositories",
-        "processes",
     }
     assert [module for module, (anywhere, _) in TABLE.items() if anywhere is None] == ["__init__"]
     assert TABLE["losses"] == ({"diffusion"}, set())
