@@ -1,5 +1,6 @@
 """What is published: one version, two requirements, the extras by name, and nothing in the archives but the package."""
 
+import ast
 import html
 import os
 import re
@@ -77,6 +78,16 @@ def test_the_oldest_pins_are_the_oldest_versions_that_setup_allows(metadata):
 
 def test_the_package_is_typed():
     assert (Path(diffusers_dualrate.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
+def test_a_file_has_at_most_400_lines_and_a_function_80(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert not {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 80}
 
 
 @pytest.fixture(scope="module")
