@@ -137,7 +137,8 @@ def test_the_wheel_installs_into_an_empty_environment_and_imports(archives, tmp_
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
     code = "import diffusers_dualrate; print(diffusers_dualrate.__version__, diffusers_dualrate.__file__)"
-    result = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([python, "-c", code], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     version, file = result.stdout.split()
     assert version == diffusers_dualrate.__version__ and Path(file).is_relative_to(site)
