@@ -113,6 +113,22 @@ def test_a_cache_starts_anew_in_every_call_also_after_a_failed_one_and_ends_with
 
 
 @pytest.mark.parametrize("network", ["denoiser", "context_encoder"])
+def test_a_call_within_a_call_on_a_network_with_a_cache_is_refused_and_the_outer_one_goes_on(make_pipe, network):
+    """One cache would mix the two. Mutants: the lock never given back; a check of one of the two networks alone."""
+    pipe, refused = make_pipe(), []
+    getattr(pipe, network).enable_cache(broadcast(pipe))
+    plain = sample(pipe)
+
+    def call_again(*_):
+        with pytest.raises(RuntimeError, match="another call is using now, and it holds one call at a time"):
+            sample(pipe)
+        refused.append(1)
+
+    assert torch.equal(sample(pipe, callback_on_step_end=call_again), plain) and len(refused) == N
+    assert torch.equal(sample(pipe), plain)
+
+
+@pytest.mark.parametrize("network", ["denoiser", "context_encoder"])
 @pytest.mark.parametrize("kind", CACHES)
 def test_rows_that_come_and_go_with_guidance_never_meet_the_cache_of_other_rows(make_pipe, kind, network):
     """Guidance acts in the middle of the run: each image is what it is alone, where 1 row and 2 rows could broadcast.

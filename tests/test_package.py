@@ -1,5 +1,6 @@
 """What is published: one version, two requirements, the extras by name, and nothing in the archives but the package."""
 
+import ast
 import os
 import re
 import shutil
@@ -143,6 +144,16 @@ def test_the_package_is_typed():
     assert (Path(diffusers_dualrate.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
+def test_a_file_has_at_most_400_lines_and_a_function_80(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert not {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 80}
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """(sdist, wheel), built as `make dist` does, from a copy with files that do not belong into them."""
@@ -192,7 +203,8 @@ def test_the_wheel_installs_into_an_empty_environment_and_imports(archives, tmp_
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text(str(Path(torch.__file__).parents[1]))
     code = "import diffusers_dualrate; print(diffusers_dualrate.__version__, diffusers_dualrate.__file__)"
-    result = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([python, "-c", code], cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     version, file = result.stdout.split()
     assert version == diffusers_dualrate.__version__ and Path(file).is_relative_to(site)

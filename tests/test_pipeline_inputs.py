@@ -1,5 +1,7 @@
 """What DualRatePipeline takes and gives: labels, seeds, latents, output types; and what it refuses before any compute."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -319,6 +321,19 @@ def test_sizes_are_those_the_levels_can_halve(make_pipe, make_networks):
     assert drawn(pipe, [0], height=4, width=12).shape == (1, 3, 4, 12)  # patches of 2, halved once
     with pytest.raises(ValueError, match="divisible by 4, got 14 and 8"):
         pipe([0], height=14)
+
+
+@pytest.mark.parametrize(
+    ("size", "far"), [((8, 8), 0), ((16, 16), 0), ((4, 4), 0), ((20, 8), 1), ((8, 36), 1)], ids=str
+)
+def test_a_size_far_from_the_trained_one_is_drawn_and_told_of_once(make_pipe, size, far):
+    """At more than twice or less than half the trained side, at the user's own line. Mutants: `>` made `>=`."""
+    pipe = make_pipe()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert drawn(pipe, [0], steps=(3, 1), height=size[0], width=size[1]).shape[2:] == size
+    told = [warning for warning in caught if "trained at 8 and 8" in str(warning.message)]
+    assert len(told) == far and all(f"are {size[0]} and {size[1]}," in str(warning.message) for warning in told)
 
 
 def test_the_models_guidance_applies_only_where_there_are_classes(make_pipe, watch):

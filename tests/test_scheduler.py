@@ -1,11 +1,12 @@
 """DualRateScheduler: when it refreshes, its noise levels, and the law of its steps, held to closed forms."""
 
 import math
+import weakref
 
 import pytest
 import torch
 
-from diffusers_dualrate import DualRateScheduler, diffusion, plan_refreshes
+from diffusers_dualrate import DualRateScheduler, RefreshPlan, diffusion, plan_refreshes
 from plain_loop import amplitudes, conditioned, log_snr_at
 
 SHIFTED = [
@@ -279,6 +280,77 @@ def test_a_run_of_second_order_starts_anew_each_time():
     assert all(torch.equal(first, again) for first, again in zip(*runs, strict=True))
     scheduler.set_timesteps(3)
     assert scheduler.step(v[:3, 0], 1000.0, z[:3, 0], generator()).prev_sample.isfinite().all()  # of another shape
+
+
+def test_after_the_last_step_a_scheduler_of_second_order_holds_no_image():
+    """An image lives on as long as anything refers to it. Mutants: `> 0` made `>= 0`; the count of steps dropped."""
+    scheduler = DualRateScheduler(second_order=True)
+    scheduler.set_timesteps(3)
+    for timestep in scheduler.timesteps:
+        z = torch.randn(2, 3, 8, 8)
+        x = weakref.ref(scheduler.step(torch.randn_like(z), timestep, z).pred_original_sample)
+        held = [value for value in vars(scheduler).values() if isinstance(value, torch.Tensor) and value.ndim == 4]
+        assert len(held) == (timestep > scheduler.timesteps[-1])
+    del z
+    assert x() is None
+
+
+REFUSED = [
+    ({"num_train_timesteps": 0}, r"num_train_timesteps must be an integer in \[1, 8388608\], got 0"),
+    ({"num_train_timesteps": 10**9}, "num_train_timesteps .*, got 1000000000"),
+    ({"num_train_timesteps": 1000.0}, "num_train_timesteps .*, got 1000.0"),
+    ({"log_snr_max": float("inf")}, r"log_snr_max must be a finite number in \[-80.0, 80.0\], got inf"),
+    ({"log_snr_min": float("-inf")}, "log_snr_min .*, got -inf"),
+    ({"log_snr_min": float("nan")}, "log_snr_min .*, got nan"),
+    ({"log_snr_max": 81}, "log_snr_max .*, got 81"),
+    ({"log_snr_min": 10.0}, "log_snr_min must lie below log_snr_max, got 10.0 and 10.0"),
+    ({"image_size": 0}, "image_size must be a finite number above 0, got 0"),
+    ({"image_size": "64"}, "image_size .*, got '64'"),
+    ({"noise_low": -32}, "noise_low .*, got -32"),
+    ({"noise_high": 0}, "noise_high .*, got 0"),
+    ({"variance_interpolation": 1.5}, "variance_interpolation .*, got 1.5"),
+    ({"clip_sample": 1}, "clip_sample must be True or False, got 1"),
+    ({"clip_sample_range": 0.0}, "clip_sample_range .*, got 0.0"),
+    ({"second_order": "yes"}, "second_order must be True or False, got 'yes'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_a_scheduler_of_values_that_make_no_process_is_refused_by_name_value_and_range(options, message):
+    """Mutants: any check of the constructor dropped, a bound moved."""
+    with pytest.raises(ValueError, match=message):
+        DualRateScheduler(**options)
+
+
+@pytest.mark.parametrize("n", [2.5, 0, -1, "4", True, 10**9], ids=repr)
+def test_a_number_of_steps_that_is_none_is_refused_by_its_value(n):
+    with pytest.raises(ValueError, match=rf"num_inference_steps must be an integer in \[1, 8388608\], got {n!r}"):
+        DualRateScheduler().set_timesteps(n)
+
+
+@pytest.mark.parametrize("timestep", [float("nan"), torch.tensor(float("nan")), float("inf"), -1.0, 1000.5], ids=repr)
+def test_a_step_at_a_timestep_that_is_none_is_refused_by_its_value(timestep):
+    """NaN would be taken for the first step, since no comparison with it holds."""
+    scheduler = DualRateScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"timestep must be a finite number in \[0, 1000\], got"):
+        scheduler.step(torch.zeros(1, 3, 8, 8), timestep, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_plan_printed_is_the_diagram_of_its_run():
+    assert [line.rstrip() for line in str(plan_refreshes(6, 2)).splitlines()] == [
+        "step           0    1    2    3    4    5        N = 6, K = 2",
+        "encoder        E ──────────── E ────────────     heavy, K times: context of z_τ",
+        "               │              │",
+        "               ▼    ▼    ▼    ▼    ▼    ▼",
+        "denoiser  z₁ → g →  g →  g →  g →  g →  g → x    light, N times: v(z_t, t, τ, context)",
+    ]
+
+
+def test_a_long_plan_printed_names_its_refreshes_and_one_without_any_shows_no_encoder():
+    assert str(plan_refreshes(64, 4)) == "N = 64, K = 4, refreshes at 0, 16, 32, 48"
+    rows = str(RefreshPlan((False,) * 3)).splitlines()
+    assert len(rows) == 2 and "N = 3, K = 0" in rows[0] and rows[1].count("g →") == 3
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])

@@ -7,11 +7,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 from diffusers_dualrate import DualRateScheduler
@@ -116,6 +119,27 @@ def test_a_step_of_noise_alone_is_refused_before_any_image(cls, make_pipe):
     pipe.scheduler = in_tree(cls, pipe.scheduler, **options)
     with pytest.raises(ValueError, match=f"{cls.__name__} has a step without any signal.*rescale_betas_zero_snr"):
         pipe([0], 4)
+
+
+@pytest.mark.parametrize("cls", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_scheduler_with_sigmas_of_a_flow_is_refused_before_any_image(cls, make_pipe, watch):
+    """Its images leave the variance-preserving process: the networks would see noise levels that they do not know."""
+    pipe = make_pipe(single_rate=True)
+    pipe.scheduler = in_tree(cls, pipe.scheduler, use_flow_sigmas=True)
+    calls = watch(pipe)
+    with pytest.raises(ValueError, match=f"{cls.__name__} with use_flow_sigmas=True leaves the variance-preserving"):
+        pipe([0], 4)
+    assert not calls.denoiser
+
+
+@pytest.mark.parametrize("cls", [DDIMInverseScheduler, DPMSolverMultistepInverseScheduler])
+def test_a_scheduler_that_runs_from_images_to_noise_is_refused_before_any_image(cls, make_pipe, watch):
+    pipe = make_pipe(single_rate=True)
+    pipe.scheduler = in_tree(cls, pipe.scheduler)
+    calls = watch(pipe)
+    with pytest.raises(ValueError, match=f"{cls.__name__} runs from images to noise"):
+        pipe([0], 4)
+    assert not calls.denoiser
 
 
 def test_every_scheduler_named_compatible_exists_in_diffusers_and_can_be_made_from_ours():

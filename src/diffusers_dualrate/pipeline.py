@@ -39,7 +39,7 @@ _DEFAULTS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)  # two calls that happen to be alike are still two
 class _Call:
     """What a call shows of itself, and what a callback or a stop button changes in it."""
 
@@ -300,11 +300,11 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         """Go through the loop with what the host adds to it: progress, callbacks, interruption."""
         call = _Call(run.guidance, num_timesteps=len(run.plan))
         own = self._copy_for(call, run)
-        self._call = call
-        self._running.append(call)
         latents, timesteps = noise, run.timesteps
         try:
             with own_caches(run.context_encoder, run.denoiser), self.progress_bar(total=len(run.plan)) as progress_bar:
+                self._call = call  # from here on: a call that is refused must not hide the one that runs
+                self._running.append(call)
                 call.timestep = timesteps[0]
                 loop = sample_at_two_rates(noise, run.plan, run.encode, run.denoise, run.step, run.serves)
                 for i, state in enumerate(loop):
@@ -317,7 +317,8 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                     call.timestep = timesteps[min(i + 1, len(timesteps) - 1)]
         finally:
             call.timestep = None
-            self._running.remove(call)
+            if call in self._running:
+                self._running.remove(call)
         return latents
 
     def _copy_for(self, call: _Call, run: GuidedRun) -> "DualRatePipeline":

@@ -110,7 +110,7 @@ def _check_steps(num_inference_steps: int, refresh_steps: Sequence[int]) -> set[
         raise ValueError(f"refresh_steps must be a list of steps, got {refresh_steps!r}.")
     steps = list(refresh_steps)
     for step in steps:
-        check_integer("each of refresh_steps", step)
+        check_integer(f"each of refresh_steps {steps}", step)
     if not steps or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(f"refresh_steps must start with 0 and rise, got {steps}.")
     if steps[-1] >= num_inference_steps:

@@ -281,7 +281,7 @@ def start_run(
         raise ValueError("Give either num_inference_steps or timesteps.")
     refreshes = {"num_context_steps": num_context_steps, "refresh_steps": refresh_steps}
     if isinstance(scheduler, DualRateScheduler):
-        scheduler = copy.deepcopy(scheduler)
+        scheduler = copy.copy(scheduler)  # a run replaces what it holds and changes nothing in place
         scheduler.set_timesteps(num_inference_steps, device, timesteps=timesteps, **refreshes)
         return scheduler, scheduler.refresh_plan, scheduler.step_log_snrs
     name = type(scheduler).__name__
