@@ -17,7 +17,7 @@ demo: $(VENV)/.train
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-# The same suite on the oldest versions that setup.py allows, in an environment of its own.
+# The same suite on the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
@@ -47,6 +47,6 @@ $(VENV)/.torch: $(VENV)/.created $(CONSTRAINTS)
 	$(INSTALL) torch
 	@touch $@
 
-$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch setup.py src/diffusers_dualrate/__init__.py
+$(VENV)/.train $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml src/diffusers_dualrate/__init__.py
 	$(INSTALL) -e '.[$*]'
 	@touch $@

@@ -14,6 +14,7 @@ import evaluate
 import train_classifier
 import train_dual_rate
 import train_single_rate
+from diffusers_dualrate.processes import run_script
 
 from .letters import open_images
 
@@ -37,5 +38,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    raise SystemExit(status if isinstance(status, int) else 0)
+    run_script(main, sys.argv[1:])

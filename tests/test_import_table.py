@@ -118,6 +118,7 @@ def test_the_table_says_what_the_design_rests_on():
         "folders",
         "labels",
         "checkpoints",
+        "processes",
         "evaluation",
         "registration",
         "ranges",

@@ -353,6 +353,14 @@ def test_the_first_share_of_a_batch_sees_no_context_and_costs_the_encoder_nothin
     assert not calls
 
 
+def test_a_share_that_no_row_of_a_small_batch_makes_up_is_refused_where_there_is_an_encoder():
+    x, draws = torch.randn(4, *SHAPE), draw(0, 0, range(4), SHAPE)
+    with pytest.raises(ValueError, match="context_dropout=0.1 of 4 images is none: use larger batches, or 0"):
+        loss_of(Recorder(), x, draws, context_dropout=0.1)
+    assert len(loss_of(Recorder(), x, draws, context_dropout=0.3).v_loss) == 4
+    assert len(loss_of(Recorder(), x, draws, encode=False, context_dropout=0.1).v_loss) == 4
+
+
 def test_split_batches_train_what_dropping_each_context_with_that_probability_would():
     """Over all rotations of a batch, loss and gradients average to p × context-free + (1 − p) × with context."""
     share, rows = 0.25, 8
@@ -398,7 +406,7 @@ def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see
         rate = diffusion.cosine_log_snr_rate(tau)
         expected += (rate / 2 * math.exp(bias) * torch.sigmoid(level - bias) * sigma**2 * v_loss / rows).item()
     without, beside = loss(None), loss(lambda context: gain * context)
-    assert torch.equal(without.v_loss, beside.v_loss)
+    assert torch.equal(without.v_loss, beside.v_loss) and len(beside.v_loss) == rows
     assert (beside.loss - without.loss).item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(loss(lambda context: None).loss, without.loss)
 
@@ -450,15 +458,16 @@ def test_without_labels_or_without_a_null_label_nothing_is_dropped():
     assert recorder.denoised[0][2] is None and recorder.encoded[0][2] is None
 
 
-def test_the_following_loss_is_that_of_its_law_pixel_by_pixel():
+@pytest.mark.parametrize("time", [0.95, 0.4])
+def test_the_following_loss_is_that_of_its_law_pixel_by_pixel(time):
     """The encoder predicts x̂ = sigmoid(λ) (z + label), the denoiser v̂ = k z_t + u z_τ; row 0 is a DDIM step with a lag
-    in log-SNR that reaches the end, row 1 one with a lag in time, rows 2 and 3 lie on the ancestral chain. Kills: λ_t and
+    in log-SNR that reaches the end, or starts at λ_t and does not, row 1 one with a lag in time, rows 2 and 3 lie on the ancestral chain. Kills: λ_t and
     λ_τ swapped anywhere; a target from x or from z_τ; the clean image in place of x̂ in the step, or x̂ on the chain; the
     lag of another row; the end left out; labels dropped too often, or not for all three alike; the weight at τ."""
     k, u, bias, steps = 0.3, -0.2, 0.7, (2, 8)
     x, labels = 0.4 * torch.randn(4, *SHAPE, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     draws = Draws(0.02 + 0.96 * torch.rand(4, 4, dtype=torch.float64), *torch.randn(2, 4, *SHAPE, dtype=torch.float64))
-    draws.uniforms[:2, :3] = torch.tensor([[0.95, 0.1, 0.9], [0.4, 0.7, 0.8]])
+    draws.uniforms[:2, :3] = torch.tensor([[time, 0.1, 0.9], [0.4, 0.7, 0.8]])
     draws.uniforms[:, 3] = torch.tensor([0.1, 0.9, 0.4, 0.6])
     seen, expected_labels = [], torch.tensor([9, 1, 9, 0])
 

@@ -1,7 +1,7 @@
 """What is published: one version, two requirements, the extras by name, and nothing in the archives but the package."""
 
+import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,8 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import setuptools
 import torch
+import yaml
+from build.util import project_wheel_metadata
 from packaging.requirements import Requirement
 
 import diffusers_dualrate
@@ -20,21 +21,35 @@ import diffusers_dualrate
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def metadata(monkeypatch):
-    """The arguments that setup.py hands to setuptools."""
-    captured = {}
-    monkeypatch.setattr(setuptools, "setup", captured.update)
-    runpy.run_path(str(ROOT / "setup.py"))
-    return captured
+def copy_of_the_package(folder):
+    """What the archives are made of: builds leave files beside their source."""
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """What setuptools makes of pyproject.toml, as an installer reads it."""
+    return project_wheel_metadata(copy_of_the_package(tmp_path_factory.mktemp("tree")), isolated=False)
+
+
+def requirements(metadata, extra=""):
+    """What an installation with an extra, or without, asks for beside the package itself."""
+    lines = map(Requirement, metadata.get_all("Requires-Dist"))
+    found = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": extra})]
+    inner = [name for line in found if line.name == "diffusers-dualrate" for name in line.extras]
+    own = [line for line in found if line.name != "diffusers-dualrate"]
+    return own + [line for name in inner for line in requirements(metadata, name)]
 
 
 def names(requirements):
-    return {Requirement(line).name for line in requirements}
+    return {requirement.name for requirement in requirements}
 
 
 def test_the_version_is_written_in_one_place(metadata):
-    assert metadata["version"] == diffusers_dualrate.__version__
+    assert metadata["Version"] == diffusers_dualrate.__version__
     written = re.compile(r"(?<![\d.])" + re.escape(diffusers_dualrate.__version__) + r"(?![\d.])")
     package = ROOT / "src" / "diffusers_dualrate"
     files = [ROOT / "setup.py", ROOT / "pyproject.toml", *package.glob("*.py")]
@@ -42,12 +57,12 @@ def test_the_version_is_written_in_one_place(metadata):
 
 
 def test_the_core_needs_torch_and_diffusers_only(metadata):
-    assert sorted(metadata["install_requires"]) == ["diffusers>=0.40", "torch>=2.6"]
-    assert metadata["python_requires"] == ">=3.11"
+    assert sorted(map(str, requirements(metadata))) == ["diffusers>=0.40", "torch>=2.6"]
+    assert metadata["Requires-Python"] == ">=3.11"
 
 
 def test_the_extras_are_train_eval_and_dev_which_holds_both(metadata):
-    extras = {name: names(lines) for name, lines in metadata["extras_require"].items()}
+    extras = {name: names(requirements(metadata, name)) for name in metadata.get_all("Provides-Extra")}
     assert set(extras) == {"train", "eval", "dev"}
     assert {"accelerate", "datasets", "pillow"} <= extras["train"]
     assert {"torchmetrics", "transformers", "matplotlib", "scikit-learn"} <= extras["eval"]
@@ -58,18 +73,70 @@ def test_the_extras_are_train_eval_and_dev_which_holds_both(metadata):
 def test_every_requirement_is_pinned_and_torchvision_is_not_among_them(metadata, constraints):
     lines = (ROOT / constraints).read_text(encoding="utf-8").splitlines()
     pins = {pin.name: pin.specifier for pin in (Requirement(line) for line in lines if line and line[0] != "#")}
-    required = [*metadata["install_requires"], *metadata["extras_require"]["dev"]]
+    required = requirements(metadata, "dev")
+    assert {"torch", "datasets", "ruff"} <= names(required)
     assert "torchvision" not in names(required) | set(pins)
-    for requirement in map(Requirement, required):
+    for requirement in required:
         (pin,) = pins[requirement.name]
         assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
 
 
-def test_the_oldest_pins_are_the_oldest_versions_that_setup_allows(metadata):
+def test_the_oldest_pins_are_the_oldest_versions_that_are_allowed(metadata):
     lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
-    for requirement in metadata["install_requires"]:
+    for requirement in map(str, requirements(metadata)):
         name, _, floor = requirement.partition(">=")
         assert f"{name}=={floor}.0" in lines
+
+
+def test_what_an_index_shows_is_said(metadata):
+    assert metadata["Name"] == "diffusers-dualrate" and "heavy context encoder" in metadata["Summary"]
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata.get_payload().startswith("# ") and metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2605.18190"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+
+
+def test_no_build_imports_torch(tmp_path):
+    """The version is read as text, so that an environment without torch can build."""
+    tree = copy_of_the_package(tmp_path)
+    for name in ("torch", "diffusers"):
+        (tree / "hidden").mkdir(exist_ok=True)
+        (tree / "hidden" / f"{name}.py").write_text("raise ImportError('imported by a build')")
+    environment = {**os.environ, "PYTHONPATH": str(tree / "hidden")}
+    command = [sys.executable, "setup.py", "--version"]
+    found = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.split()[-1] == diffusers_dualrate.__version__, found.stderr
+
+
+def test_the_citation_is_that_of_the_readme_and_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and {"message", "title", "authors", "type"} <= citation.keys()
+    assert "version" not in citation  # it is written in one place
+    paper, text = citation["preferred-citation"], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert paper["type"] == "article" and paper["title"] in text and str(paper["year"]) in text
+    (names,) = re.findall(r"^  author  = \{(.*)\},$", text, re.MULTILINE)
+    assert [author["family-names"] for author in paper["authors"]] == names.split(" and ")
+    assert {"type": "other", "value": "arXiv:2605.18190"} in paper["identifiers"]
+
+
+def test_the_hooks_run_what_make_lint_runs():
+    recipe = ["make", "--no-print-directory", "-n", "-o", ".venv/.dev", "lint"]
+    lines = subprocess.run(recipe, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (local,) = hooks["repos"]
+    (hook,) = local["hooks"]
+    assert local["repo"] == "local" and hook["entry"] == "make lint" and hook["language"] == "system"
+    assert "ruff check" in lines and "ruff format --check" in lines and not hook["pass_filenames"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.stem)
+def test_a_form_for_issues_asks_something(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.stem == "config":
+        assert form == {"blank_issues_enabled": True}
+    else:
+        assert form["name"] and form["description"] and any(part["type"] == "textarea" for part in form["body"])
+        assert len({part["id"] for part in form["body"] if "id" in part}) == sum("id" in part for part in form["body"])
 
 
 def test_the_package_is_typed():
@@ -79,11 +146,13 @@ def test_the_package_is_typed():
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """(sdist, wheel), built as `make dist` does, from a copy with files that do not belong into them."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
-    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tree)
-    for name in ("tests/test_x.py", "examples/x.py", "model_cards/x/denoiser/model.safetensors"):
+    tree, out = copy_of_the_package(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("out")
+    for name in (
+        "tests/test_x.py",
+        "examples/x.py",
+        "research/__init__.py",
+        "model_cards/x/denoiser/model.safetensors",
+    ):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("a stand-in", encoding="utf-8")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
@@ -103,7 +172,7 @@ def test_the_archives_hold_the_package_and_neither_tests_nor_weights(archives):
 
     in_sdist = {name.removeprefix(f"{stem}/") for name in tarfile.open(sdist).getnames()}
     assert {f"src/{name}" for name in modules | {"diffusers_dualrate/py.typed"}} | {"LICENSE", "setup.py"} <= in_sdist
-    assert not [name for name in in_sdist if name.startswith(("tests", "examples", "model_cards"))]
+    assert not [name for name in in_sdist if name.startswith(("tests", "examples", "research", "model_cards"))]
 
 
 @pytest.mark.slow

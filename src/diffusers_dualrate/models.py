@@ -12,32 +12,22 @@ velocity this implies and adds a correction, so it spends nothing on what the en
 Both condition on log-SNR rather than on a step number, so the same weights serve any variance-preserving schedule.
 """
 
-import dataclasses
-import inspect
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models import CacheMixin
-from diffusers.models.attention import AttentionMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from . import diffusion
-from .ranges import check_boolean, check_integer, check_number
-from .repositories import RepositoryMixin, refuse_pickles
-from .uvit import NoiseLevelEmbedding, UViTTrunk
+from .network import UViTNetwork, per_sample
+from .uvit import NoiseLevelEmbedding, group_norm
 
 # What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
 _INITIAL_VARIANCE = 0.2
-# Far more than any network of this kind has in a level.
-_MOST_BLOCKS = 1000
 
 SINGLE_RATE = {"context_channels": None, "prediction_hand_over": False}
 """What of a denoiser's configuration makes it a single-rate network: laid over a pair's, it leaves the shape."""
@@ -66,148 +56,7 @@ class UViTDenoiserOutput(BaseOutput):
     sample: Tensor
 
 
-class _UViTModel(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
-    """What encoder and denoiser share: trunk, noise-level and class conditioning, and the host's bookkeeping."""
-
-    # Defaults of the pipeline that hands this network out among its components.
-    pipeline_defaults: ClassVar[dict] = {}
-
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
-    _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
-    _skip_layerwise_casting_patterns = ["embed", "norm"]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
-        """Load weights from safetensors files; pickled weights are refused. Takes what the host's method takes.
-
-        Raises:
-            ValueError: If the files lack weights that the network needs.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
-        for name, weight in model.named_parameters():
-            if weight.device.type != "meta" and not weight.float().isfinite().all():
-                raise ValueError(f"{pretrained_model_name_or_path} holds NaN or infinity in {name}.")
-        # Weights mapped from a file may start at any address, and the rounding of some kernels depends on it.
-        for weight in model.parameters():
-            if weight.device.type == "cpu":
-                weight.data = weight.data.clone()
-        return (model, info) if wants_info else model
-
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save the network, weights as safetensors. Takes what the host's method takes."""
-        refuse_pickles(kwargs.get("safe_serialization", True))
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    # The host's pipelines read off the signature what a network's method takes.
-    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)
-
-    def enable_cache(self, config) -> None:
-        """Reuse attention outputs between steps. Takes caches that act inside blocks; call `disable_cache` to end it.
-
-        Args:
-            config: `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, the latter by default for every
-                attention module. Intervals count calls of this network: K per image for a context encoder. What is
-                reused is the parallel attention and MLP of a block.
-
-        Raises:
-            ValueError: If the cache skips whole stacks of blocks, or would act on nothing.
-        """
-        name = type(config).__name__
-        if not isinstance(config, (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig)):
-            raise ValueError(
-                f"{name} does not fit a U-ViT, whose blocks form one stack per level with skips between them: use "
-                "PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig, which act inside blocks."
-            )
-        if isinstance(config, TaylorSeerCacheConfig):
-            if config.use_lite_mode or config.skip_predict_identifiers:
-                raise ValueError(
-                    f"{name} with use_lite_mode or skip_predict_identifiers puts zeros where a U-ViT's skips read "
-                    "features: leave both out."
-                )
-            config = dataclasses.replace(config, cache_identifiers=config.cache_identifiers or [r".*\.attn"])
-        before = [vars(module).get("forward") for module in self.modules()]
-        super().enable_cache(config)
-        if before == [vars(module).get("forward") for module in self.modules()]:  # a hook replaces `forward`
-            self.disable_cache()
-            raise ValueError(f"{name} acts on no module of this network as it is configured.")
-
-    def _make_output(self) -> None:
-        config = self.config
-        self.norm_out = _norm(config.level_channels[0])
-        self.proj_out = nn.ConvTranspose2d(
-            config.level_channels[0], config.in_channels, config.patch_size, stride=config.patch_size
-        )
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
-
-    def _make_trunk(self, in_channels: int) -> None:
-        config = self.config
-        _check_config(config)
-        self.noise_embedding = NoiseLevelEmbedding(config.embedding_dim)
-        # One more row than classes: the null label, for dropped labels and for guidance.
-        self.class_embedding = (
-            nn.Embedding(config.num_classes + 1, config.embedding_dim) if config.num_classes else None
-        )
-        self.trunk = UViTTrunk(
-            in_channels,
-            config.patch_size,
-            tuple(config.level_channels),
-            tuple(config.level_types),
-            tuple(config.level_blocks),
-            config.attention_head_dim,
-            config.embedding_dim,
-            config.dropout,
-        )
-
-    def _embed(self, sample: Tensor, log_snr: Tensor | float, class_labels: Tensor | None) -> Tensor:
-        batch_size = sample.shape[0]
-        embedding = self.noise_embedding(_per_sample(log_snr, sample), sample.dtype)
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch_size,), self.config.num_classes, device=sample.device)
-            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
-        elif class_labels is not None:
-            raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
-        return embedding
-
-
-def _check_config(config) -> None:
-    """Refuse arguments of the wrong type or out of range; what must fit together the trunk checks."""
-    sides = config.sample_size
-    for side in sides if isinstance(sides, (list, tuple)) and len(sides) == 2 else (sides,):
-        check_integer("sample_size", side, 1)
-    for name in ("in_channels", "patch_size", "attention_head_dim", "embedding_dim"):
-        check_integer(name, config[name], 1)
-    if config.num_classes is not None:
-        check_integer("num_classes, if it is not None for an unconditional model,", config.num_classes, 1)
-    ranges = {"level_channels": (1, None), "level_blocks": (0, _MOST_BLOCKS), "context_channels": (1, None)}
-    for name, (least, most) in ranges.items():
-        if name == "context_channels" and config[name] is None:
-            continue
-        if not isinstance(config[name], (list, tuple)):
-            raise ValueError(f"{name} must be a list with an entry for each level, got {config[name]!r}.")
-        for entry in config[name]:
-            check_integer(f"each of {name}", entry, least, most)
-    check_number("dropout", config.dropout, least=0, below=1)
-    check_boolean("prediction_hand_over", config.prediction_hand_over)
-
-
-def _per_sample(log_snr: Tensor | float, sample: Tensor) -> Tensor:
-    log_snr = torch.as_tensor(log_snr, dtype=torch.float32, device=sample.device)
-    return log_snr.reshape(-1).expand(sample.shape[0])
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(max(1, min(32, channels // 8)), channels)
-
-
-class UViTContextEncoder(_UViTModel):
+class UViTContextEncoder(UViTNetwork):
     """Heavy network of a pair: turns a noisy image into context, one feature map per resolution.
 
     Args:
@@ -250,7 +99,7 @@ class UViTContextEncoder(_UViTModel):
                 f"context_channels needs one width per level, got {len(widths)} for {len(level_channels)} levels."
             )
         self.context_heads = nn.ModuleList(
-            nn.Sequential(_norm(width), nn.Conv2d(width, context_width, 1, bias=False))
+            nn.Sequential(group_norm(width), nn.Conv2d(width, context_width, 1, bias=False))
             for width, context_width in zip(level_channels, widths, strict=True)
         )
         if prediction_hand_over:
@@ -318,7 +167,7 @@ class UViTContextEncoder(_UViTModel):
         features = self.trunk(sample, embedding)
         context = tuple(head(feature) for head, feature in zip(self.context_heads, features, strict=True))
         if self.config.prediction_hand_over:
-            level = _per_sample(log_snr, sample)[:, None, None, None]
+            level = per_sample(log_snr, sample)[:, None, None, None]
             hidden_states = silu(self.norm_out(features[0]))
             x = diffusion.x_from_v(sample.float(), self.proj_out(hidden_states).float(), level)
             log_variance = self.variance_out(hidden_states) + self.variance_embedding(embedding)[:, :, None, None]
@@ -328,7 +177,7 @@ class UViTContextEncoder(_UViTModel):
         return UViTContextEncoderOutput(context=context) if return_dict else (context,)
 
 
-class UViTDenoiser(_UViTModel):
+class UViTDenoiser(UViTNetwork):
     """Light network of a pair, or with `context_channels=None` the single-rate network: predicts velocity.
 
     Args:
@@ -410,7 +259,7 @@ class UViTDenoiser(_UViTModel):
             context: A context that ends with a prediction, projected or not.
         """
         z_tau, x, _ = context[-3:]  # z_τ as the encoder saw it: rounded in half precision, which a small σ would tell
-        return diffusion.v_from_x(z_tau, x, _per_sample(context_log_snr, z_tau)[:, None, None, None])
+        return diffusion.v_from_x(z_tau, x, per_sample(context_log_snr, z_tau)[:, None, None, None])
 
     def forward(
         self,
@@ -440,7 +289,7 @@ class UViTDenoiser(_UViTModel):
         if context is not None:
             if self.config.context_channels is None:
                 raise ValueError("This denoiser takes no context (context_channels=None).")
-            embedding = embedding + self.context_noise_embedding(_per_sample(context_log_snr, sample), sample.dtype)
+            embedding = embedding + self.context_noise_embedding(per_sample(context_log_snr, sample), sample.dtype)
         hidden_states, start = sample, None
         if self.config.prediction_hand_over:
             start, hidden_states = self._update_prediction(sample, log_snr, context, context_log_snr)
@@ -456,8 +305,8 @@ class UViTDenoiser(_UViTModel):
         if context is None:
             return None, torch.cat([sample, torch.zeros_like(sample).repeat(1, 3, 1, 1)], dim=1)
         z_tau, x, variance = context[len(self.context_proj) :]
-        z_t, level = sample.float(), _per_sample(log_snr, sample)[:, None, None, None]
-        level_tau = _per_sample(context_log_snr, sample)[:, None, None, None]
+        z_t, level = sample.float(), per_sample(log_snr, sample)[:, None, None, None]
+        level_tau = per_sample(context_log_snr, sample)[:, None, None, None]
         updated = diffusion.gaussian_update(z_t, z_tau, x, variance, level, level_tau)
         velocity = diffusion.v_from_x(z_t, updated, level)
         moved = (updated - x) * torch.exp(-torch.nn.functional.logsigmoid(-level) / 2)  # in units of σ_t

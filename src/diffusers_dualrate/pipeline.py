@@ -25,9 +25,10 @@ from .inputs import (
 from .models import UViTContextEncoder, UViTDenoiser
 from .ranges import check_number
 from .refreshes import plan_refreshes
-from .repositories import RepositoryMixin, refuse_pickles
+from .repositories import RepositoryMixin, check_index, refuse_pickles
 from .sampling import SamplingState, sample_at_two_rates
 
+_REQUIRED = ("denoiser", "scheduler")
 # What a model has to say about its own use, where nobody says otherwise.
 _DEFAULTS = {
     "id2label": None,
@@ -133,11 +134,17 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         Takes what `DiffusionPipeline.from_pretrained` takes. No code of a repository is run unless `custom_pipeline` and
         `trust_remote_code` ask for it.
         """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-        except FileNotFoundError as error:
-            # Where only the cache may be used, the host's message does not say what is missing from it.
-            raise OSError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
+        index = Path(str(pretrained_model_name_or_path), cls.config_name)
+        if index.is_file():
+            config = cls._dict_from_json_file(index)
+            for name in _REQUIRED:
+                if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
+                    raise ValueError(f"{index} names no {name}: give one as an argument.")
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file) -> dict:
+        return check_index(json_file, super()._dict_from_json_file(json_file), ("context_encoder", *_REQUIRED))
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, *args, **kwargs) -> None:
         """Save the model as a repository. Takes what the host's method takes.

@@ -6,8 +6,9 @@ A script ends through `run_script`:
         run_script(main, parse_args())
 
 With several processes the group of torch.distributed stays alive until all are done, and none takes it apart. Threads of
-a gloo group free the tensors of finished work, for which they need the interpreter's lock. A process that destroys the
-group while it holds that lock waits for them, and they for it, for ever. So processes wait for each other, then each is
+a gloo group free the tensors of finished work, for which they need the interpreter's lock. After
+`destroy_process_group` DDP's reducer is the group's last owner. Its destructor joins those threads while it holds that
+lock, so each waits for the other, for ever. So processes wait for each other, then each is
 ended by the system at once, which frees whatever the group held.
 """
 

@@ -1,7 +1,13 @@
 """How our classes are saved to a repository and loaded from it: the host's way, with every failure in one sentence."""
 
 import os
+import re
+import sys
+from collections.abc import Iterable
 from typing import Self
+
+# What the Hub takes for a name: `model` or `owner/model`.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class RepositoryMixin:
@@ -12,18 +18,27 @@ class RepositoryMixin:
         """Load from a Hub repository, a local folder or the cache. Takes what the host's method takes.
 
         Raises:
-            OSError: If a local folder does not exist.
+            OSError: If there is nothing of that name, or files of it are missing or damaged.
             ValueError: If its content cannot be used; the message names the place.
         """
         place = pretrained_model_name_or_path
-        # A name on the Hub looks otherwise than these.
-        is_path = isinstance(place, os.PathLike) or str(place).startswith((".", "/", "~"))
-        if is_path and not os.path.exists(place):
+        if not isinstance(place, (str, os.PathLike)):
+            raise ValueError(
+                f"A model is loaded by the name of a folder or of a repository on the Hub, got {place!r}."
+            )
+        if not os.path.exists(place) and (isinstance(place, os.PathLike) or not _HUB_NAME.fullmatch(place)):
             raise OSError(f"{place} cannot be loaded: there is no such folder.")
         try:
             return super().from_pretrained(place, *args, **kwargs)
         except ValueError as error:
             raise ValueError(f"{place} cannot be loaded: {error}") from error
+        except OSError as error:
+            said = " ".join(str(error).split())
+            if not os.path.exists(place):  # what follows in brackets is advice that does not fit every reader
+                said = (
+                    f"there is no such folder, and on the Hub or in its cache: {said.partition(' (')[0].rstrip('.')}."
+                )
+            raise OSError(f"{place} cannot be loaded: {said}") from error
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -35,6 +50,30 @@ class RepositoryMixin:
         if not isinstance(config, dict):
             raise ValueError(f"{json_file} must hold names and values in braces, got a {type(config).__name__}.")
         return config
+
+
+def check_index(json_file: str | os.PathLike, index: dict, components: Iterable[str]) -> dict:
+    """Refuse a model_index.json that does not say which classes a pipeline and its components are of.
+
+    Args:
+        json_file: Where it was read from.
+        index: What it holds.
+        components: Names of a pipeline's components; one that the file leaves out is looked for elsewhere.
+
+    Returns:
+        `index`.
+    """
+    if "_class_name" not in index:
+        raise ValueError(f"{json_file} lacks _class_name, the class of the pipeline.")
+    for name in set(components) & set(index):
+        entry = index[name]
+        fits = isinstance(entry, list) and len(entry) == 2
+        if not (fits and (entry == [None, None] or all(isinstance(part, str) for part in entry))):
+            raise ValueError(f"{json_file} must name a library and a class for {name}, got {entry!r}.")
+        library, class_name = entry
+        if library in sys.modules and not hasattr(sys.modules[library], class_name):
+            raise ValueError(f"{json_file} names {class_name} as the class of {name}, which {library} has not.")
+    return index
 
 
 def refuse_pickles(safe_serialization: bool) -> None:

@@ -55,15 +55,29 @@ class FiLM(nn.Module):
         return 1 + scale, shift
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation in groups of about 8 channels, at most 32 groups.
+
+    Raises:
+        ValueError: If the groups are not equal.
+    """
+    groups = max(1, min(32, channels // 8))
+    if channels % groups:
+        raise ValueError(
+            f"A level of {channels} channels cannot be normalised in {groups} equal groups: level_channels may hold "
+            "multiples of 8 up to 256, and of 32 beyond."
+        )
+    return nn.GroupNorm(groups, channels)
+
+
 class UViTResBlock(nn.Module):
     """Two 3x3 convolutions with group normalisation; the second starts at zero."""
 
     def __init__(self, channels: int, embedding_dim: int):
         super().__init__()
-        groups = max(1, min(32, channels // 8))
-        self.norm_1 = nn.GroupNorm(groups, channels)
+        self.norm_1 = group_norm(channels)
         self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm_2 = nn.GroupNorm(groups, channels)
+        self.norm_2 = group_norm(channels)
         self.film = FiLM(embedding_dim, channels)
         self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv_2.weight)
@@ -82,7 +96,7 @@ class UViTDepthwiseBlock(nn.Module):
 
     def __init__(self, channels: int, embedding_dim: int):
         super().__init__()
-        self.norm = nn.GroupNorm(max(1, min(32, channels // 8)), channels)
+        self.norm = group_norm(channels)
         self.film = FiLM(embedding_dim, channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.proj_in = nn.Conv2d(channels, channels, 1)

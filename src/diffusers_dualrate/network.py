@@ -1,0 +1,172 @@
+"""What the two networks of a pair share: a residual U-ViT conditioned on log-SNR and class, as a model of the host."""
+
+import dataclasses
+import inspect
+from typing import ClassVar, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models import CacheMixin
+from diffusers.models.attention import AttentionMixin
+from torch import Tensor, nn
+
+from .ranges import check_boolean, check_integer, check_number
+from .repositories import RepositoryMixin, refuse_pickles
+from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm
+
+# Far more than any network of this kind has in a level.
+_MOST_BLOCKS = 1000
+
+
+class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """Base of encoder and denoiser: trunk, noise-level and class conditioning, and the host's bookkeeping."""
+
+    # Defaults of the pipeline that hands this network out among its components.
+    pipeline_defaults: ClassVar[dict] = {}
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
+    _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
+    _skip_layerwise_casting_patterns = ["embed", "norm"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
+        """Load weights from safetensors files; pickled weights are refused. Takes what the host's method takes.
+
+        Raises:
+            ValueError: If the files lack weights that the network needs.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
+        for name, weight in model.named_parameters():
+            if weight.device.type != "meta" and not weight.float().isfinite().all():
+                raise ValueError(f"{pretrained_model_name_or_path} holds NaN or infinity in {name}.")
+        # Weights mapped from a file may start at any address, and the rounding of some kernels depends on it.
+        for weight in model.parameters():
+            if weight.device.type == "cpu":
+                weight.data = weight.data.clone()
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs) -> tuple[dict, dict, dict]:
+        """Where the host takes the constructor's arguments from a configuration; it would pass over unknown ones.
+
+        Raises:
+            ValueError: If the configuration holds an argument that this network does not know.
+        """
+        known = cls._get_init_keys(cls) | {"quantization_config"}
+        unknown = sorted(name for name in config_dict if not name.startswith("_") and name not in known)
+        if unknown:
+            raise ValueError(
+                f"The configuration of a {cls.__name__} holds {', '.join(unknown)}, which it does not know."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save the network, weights as safetensors. Takes what the host's method takes."""
+        refuse_pickles(kwargs.get("safe_serialization", True))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # The host's pipelines read off the signature what a network's method takes.
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)
+
+    def enable_cache(self, config) -> None:
+        """Reuse attention outputs between steps. Takes caches that act inside blocks; call `disable_cache` to end it.
+
+        Args:
+            config: `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`, the latter by default for every
+                attention module. Intervals count calls of this network: K per image for a context encoder. What is
+                reused is the parallel attention and MLP of a block.
+
+        Raises:
+            ValueError: If the cache skips whole stacks of blocks, or would act on nothing.
+        """
+        name = type(config).__name__
+        if not isinstance(config, (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig)):
+            raise ValueError(
+                f"{name} does not fit a U-ViT, whose blocks form one stack per level with skips between them: use "
+                "PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig, which act inside blocks."
+            )
+        if isinstance(config, TaylorSeerCacheConfig):
+            if config.use_lite_mode or config.skip_predict_identifiers:
+                raise ValueError(
+                    f"{name} with use_lite_mode or skip_predict_identifiers puts zeros where a U-ViT's skips read "
+                    "features: leave both out."
+                )
+            config = dataclasses.replace(config, cache_identifiers=config.cache_identifiers or [r".*\.attn"])
+        before = [vars(module).get("forward") for module in self.modules()]
+        super().enable_cache(config)
+        if before == [vars(module).get("forward") for module in self.modules()]:  # a hook replaces `forward`
+            self.disable_cache()
+            raise ValueError(f"{name} acts on no module of this network as it is configured.")
+
+    def _make_output(self) -> None:
+        config = self.config
+        self.norm_out = group_norm(config.level_channels[0])
+        self.proj_out = nn.ConvTranspose2d(
+            config.level_channels[0], config.in_channels, config.patch_size, stride=config.patch_size
+        )
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def _make_trunk(self, in_channels: int) -> None:
+        config = self.config
+        _check_config(config)
+        self.noise_embedding = NoiseLevelEmbedding(config.embedding_dim)
+        # One more row than classes: the null label, for dropped labels and for guidance.
+        self.class_embedding = (
+            nn.Embedding(config.num_classes + 1, config.embedding_dim) if config.num_classes else None
+        )
+        self.trunk = UViTTrunk(
+            in_channels,
+            config.patch_size,
+            tuple(config.level_channels),
+            tuple(config.level_types),
+            tuple(config.level_blocks),
+            config.attention_head_dim,
+            config.embedding_dim,
+            config.dropout,
+        )
+
+    def _embed(self, sample: Tensor, log_snr: Tensor | float, class_labels: Tensor | None) -> Tensor:
+        batch_size = sample.shape[0]
+        embedding = self.noise_embedding(per_sample(log_snr, sample), sample.dtype)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch_size,), self.config.num_classes, device=sample.device)
+            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
+        elif class_labels is not None:
+            raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
+        return embedding
+
+
+def _check_config(config) -> None:
+    """Refuse arguments of the wrong type or out of range; what must fit together the trunk checks."""
+    sides = config.sample_size
+    for side in sides if isinstance(sides, (list, tuple)) and len(sides) == 2 else (sides,):
+        check_integer("sample_size", side, 1)
+    for name in ("in_channels", "patch_size", "attention_head_dim", "embedding_dim"):
+        check_integer(name, config[name], 1)
+    if config.num_classes is not None:
+        check_integer("num_classes, if it is not None for an unconditional model,", config.num_classes, 1)
+    ranges = {"level_channels": (1, None), "level_blocks": (0, _MOST_BLOCKS), "context_channels": (1, None)}
+    for name, (least, most) in ranges.items():
+        if name == "context_channels" and config[name] is None:
+            continue
+        if not isinstance(config[name], (list, tuple)):
+            raise ValueError(f"{name} must be a list with an entry for each level, got {config[name]!r}.")
+        for entry in config[name]:
+            check_integer(f"each of {name}", entry, least, most)
+    check_number("dropout", config.dropout, least=0, below=1)
+    check_boolean("prediction_hand_over", config.prediction_hand_over)
+
+
+def per_sample(log_snr: Tensor | float, sample: Tensor) -> Tensor:
+    """Log-SNR [B] of the images of `sample`, from one value for all or one for each."""
+    log_snr = torch.as_tensor(log_snr, dtype=torch.float32, device=sample.device)
+    return log_snr.reshape(-1).expand(sample.shape[0])
