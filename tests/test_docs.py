@@ -63,7 +63,7 @@ def run_demo(folder):
 def install(folder):
     """`pip install .`, without what it depends on, from a copy: builds leave files beside their source."""
     source = shutil.copytree(ROOT / "src", folder / "source" / "src")
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source.parent)
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(folder / "site")]
     subprocess.run([sys.executable, "-m", "pip", "install", *offline, str(source.parent)], check=True)
