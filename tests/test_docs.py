@@ -73,7 +73,7 @@ def install(folder):
 def upload(words, folder):
     """`hf upload`, to a Hub on this machine, which then holds the model, its card and its measurement."""
     with LoopbackHub() as hub:
-        environment = {**os.environ, **hub.environment(folder / "huggingface")}
+        environment = hub.environment(folder / "huggingface")
         command = [str(Path(sys.executable).with_name("hf")), *words[1:]]
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
