@@ -33,7 +33,7 @@ def time_case(preset: str, n: int, k: int, batch: int, repeats: int) -> dict:
     )
     pair, heavy = report["dual-rate"], report["single-rate"]
     return {
-        "where": f"`{preset}`, CPU core, batch {batch}",
+        "where": f"`{preset}`, CPU, batch {batch}",
         "N": n,
         "K": k,
         "pair_ms": 1000 * pair["seconds"] / batch,

@@ -63,7 +63,7 @@ def run_demo(folder):
 def install(folder):
     """`pip install .`, without what it depends on, from a copy: builds leave files beside their source."""
     source = shutil.copytree(ROOT / "src", folder / "source" / "src")
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source.parent)
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(folder / "site")]
     subprocess.run([sys.executable, "-m", "pip", "install", *offline, str(source.parent)], check=True)
@@ -73,7 +73,7 @@ def install(folder):
 def upload(words, folder):
     """`hf upload`, to a Hub on this machine, which then holds the model, its card and its measurement."""
     with LoopbackHub() as hub:
-        environment = {**os.environ, **hub.environment(folder / "huggingface")}
+        environment = hub.environment(folder / "huggingface")
         command = [str(Path(sys.executable).with_name("hf")), *words[1:]]
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

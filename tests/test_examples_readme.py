@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_single_rate
 from conftest import reset_accelerate
-from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
+from diffusers_dualrate import DualRatePipeline, UViTDenoiser, arguments
 
 README = Path("examples/README.md").read_text(encoding="utf-8")
 COMMANDS = {
@@ -60,8 +60,9 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
             # JSON knows no single quotes, and the shell of a reader no matter.
             argv += ["--override", *(value.replace("'", '"') for value in TINY)]
         elif script == "distill":
-            more = ["training.pretraining_steps=1", "training.max_train_steps=2", "training.min_variance_share=0"]
-            argv += ["--override", *(value.replace("'", '"') for value in TINY), *more]
+            more = ["pretraining_steps=1", "max_train_steps=2", "train_batch_size=4", "min_variance_share=0"]
+            networks = [value.replace("'", '"') for value in TINY if not value.startswith("training.")]
+            argv += ["--override", *networks, *(f"distillation.{value}" for value in more)]
         elif script == "train_classifier":
             argv += ["--max_train_steps", "2", "--held_out", "0.25"]
         else:
@@ -84,7 +85,9 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
 
 
 def test_the_flags_of_the_readme_exist():
-    known = set(training.argument_parser("")._option_string_actions) | {"--config_file"}  # the last is Accelerate's
+    known = set(arguments.argument_parser("", presets=Path("examples/presets"))._option_string_actions) | {
+        "--config_file"
+    }  # the last is Accelerate's
     for script in Path("examples").glob("*.py"):
         known |= set(re.findall(r'"(--\w+)"', script.read_text(encoding="utf-8")))
     pages = [README, *(page.read_text(encoding="utf-8") for page in [Path("README.md"), *Path("docs").glob("*.md")])]

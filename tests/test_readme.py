@@ -106,6 +106,15 @@ def test_the_picture_repeats_what_the_cards_measured():
     assert (ROOT / "docs" / "images" / "comparison.png").stat().st_size < 400e3
 
 
+def test_what_the_quick_preset_took_is_what_its_run_recorded():
+    record = json.loads((ROOT / "docs" / "images" / "quick.json").read_text(encoding="utf-8"))
+    seconds = f"{record['training']['seconds']:.0f} seconds on one CPU core"
+    for page in (README, (ROOT / "docs" / "folder-to-hub.md").read_text(encoding="utf-8")):
+        assert seconds in page and f"{record['images']} emoji" in page and record["command"] in page
+    recipe = json.loads((ROOT / "examples" / "presets" / "quick.json").read_text())["training"]
+    assert record["training"]["images_seen"] == recipe["max_train_steps"] * recipe["train_batch_size"]
+
+
 def test_each_tick_of_the_readme_names_a_test_that_holds_it():
     table = README[README.index("## Works with diffusers") : README.index("## What we found")]
     rows = re.findall(r"^\| (.+?) \| (✓|refused) \| \[(\w+)\]\((.+?)\) \|$", table, re.MULTILINE)
