@@ -29,7 +29,6 @@ from diffusers_dualrate.moment_matching import (
     draw_on_grid,
     grid_denoising_loss,
     grid_log_snr,
-    refresh_interval,
     roll_out,
     student_loss,
 )
@@ -49,6 +48,12 @@ def parse_args(argv=None):
     parser.add_argument("--student", help="Trained model to start from, a Hub repository or a folder.")
     parser.add_argument(
         "--full_rollout", action="store_true", default=None, help="Start from noise, not from noisy images."
+    )
+    parser.add_argument(
+        "--context_from",
+        type=float,
+        help="Time of the first context, 1 being the noisy end: at the steps above it the student works without. "
+        "Default: the preset's, or that of a pair given as --student.",
     )
     parser.add_argument(
         "--pretraining_steps",
@@ -104,17 +109,29 @@ def check_fit(teacher, **others):
                 )
 
 
-def take_over_student(configuration, student, resolution):
-    """The configuration of a distillation that starts from a trained model: its networks, and no denoising first."""
-    size = {"sample_size": resolution} if resolution else {}
+def take_over_student(configuration, student, args):
+    """The configuration of a distillation that starts from a trained model: its networks, and no denoising first.
+
+    A pair keeps the time of its first context, unless the flag gives another.
+    """
+    size = {"sample_size": args.resolution} if args.resolution else {}
     own = {"denoiser": {**student.denoiser.config, **size}}
     own["context_encoder"] = {**(student.context_encoder or student.denoiser).config, **size}
     own["scheduler"] = {name: student.scheduler.config[name] for name in configuration.networks.scheduler}
-    return dataclasses.replace(configuration, networks=Networks(**own)).with_recipe(
-        pretraining_steps=0,
-        # Every step of a single-rate student is heavy.
-        **({} if student.context_encoder else {"num_context_steps": configuration.recipe.num_inference_steps}),
-    )
+    configuration = dataclasses.replace(configuration, networks=Networks(**own)).with_recipe(pretraining_steps=0)
+    if student.context_encoder is None:  # every step of it is heavy
+        if args.context_from not in (None, 1):
+            raise ValueError(f"--context_from {args.context_from} is for a pair: {args.student} is one network.")
+        n = configuration.recipe.num_inference_steps
+        return configuration.with_recipe(num_context_steps=n, context_from=1.0)
+    if args.context_from is None:
+        configuration = configuration.with_recipe(context_from=student.config.context_from or 1.0)
+    if configuration.recipe.context_from < 1 and not student.config.context_free:
+        raise ValueError(
+            f"--context_from {args.context_from} needs a student that learned to go without context, and {args.student} "
+            "did not (context_free=False)."
+        )
+    return configuration
 
 
 def make_student(configuration, teacher, student):
@@ -185,8 +202,7 @@ class VarianceCheck:
         self._noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, n, device).noise
         self._log_snrs = grid_log_snr(log_snr, n, self._noise)
         start = torch.zeros(PROBES, dtype=torch.long, device=device)
-        interval = refresh_interval(n, recipe.num_context_steps)
-        self._ends = {"first": start, "last": start + n, "num_steps": n, "refresh_interval": interval}
+        self._ends = {"first": start, "last": start + n, "refreshes": recipe.plan}
 
     def is_due(self, step):
         """Whether the step just done is looked at: before what it finds is logged, or kept in a checkpoint."""
@@ -215,9 +231,9 @@ def open_models(args, configuration):
     teacher = DualRatePipeline.from_pretrained(args.teacher)
     student = DualRatePipeline.from_pretrained(args.student) if args.student else None
     if student is not None:
-        configuration = take_over_student(configuration, student, args.resolution)
+        configuration = take_over_student(configuration, student, args)
         check_fit(teacher, student={**student.denoiser.config, **student.scheduler.config})
-    refresh_interval(configuration.recipe.num_inference_steps, configuration.recipe.num_context_steps)
+    _ = configuration.recipe.plan  # which is refused now, if there is none
     return teacher, student, configuration
 
 
@@ -241,14 +257,19 @@ def main(args, open_images=training.open_images):
     # One seed for the weights; the randomness of a step comes from (seed, step, row).
     set_seed(configuration.options.seed)
     trained = make_student(configuration, teacher, student)
-    averaged = copy.deepcopy(trained).eval()  # will hold the EMA weights, to sample from and to save
+    averaged, recipe = (
+        copy.deepcopy(trained).eval(),
+        configuration.recipe,
+    )  # will hold the EMA weights, to sample from and to save
     pipeline = DualRatePipeline(
         averaged.denoiser,
         DualRateScheduler(**configuration.networks.scheduler | OWN_SAMPLING),
         averaged.context_encoder,
         id2label=images.id2label,
-        num_inference_steps=configuration.recipe.num_inference_steps,
-        num_context_steps=configuration.recipe.num_context_steps if averaged.context_encoder else None,
+        num_inference_steps=recipe.num_inference_steps,
+        num_context_steps=recipe.num_context_steps if averaged.context_encoder else None,
+        context_from=recipe.context_from if recipe.context_from < 1 else None,
+        context_free=recipe.context_from < 1,
     )
     run = Run(accelerator, configuration, trained, images, {"teacher": teacher, "student": student})
     return train(run, trained, averaged, pipeline, teacher, is_new=student is None)
@@ -266,9 +287,10 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
     ema.to(accelerator.device)
     run.load(ema)
 
-    n, k = recipe.num_inference_steps, recipe.num_context_steps
+    n = recipe.num_inference_steps
     log_snr = training.schedule_of(pipeline.scheduler).log_snr
-    steps = {"log_snr": log_snr, "num_inference_steps": n, "num_context_steps": k, "min_variance": recipe.min_variance}
+    steps = {name: getattr(recipe, name) for name in ("num_inference_steps", "num_context_steps", "context_from")}
+    steps |= {"log_snr": log_snr, "min_variance": recipe.min_variance}
     guidance_scale = recipe.guidance_scale if run.images.num_classes else 1.0
     teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
     judges = {"auxiliary": trained.predict_midpoint, "teacher": make_teacher(teacher, guidance_scale)}

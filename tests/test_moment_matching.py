@@ -327,7 +327,7 @@ def test_a_rollout_over_the_whole_grid_is_the_sampler():
     noise = torch.randn(3, N + 1, 1, 4, 4, dtype=torch.float64)
     student = linear_network(GRID, best_gains(0.5), torch.linspace(0.1, -0.2, N, dtype=torch.float64))
     levels = cosine_log_snr(torch.tensor([*GRID, 0.0], dtype=torch.float64))
-    steps = {"num_steps": N - 1, "refresh_interval": 4}
+    steps = {"refreshes": scheduler.refreshes_context[:-1]}
     start, last = torch.zeros(3, dtype=torch.long), torch.full((3,), N - 1)
     last[1] = 5
     found = roll_out(student, lambda z, *_: (z,), noise[:, 0], None, noise, levels, start, last, **steps)

@@ -41,12 +41,20 @@ def count(run):
 
 
 @pytest.mark.parametrize(
-    ("is_pair", "full_rollout", "scale"), [(True, False, 2.0), (True, True, 1.0), (False, True, 2.0)]
+    ("is_pair", "full_rollout", "scale", "late"),
+    [
+        (True, False, 2.0, {}),
+        (True, True, 1.0, {}),
+        (False, True, 2.0, {}),
+        (True, False, 1.0, {"num_context_steps": 1, "context_from": 0.5}),
+        (True, True, 2.0, {"num_context_steps": 1, "context_from": 0.5}),
+        (True, True, 1.0, {"num_context_steps": 3, "context_from": 0.5}),
+    ],
 )
-def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks, is_pair, full_rollout, scale):
+def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks, is_pair, full_rollout, scale, late):
     """But for gradients of what the first layers are given. Kills: 1 more or less in every factor, but for that of the projection."""
     encoder, denoiser, teacher = networks
-    steps = STEPS
+    steps = STEPS | late
     if not is_pair:
         encoder, denoiser, steps = None, copy.deepcopy(teacher), STEPS | {"num_context_steps": N}
     trained = Distillation(denoiser, encoder, copy.deepcopy(teacher)).train().requires_grad_(True)
@@ -58,6 +66,7 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
 
     x = torch.randn(ROWS, 3, 8, 8)
     draws = moment_matching.draw_on_grid(0, 0, range(ROWS), x.shape[1:], N)
+    draws.uniforms[:, 0] = torch.tensor([0.1, 0.9])  # a row before the first late context, and one behind it
     judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
     arguments = [None if full_rollout else x, LABELS, draws]
     told = {name: value for name, value in steps.items() if name != "log_snr"}

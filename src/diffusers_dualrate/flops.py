@@ -196,7 +196,7 @@ def training_image_flops(
     if frozen:
         total -= (1 - context_dropout) * (2 * network_flops(context_encoder) + context_flops(denoiser))
     if followed:
-        total += network_flops(context_encoder) + context_flops(denoiser)
+        total += (1 - context_dropout) * (network_flops(context_encoder) + context_flops(denoiser))
     return total
 
 
@@ -218,21 +218,27 @@ def distillation_image_flops(
         teacher: Its network.
         recipe: How it is distilled.
     """
-    n, k = recipe.num_inference_steps, recipe.num_context_steps
-    light, judge = network_flops(denoiser), network_flops(teacher)
+    plan, light, judge = recipe.plan, network_flops(denoiser), network_flops(teacher)
+    n, k, alone = len(plan), plan.num_context_steps, plan.num_steps_alone
     encode, project = 0, 0
     if context_encoder is not None:
         encode, project = network_flops(context_encoder), context_flops(denoiser)
-    interval = n // k
+    interval = (n - alone) // k
     rollout = (interval - 1) * light
+    opening = network_flops(denoiser, with_context=False) if alone else 0
     if recipe.full_rollout:  # from noise to the segment, too
-        rollout += (n - interval) * light + (k - 1) * (encode + project)
+        rollout += alone * opening + (n - alone - interval) * light + (k - 1) * (encode + project)
     predict = light + encode + project
+
+    def mean(behind: int, before: int) -> int:
+        """Of a row behind the first refresh and one before it, as often as they are drawn."""
+        return ((n - alone) * behind + alone * before) // n
+
     judged = 2 if recipe.guidance_scale > 1 and teacher.config.num_classes else 1
     return {
-        "pretraining": 3 * light + 2 * project + encode,  # with the encoder frozen
-        "auxiliary": rollout + predict + (judged + 3) * judge,
-        "student": rollout + 3 * predict + (judged + 1) * judge,
+        "pretraining": mean(3 * light + 2 * project + encode, 3 * opening),  # with the encoder frozen
+        "auxiliary": mean(rollout + predict, alone * opening) + (judged + 3) * judge,
+        "student": mean(rollout + 3 * predict, (alone + 2) * opening) + (judged + 1) * judge,
     }
 
 

@@ -9,7 +9,8 @@ a batch of its own, and with a weight w(s) minimise
 
 At its optimum the auxiliary is the midpoint between E[x̃ | z_s] and the teacher, so the student's gradient vanishes where
 those agree. No gradient passes z_s, the states before z_t, or the teacher. z_s must come from the posterior: noise added
-afresh to x̃ would teach the student too wide a distribution. A single-rate student has no encoder, and K = N.
+afresh to x̃ would teach the student too wide a distribution. A single-rate student has no encoder, and K = N. Contexts may
+begin late: rows that stand at a step before the first refresh have come there, and predict, without.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from . import diffusion, losses
 from .losses import Denoise, Encode, LogSNR, column
+from .refreshes import RefreshPlan, plan_segments
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,43 @@ def _draw_posterior(z: Tensor, x: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, 
     return factor_z * z + factor_x * x + std * noise
 
 
-def refresh_interval(num_inference_steps: int, num_context_steps: int) -> int:
-    """Steps N/K that share a context; a student's segments are all alike, so K must divide N."""
-    if not 1 <= num_context_steps <= num_inference_steps or num_inference_steps % num_context_steps:
-        raise ValueError(
-            f"num_context_steps must divide num_inference_steps={num_inference_steps}, got {num_context_steps}."
-        )
-    return num_inference_steps // num_context_steps
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a batch that stand before the first refresh, or those that stand behind it.
+
+    Args:
+        rows: Which they are.
+        begin: First step of each one's segment [rows].
+        length: Steps of a segment.
+        furthest: First step of the last segment.
+        has_context: Whether a segment begins with a refresh.
+    """
+
+    rows: Tensor | slice
+    begin: Tensor
+    length: int
+    furthest: int
+    has_context: bool
+
+
+def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
+    """The parts of a batch whose rows stand at steps n [B], those that have any rows."""
+    alone, length = plan.num_steps_alone, len(plan.until_next(plan.num_steps_alone))
+    furthest = len(plan) - length
+    if alone == 0:
+        return [_Part(slice(None), n - n % length, length, furthest, True)]
+    parts = []
+    before, behind = (n < alone).nonzero()[:, 0], (n >= alone).nonzero()[:, 0]
+    if len(before) > 0:
+        parts.append(_Part(before, torch.zeros_like(before), alone, 0, False))
+    if len(behind) > 0:
+        parts.append(_Part(behind, n[behind] - (n[behind] - alone) % length, length, furthest, True))
+    return parts
+
+
+def _in_order(parts: list[_Part], values: Sequence[Tensor]) -> Tensor:
+    """Values of the parts as one batch, each row at its place."""
+    return values[0] if len(parts) == 1 else torch.cat(values)[torch.cat([part.rows for part in parts]).argsort()]
 
 
 @torch.no_grad()
@@ -115,8 +147,7 @@ def roll_out(
     first: Tensor,
     last: Tensor,
     *,
-    num_steps: int,
-    refresh_interval: int,
+    refreshes: Sequence[bool],
 ) -> Tensor:
     """Take the student's ancestral steps, from step `first` to step `last` in each row, without gradient.
 
@@ -127,15 +158,15 @@ def roll_out(
         class_labels: [B] integers, or `None`.
         noise: Noise [B, N + 1, C, H, W], number n + 1 for step n.
         log_snrs: Log-SNR of the grid [N + 1].
-        first: Steps n that the rows stand at, each a refresh [B].
+        first: Steps n that the rows stand at [B].
         last: Steps that they go to [B].
-        num_steps: Steps to the row that goes furthest; rows that have arrived wait.
-        refresh_interval: N/K, the steps that share a context.
+        refreshes: Whether each step from there on refreshes the context, as many as the row that goes furthest takes; rows
+            that have arrived wait.
     """
     context = context_log_snr = None
-    for i in range(num_steps):
+    for i, now in enumerate(refreshes):
         n = (first + i).clamp(max=len(log_snrs) - 2)
-        if encode is not None and i % refresh_interval == 0:
+        if encode is not None and now:
             context, context_log_snr = encode(z, log_snrs[n], class_labels), log_snrs[n]
         x = _predict(denoise, z, log_snrs[n], class_labels, context, context_log_snr)
         moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], noise[torch.arange(len(z)), n + 1])
@@ -155,6 +186,7 @@ def sample_student(
     log_snr: LogSNR,
     num_inference_steps: int,
     num_context_steps: int,
+    context_from: float = 1.0,
 ) -> StudentSample:
     """Bring the student to a random step of its grid, predict there with gradient, and draw z_s.
 
@@ -168,41 +200,57 @@ def sample_student(
         log_snr: t [B] → λ_t.
         num_inference_steps: N.
         num_context_steps: K, a divisor of N; N itself for a single-rate student.
+        context_from: Time of the first context. K divides the steps at or below it, and the rows at those above predict
+            without context, so that they give the encoder no gradient.
     """
     noise = draws.noise
-    interval = refresh_interval(num_inference_steps, num_context_steps)
+    plan = plan_segments(num_inference_steps, num_context_steps, context_from)
     log_snrs = grid_log_snr(log_snr, num_inference_steps, noise)
     n = (draws.uniforms[:, 0] * num_inference_steps).long()
-    refresh = n - n % interval
     # Rounding may put an s next to t on its other side.
     log_snr_s = log_snr(1 - (n + draws.uniforms[:, 1]) / num_inference_steps).maximum(log_snrs[n])
 
-    # The heavy time's state, which has no gradient, then its context, which has.
-    steps = {"class_labels": class_labels, "noise": noise, "log_snrs": log_snrs, "refresh_interval": interval}
-    if x is None:
-        start = torch.zeros_like(n)
-        z_tau = roll_out(
-            denoise, encode, noise[:, 0], first=start, last=refresh, num_steps=num_inference_steps - interval, **steps
-        )
-    else:
-        z_tau = diffusion.add_noise(x, noise[:, 0], column(log_snrs[refresh], x))
-    context = context_log_snr = None
-    if encode is not None:
-        context, context_log_snr = encode(z_tau, log_snrs[refresh], class_labels), log_snrs[refresh]
-
-    # From there to t without gradient; the prediction at t has it, for denoiser and encoder.
-    z_t = roll_out(
-        denoise,
-        None if encode is None else lambda *_: context,
-        z_tau,
-        first=refresh,
-        last=n,
-        num_steps=interval - 1,
-        **steps,
-    )
-    prediction = _predict(denoise, z_t, log_snrs[n], class_labels, context, context_log_snr)
+    parts = _parts_of(n, plan)
+    reached = [_reach(denoise, encode, part, x, class_labels, noise, log_snrs, n, plan) for part in parts]
+    z_t, prediction = (_in_order(parts, values) for values in zip(*reached, strict=True))
     z_s = _draw_posterior(z_t, prediction.detach(), log_snrs[n], log_snr_s, noise[torch.arange(len(n)), n + 1])
     return StudentSample(prediction, z_s, log_snr_s)
+
+
+def _of(part: _Part, values: Tensor | None) -> Tensor | None:
+    return None if values is None else values[part.rows]
+
+
+def _reach(
+    denoise: Denoise,
+    encode: Encode | None,
+    part: _Part,
+    x: Tensor | None,
+    class_labels: Tensor | None,
+    noise: Tensor,
+    log_snrs: Tensor,
+    n: Tensor,
+    plan: RefreshPlan,
+) -> tuple[Tensor, Tensor]:
+    """Bring the rows of a part to their step: z_t, without gradient, and the prediction x̃ there, which has it."""
+    x, class_labels, noise, n = (_of(part, values) for values in (x, class_labels, noise, n))
+    encode = encode if part.has_context else None
+    # The state that the segment begins with has no gradient, and its context has.
+    steps = {"class_labels": class_labels, "noise": noise, "log_snrs": log_snrs}
+    if x is None:
+        start, refreshes = torch.zeros_like(n), plan[: part.furthest]
+        z_tau = roll_out(denoise, encode, noise[:, 0], first=start, last=part.begin, refreshes=refreshes, **steps)
+    else:
+        z_tau = diffusion.add_noise(x, noise[:, 0], column(log_snrs[part.begin], x))
+    context = context_log_snr = None
+    if encode is not None:
+        context, context_log_snr = encode(z_tau, log_snrs[part.begin], class_labels), log_snrs[part.begin]
+
+    # From there to t without gradient; the prediction at t has it, for denoiser and encoder.
+    refreshes = [i == 0 for i in range(part.length - 1)]
+    keep = None if encode is None else lambda *_: context
+    z_t = roll_out(denoise, keep, z_tau, first=part.begin, last=n, refreshes=refreshes, **steps)
+    return z_t, _predict(denoise, z_t, log_snrs[n], class_labels, context, context_log_snr)
 
 
 def auxiliary_loss(
@@ -269,18 +317,29 @@ def grid_denoising_loss(
     num_inference_steps: int,
     num_context_steps: int,
     min_variance: float,
+    context_from: float = 1.0,
 ) -> Tensor:
     """Denoising loss w ‖x − x̂‖² at the times that a student meets: what a new denoiser learns before it is distilled.
 
     Takes arguments of [`auxiliary_loss`]; x cannot be `None`, and the pair (z_t, z_τ) is coupled.
     """
-    interval = refresh_interval(num_inference_steps, num_context_steps)
+    plan = plan_segments(num_inference_steps, num_context_steps, context_from)
     log_snrs = grid_log_snr(log_snr, num_inference_steps, x)
     n = (draws.uniforms[:, 0] * num_inference_steps).long()
-    log_snr_t, log_snr_tau = log_snrs[n], log_snrs[n - n % interval]
+    parts, predictions = _parts_of(n, plan), []
+    log_snr_t, log_snr_tau = log_snrs[n], log_snrs[_in_order(parts, [part.begin for part in parts])]
     eps, eps_tau = draws.noise[:, 0], draws.noise[:, 1]
     z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, column(log_snr_t, x), column(log_snr_tau, x))
-    context = encode(z_tau, log_snr_tau, class_labels)
-    prediction = _predict(denoise, z_t, log_snr_t, class_labels, context, log_snr_tau)
+    for part in parts:
+        z, level, labels, context, level_tau = (
+            *(_of(part, each) for each in (z_t, log_snr_t, class_labels)),
+            None,
+            None,
+        )
+        if part.has_context:
+            level_tau = _of(part, log_snr_tau)
+            context = encode(_of(part, z_tau), level_tau, labels)
+        predictions.append(_predict(denoise, z, level, labels, context, level_tau))
+    prediction = _in_order(parts, predictions)
     weight = column(clipped_weight(log_snr_t, min_variance), x)
     return (weight * (x - prediction).square()).mean()

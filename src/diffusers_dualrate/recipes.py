@@ -10,6 +10,7 @@ from typing import ClassVar
 from .augmentation import Augmentation
 from .ranges import check_boolean, check_choice, check_integer, check_number
 from .records import build
+from .refreshes import RefreshPlan, plan_segments
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 """Courses of the learning rate: those of diffusers that need nothing but the counts of steps."""
@@ -169,6 +170,7 @@ class DistillationRecipe(Recipe):
         full_rollout: Whether the student starts from noise instead of noisy images.
         num_inference_steps: N of the student.
         num_context_steps: K of the student.
+        context_from: Time of its first context, a share of the chain: at the steps above it works without.
         guidance_scale: Guidance of the teacher, which the student takes over.
     """
 
@@ -179,6 +181,7 @@ class DistillationRecipe(Recipe):
     full_rollout: bool
     num_inference_steps: int
     num_context_steps: int
+    context_from: float = 1.0
     guidance_scale: float
 
     section: ClassVar[str] = "distillation"
@@ -191,11 +194,21 @@ class DistillationRecipe(Recipe):
         check_number("min_variance_share", self.min_variance_share, least=0)
         check_boolean("full_rollout", self.full_rollout)
         check_integer("num_inference_steps", self.num_inference_steps, least=1)
+        check_number("context_from", self.context_from, above=0, most=1)
         check_number("guidance_scale", self.guidance_scale, least=1)
 
     @property
     def num_steps(self) -> int:
         return self.pretraining_steps + self.max_train_steps
+
+    @property
+    def plan(self) -> RefreshPlan:
+        """Which steps of the student refresh.
+
+        Raises:
+            ValueError: If K does not divide the steps that see a context.
+        """
+        return plan_segments(self.num_inference_steps, self.num_context_steps, self.context_from)
 
     @property
     def images_by_phase(self) -> dict[str, int]:

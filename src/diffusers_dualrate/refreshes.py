@@ -120,6 +120,26 @@ def plan_refreshes(
     return RefreshPlan(tuple(step in steps for step in range(n)))
 
 
+def plan_segments(num_inference_steps: int, num_context_steps: int, context_from: float = 1.0) -> RefreshPlan:
+    """The plan of a student, whose segments are all alike: K must divide the steps at or below `context_from`.
+
+    Args:
+        num_inference_steps: Number N of steps, at the times t_n = 1 − n/N.
+        num_context_steps: Number K of refreshes.
+        context_from: Time of the first context; the steps above it go without.
+
+    Raises:
+        ValueError: If K does not divide them.
+    """
+    n, k = num_inference_steps, num_context_steps
+    alone = sum(1 - step / n > context_from + 1e-9 for step in range(n))
+    left = n - alone
+    if not 1 <= k <= left or left % k:
+        late = f"the {left} steps at or below context_from={context_from} of " if alone else ""
+        raise ValueError(f"num_context_steps must divide {late}num_inference_steps={n}, got {k}.")
+    return plan_refreshes(n, k, num_steps_alone=alone)
+
+
 def _check_steps(num_inference_steps: int, refresh_steps: Sequence[int]) -> set[int]:
     if not hasattr(refresh_steps, "__iter__") or isinstance(refresh_steps, str):
         raise ValueError(f"refresh_steps must be a list of steps, got {refresh_steps!r}.")
