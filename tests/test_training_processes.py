@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -119,6 +120,19 @@ def test_a_run_killed_at_any_moment_loses_no_more_than_the_steps_since_its_last_
     assert run("train_single_rate", argv) == [0]
     assert everything_in(tmp_path / "whole/checkpoint-6") == everything_in(tmp_path / "parts/checkpoint-6")
     assert {path.name for path in (tmp_path / "parts").glob("*checkpoint*")} == {"checkpoint-5", "checkpoint-6"}
+
+
+def test_two_processes_started_into_the_folder_of_a_run_that_is_alive_both_end_and_say_so(folder, tmp_path):
+    """The lock is that of this process; once it is free, a run that was killed is no obstacle either."""
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    argv = arguments(folder, output_dir, "--max_train_steps", 1)
+    with FileLock(output_dir / ".lock"):
+        codes = run("train_single_rate", argv, 2)
+    assert codes == [1, 1] and not list_checkpoints(output_dir)
+    for rank in range(2):
+        assert "holds a run that is alive: wait for its end" in (tmp_path / f"run.log{rank}").read_text()
+    assert run("train_single_rate", argv, 2) == [0, 0]
 
 
 def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path):
