@@ -149,6 +149,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
+    assert all(record.pop("seconds") > 0 for record in records)
     assert records[0] == records[1] and records[0]["images_seen"] == 4 * 8 and records[0]["corrupt_images"] == 1
 
     # The signal reaches the second process alone.
@@ -221,7 +222,8 @@ def test_a_run_publishes_its_model_its_record_and_its_samples_and_nothing_else(f
         _, files = hub.repositories["org/trained"].find("main")
     sent = set(files) - {".gitattributes"}
     assert sent == {
-        *("README.md", "model_index.json", "pipeline.py", "training.json", "samples/0000001.png"),
+        *("README.md", "model_index.json", "pipeline.py", "samples/0000001.png"),
+        *("configuration.json", "training.json"),
         *("scheduler/scheduler_config.json", "scheduler/diffusers_dualrate.py"),
         *("denoiser/config.json", "denoiser/diffusion_pytorch_model.safetensors", "denoiser/diffusers_dualrate.py"),
     }
