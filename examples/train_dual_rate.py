@@ -95,6 +95,7 @@ def main(args, open_images=training.open_images):
     images = open_images(configuration.data, **configuration.image_options)
     start = training.open_start(configuration.start.pretrained_model_name_or_path, images)
     configuration = configuration.with_classes(images.num_classes)
+    recipe = configuration.recipe
 
     # One seed for the weights; the randomness of a step comes from (seed, step, row).
     set_seed(configuration.options.seed)
@@ -107,9 +108,11 @@ def main(args, open_images=training.open_images):
         id2label=images.id2label,
         num_inference_steps=configuration.sampling.num_inference_steps,
         num_context_steps=configuration.sampling.num_context_steps,
+        context_from=recipe.context_from if recipe.context_from < 1 else None,
+        context_free=recipe.share_without_context > 0,
         guidance_scale=configuration.sampling.guidance_scale if images.num_classes else 1.0,
         # Where the context is fresh, a denoiser that follows the encoder would at best repeat it.
-        encoder_denoises=configuration.recipe.follow_encoder,
+        encoder_denoises=recipe.follow_encoder,
     )
     run = Run(accelerator, configuration, pair, images, {"pretrained_model_name_or_path": start})
     return train(run, pair, averaged, pipeline)

@@ -61,3 +61,20 @@ def sample(
         weight_z, weight_x, variance = conditioned(level, at(times[i + 1]))
         z = weight_z * z + weight_x * x + math.sqrt(variance) * torch.randn(z.shape, generator=generator)
     return z
+
+
+def variances(times, refresh_at, variance, gain_alone=1.0):
+    """Var z after each step of the ancestral chain on Gaussian data, where x̂ = k_t z is exact and V_s = A² V_t + noise.
+
+    Before the first of `refresh_at` the denoiser, which works alone, predicts x̂ = gain_alone k_t z.
+    """
+    found, so_far = [], 1.0
+    for i, t in enumerate(times):
+        alpha, sigma = amplitudes(log_snr_at(t))
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        gain = gain if i >= min(refresh_at) else gain_alone * gain
+        if i == len(times) - 1:
+            return [*found, gain**2 * so_far]
+        weight_z, weight_x, noise = conditioned(log_snr_at(t), log_snr_at(times[i + 1]))
+        so_far = (weight_z + weight_x * gain) ** 2 * so_far + noise
+        found.append(so_far)

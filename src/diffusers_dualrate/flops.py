@@ -8,7 +8,7 @@ channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c; for depthwise block
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .recipes import DistillationRecipe, Recipe
+from .refreshes import RefreshPlan, plan_refreshes
 from .uvit import UViTStage
 
 
@@ -25,14 +26,17 @@ def _size(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | No
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def network_flops(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:
-    """FLOPs of one evaluation for one image; for a denoiser with context, of the branch that takes one.
+def network_flops(
+    network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None, *, with_context: bool = True
+) -> int:
+    """FLOPs of one evaluation for one image.
 
     Adding a projected context costs additions only, which are not counted.
 
     Args:
         network: Either network, compiled or not; it is neither run nor changed.
         size: Height and width; default: its `sample_size`.
+        with_context: Whether a denoiser that takes context is given one.
     """
     network = getattr(network, "_orig_mod", network)  # what `torch.compile` wrapped
     height, width = _size(network, size)
@@ -40,7 +44,7 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, i
         copy = type(network).from_config(network.config).eval()
         sample = torch.empty(1, network.config.in_channels, height, width)
         inputs = {"sample": sample, "log_snr": torch.empty(1)}
-        if isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
+        if with_context and isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
             trunk_input = torch.empty(1, copy.trunk.patch_embed.in_channels, height, width)
             context = copy.trunk(trunk_input, torch.empty(1, copy.config.embedding_dim))
             if copy.config.prediction_hand_over:
@@ -86,31 +90,64 @@ def image_flops(
     *,
     num_inference_steps: int,
     num_context_steps: int = 0,
+    num_steps_alone: int = 0,
     guided: bool = False,
     encoder_denoises: bool = False,
     size: tuple[int, int] | None = None,
 ) -> int:
     """FLOPs of generating one image: K heavy evaluations with their projections, N or N − K light ones.
 
+    For a plan that is more than these counts, or guidance at some steps only, there is [`plan_flops`].
+
     Args:
         denoiser: Network that runs at every step, or where the encoder does not.
         context_encoder: Network that runs K times; `None` for a single-rate model.
         num_inference_steps: N.
         num_context_steps: K, from 1 to N with an encoder; without meaning for a single-rate model.
+        num_steps_alone: Steps before the first refresh, which a pair takes without context.
         guided: Whether guidance evaluates both branches at every step, which doubles everything.
         encoder_denoises: Whether the light network is spared at refreshes, as the pipeline's option of this name does.
         size: Height and width; default: the denoiser's `sample_size`.
     """
-    if context_encoder is not None and not 1 <= num_context_steps <= num_inference_steps:
-        raise ValueError(
-            f"num_context_steps must be between 1 and num_inference_steps={num_inference_steps}, got {num_context_steps}."
-        )
-    size = _size(denoiser, size)
-    light = num_inference_steps - num_context_steps if encoder_denoises else num_inference_steps
-    total = light * network_flops(denoiser, size)
+    plan = RefreshPlan((False,) * num_inference_steps)
     if context_encoder is not None:
-        total += num_context_steps * (network_flops(context_encoder, size) + context_flops(denoiser, size))
-    return total * (2 if guided else 1)
+        plan = plan_refreshes(num_inference_steps, num_context_steps, num_steps_alone=num_steps_alone)
+    options = {"guided": [guided] * len(plan), "encoder_denoises": encoder_denoises, "size": size}
+    return plan_flops(denoiser, context_encoder, plan, **options)
+
+
+def plan_flops(
+    denoiser: UViTDenoiser,
+    context_encoder: UViTContextEncoder | None,
+    plan: RefreshPlan,
+    *,
+    guided: Sequence[bool] | None = None,
+    encoder_denoises: bool = False,
+    size: tuple[int, int] | None = None,
+) -> int:
+    """FLOPs of generating one image by a plan.
+
+    Args:
+        denoiser: Network that runs at every step, or where the encoder does not.
+        context_encoder: Network that runs at refreshes; `None` for a single-rate model.
+        plan: Which steps refresh.
+        guided: Whether each step evaluates both branches; `None` for none. A refresh encodes both if a step that it serves
+            does.
+        encoder_denoises: As for [`image_flops`].
+        size: Height and width; default: the denoiser's `sample_size`.
+    """
+    size, branches = _size(denoiser, size), [2 if guides else 1 for guides in guided or [False] * len(plan)]
+    light, heavy, alone = network_flops(denoiser, size), 0, 0
+    if context_encoder is not None:
+        heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
+        alone = plan.num_steps_alone
+    total = sum(branches[:alone]) * network_flops(denoiser, size, with_context=False) if alone else 0
+    for i in range(alone, len(plan)):
+        if plan[i]:
+            total += max(branches[j] for j in plan.until_next(i)) * heavy
+        if not (plan[i] and encoder_denoises):
+            total += branches[i] * light
+    return total
 
 
 def target_flops(

@@ -62,7 +62,7 @@ class GuidedRun:
         denoiser: The light network.
         context_encoder: The heavy network; `None` for a single-rate model.
         scheduler: The run's own scheduler.
-        plan: Which steps refresh.
+        plan: Which steps refresh: none for a single-rate model, and before the first one no step sees a context.
         log_snrs: Log-SNR [N] of each step, on the CPU.
         class_labels: Class of each image [B]; `None` for no class.
         guidance: May change while the run goes on.
@@ -84,9 +84,7 @@ class GuidedRun:
         encoder_denoises: bool = False,
         device: str | torch.device | None = None,
     ):
-        self.denoiser, self.context_encoder, self.scheduler = denoiser, context_encoder, scheduler
-        # A single-rate model is a plan without refreshes.
-        self.plan = plan if context_encoder is not None else RefreshPlan((False,) * len(plan))
+        self.denoiser, self.context_encoder, self.scheduler, self.plan = denoiser, context_encoder, scheduler, plan
         self.levels, self.log_snrs = log_snrs.tolist(), log_snrs.to(device)
         self.class_labels, self.guidance = class_labels, guidance or Guidance()
         self.encoder_denoises = encoder_denoises

@@ -14,6 +14,7 @@ from torch import Tensor
 from .guidance import Guidance, GuidedRun
 from .models import UViTContextEncoder, UViTDenoiser
 from .ranges import check_boolean, check_choice, check_integer, check_number
+from .refreshes import RefreshPlan, plan_refreshes
 from .scheduler import DualRateScheduler, start_run
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -215,6 +216,18 @@ def check_encoder_denoises(
         )
 
 
+def check_default_refreshes(defaults: Mapping, context_encoder: UViTContextEncoder | None) -> None:
+    """Check what a pipeline says of its refreshes beside K, which without an encoder has no effect."""
+    context_from, steps = defaults["context_from"], defaults["refresh_steps"]
+    context_free = check_boolean("context_free", defaults["context_free"])
+    if context_from is not None:
+        check_number("context_from", context_from, above=0, most=1)
+    plan = None if steps is None else plan_refreshes(defaults["num_inference_steps"], refresh_steps=steps)
+    if context_encoder is not None:
+        check_late(context_from is not None and context_from < 1, context_free, f"context_from={context_from}")
+        check_late(plan is not None and plan.num_steps_alone > 0, context_free, f"refresh_steps={steps}")
+
+
 def check_id2label(id2label: Mapping[int | str, str] | None, num_classes: int | None) -> dict[int, str]:
     """Names of classes by number, in the order of the numbers; JSON, which knows only strings as keys, mixes it up."""
     if not isinstance(id2label or {}, Mapping):
@@ -229,6 +242,53 @@ def check_id2label(id2label: Mapping[int | str, str] | None, num_classes: int | 
     if any(not 0 <= number < (num_classes or 0) for number in names):
         raise ValueError(f"id2label names classes outside 0..{(num_classes or 0) - 1}: {sorted(names)}.")
     return dict(sorted(names.items()))
+
+
+def plan_run(
+    scheduler: SchedulerMixin,
+    context_encoder: UViTContextEncoder | None,
+    defaults: Mapping,
+    device: str | torch.device | None,
+    steps: tuple[int | None, int | None, Sequence[int] | None, Sequence[float] | None],
+) -> tuple[SchedulerMixin, RefreshPlan, Tensor]:
+    """Set the steps of a run, from the arguments of [`make_run`]: its scheduler, its plan and each step's log-SNR [N].
+
+    A single-rate model has a plan without refreshes.
+
+    Raises:
+        ValueError: If there is no such run, or it begins without context and the pair never learned to.
+    """
+    n, k, refresh_steps, timesteps = steps
+    if n is None and timesteps is None:
+        n = defaults["num_inference_steps"]
+        if k is None and refresh_steps is None:  # named steps are those of the model's own N
+            refresh_steps = defaults["refresh_steps"]
+    scheduler, plan, log_snrs = start_run(
+        scheduler,
+        device,
+        num_inference_steps=n,
+        timesteps=timesteps,
+        num_context_steps=k,
+        refresh_steps=refresh_steps,
+        context_from=None if context_encoder is None else defaults["context_from"],
+        most_context_steps=defaults["num_context_steps"],
+    )
+    if context_encoder is None:
+        return scheduler, RefreshPlan((False,) * len(plan)), log_snrs
+    named = (
+        f"refresh_steps={refresh_steps}" if refresh_steps is not None else f"context_from={defaults['context_from']}"
+    )
+    check_late(plan.num_steps_alone > 0, defaults["context_free"], named)
+    return scheduler, plan, log_snrs
+
+
+def check_late(is_late: bool, context_free: bool, what: str) -> None:
+    """Refuse contexts that begin late for a pair that never learned to go without."""
+    if is_late and not context_free:
+        raise ValueError(
+            f"{what} leaves the steps before it without context, which this pair never learned (context_free=False): "
+            "refresh at step 0, or train with context_from or context_dropout."
+        )
 
 
 def make_run(
@@ -265,15 +325,7 @@ def make_run(
         denoiser, id2label, class_labels=class_labels, guidance_scale=guidance_scale, generator=generator, **options
     )
     check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
-    n, k, refresh_steps, timesteps = steps
-    if n is None and timesteps is None:
-        n = defaults["num_inference_steps"]
-    if k is None and refresh_steps is None and defaults["num_context_steps"] is not None:
-        count = check_integer("num_inference_steps", n, 1) if timesteps is None else len(timesteps)
-        k = min(defaults["num_context_steps"], count) or None
-    scheduler, plan, log_snrs = start_run(
-        scheduler, device, num_inference_steps=n, timesteps=timesteps, num_context_steps=k, refresh_steps=refresh_steps
-    )
+    scheduler, plan, log_snrs = plan_run(scheduler, context_encoder, defaults, device, steps)
     if context_encoder is not None and not isinstance(scheduler, DualRateScheduler):
         warnings.warn(
             f"{type(scheduler).__name__} samples off the Markov law: pairs that learned to follow their encoder know its "

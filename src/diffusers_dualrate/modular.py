@@ -18,7 +18,15 @@ from .inputs import check_components, make_run
 from .models import UViTContextEncoder, UViTDenoiser
 from .sampling import sample_at_two_rates
 
-_DEFAULTS = ("num_inference_steps", "num_context_steps", "guidance_scale", "encoder_denoises")
+_DEFAULTS = (
+    "num_inference_steps",
+    "num_context_steps",
+    "context_from",
+    "refresh_steps",
+    "context_free",
+    "guidance_scale",
+    "encoder_denoises",
+)
 _INPUTS = {
     "class_labels": "Classes by number or name, one or several; `None` for no class.",
     "num_inference_steps": "Number N of steps; default: the model's.",
@@ -58,7 +66,8 @@ class DualRateSampleBlock(ModularPipelineBlocks):
             arguments.pop(name) for name in ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
         )
         defaults = {name: components.config[name] for name in ("id2label", *_DEFAULTS)}
-        defaults["encoder_denoises"] = bool(defaults["encoder_denoises"])
+        for name in ("context_free", "encoder_denoises"):
+            defaults[name] = bool(defaults[name])
         context_encoder = getattr(components, "context_encoder", None)
         check_components(components.denoiser, components.scheduler, context_encoder)
         device = components._execution_device

@@ -16,15 +16,17 @@ from torch import Tensor
 from .guidance import Guidance, GuidedRun, own_caches
 from .inputs import (
     check_components,
+    check_default_refreshes,
     check_delivery,
     check_encoder_denoises,
     check_id2label,
     find_label_ids,
     make_run,
+    plan_run,
 )
 from .models import UViTContextEncoder, UViTDenoiser
 from .ranges import check_number
-from .refreshes import plan_refreshes
+from .refreshes import RefreshPlan, plan_refreshes
 from .repositories import RepositoryMixin, check_index, refuse_pickles
 from .sampling import SamplingState, sample_at_two_rates
 
@@ -34,9 +36,14 @@ _DEFAULTS = {
     "id2label": None,
     "num_inference_steps": 64,
     "num_context_steps": None,
+    "context_from": None,
+    "refresh_steps": None,
+    "context_free": False,
     "guidance_scale": 1.0,
     "encoder_denoises": False,
 }
+# What a single-rate model has no use for.
+_OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
 
 
 @dataclass(eq=False)  # two calls that happen to be alike are still two
@@ -62,6 +69,10 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         id2label: Name of each class.
         num_inference_steps: Default number N of steps, 64 where nothing says otherwise.
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
+        context_from: Time of the first context, a share of the chain (1 is its noisy end): the K refreshes are spread over
+            the steps at or below it, and the steps above go without context. `None` for the first step.
+        refresh_steps: Instead of both, the steps that refresh in a run of the default N.
+        context_free: Whether the pair learned to go without context, so that refreshes may begin late.
         guidance_scale: Default guidance scale; 1 is none.
         encoder_denoises: Whether a refresh takes the prediction that the encoder hands over, so that the denoiser runs at
             the N − K other steps only: for an encoder that the denoiser was trained to follow (beyond the paper).
@@ -88,6 +99,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         id2label: dict | None = None,
         num_inference_steps: int | None = None,
         num_context_steps: int | None = None,
+        context_from: float | None = None,
+        refresh_steps: Sequence[int] | None = None,
+        context_free: bool | None = None,
         guidance_scale: float | None = None,
         encoder_denoises: bool | None = None,
     ):
@@ -102,14 +116,18 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             "id2label": id2label,
             "num_inference_steps": num_inference_steps,
             "num_context_steps": num_context_steps,
+            "context_from": context_from,
+            "refresh_steps": refresh_steps,
+            "context_free": context_free,
             "guidance_scale": guidance_scale,
             "encoder_denoises": encoder_denoises,
         }
         known = dict(denoiser.pipeline_defaults)
         if context_encoder is None:  # what makes no sense without one is not taken over
-            known["encoder_denoises"] = False
+            known |= {name: _DEFAULTS[name] for name in _OF_A_PAIR}
         defaults = _DEFAULTS | known | {name: value for name, value in given.items() if value is not None}
         plan_refreshes(defaults["num_inference_steps"], num_context_steps)
+        check_default_refreshes(defaults, context_encoder)
         check_number("guidance_scale", defaults["guidance_scale"], least=1)
         check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
         self._id2label = check_id2label(defaults["id2label"], denoiser.config.num_classes)
@@ -218,6 +236,18 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         """
         return find_label_ids(class_labels, self.denoiser.config.num_classes, self._id2label)
 
+    def plan_run(
+        self,
+        num_inference_steps: int | None = None,
+        num_context_steps: int | None = None,
+        *,
+        refresh_steps: Sequence[int] | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> RefreshPlan:
+        """The plan that a call with these arguments follows, which are documented there. Printed, it is a diagram."""
+        steps = (num_inference_steps, num_context_steps, refresh_steps, timesteps)
+        return plan_run(self.scheduler, self.context_encoder, self.config, None, steps)[1]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -245,8 +275,10 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         Args:
             class_labels: Classes by number or name, one or several, or an integer tensor; `None` for no class.
             num_inference_steps: Number N of steps; default: the model's.
-            num_context_steps: Number K ≤ N of context encoder evaluations; default: the model's, at most N.
-            refresh_steps: Instead of K, the steps that refresh the context: 0 first, rising.
+            num_context_steps: Number K ≤ N of context encoder evaluations, spread evenly over the steps at or below
+                `context_from` where the model has one; default: the model's, at most as many as there are such steps.
+            refresh_steps: Instead of K, the steps that refresh the context, rising. Those before the first go without,
+                which the pair must have learned. Default: the model's, where N is the model's, too.
             timesteps: Instead of N, the timesteps themselves, falling.
             guidance_scale: Scale of classifier-free guidance, 1 for none; default: the model's where there are classes.
             guidance_interval: Lowest and highest log-SNR at which guidance acts (arXiv 2404.07724); default: always.
@@ -263,7 +295,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 returns replace the loop's. The pipeline is a shallow copy that belongs to this call, with the scheduler
                 of this call: the callback may set its `_interrupt` or `_guidance_scale`.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: latents, class_labels, context (the
-                projected maps in a tuple, `None` for a single-rate model).
+                projected maps in a tuple, `None` before the first refresh and for a single-rate model).
 
         Raises:
             ValueError: If an argument is out of its range, before anything is computed.

@@ -1,4 +1,7 @@
-"""Which steps refresh the context: N steps, K refreshes, planned once for a whole run."""
+"""Which steps refresh the context: N steps, K refreshes, planned once for a whole run.
+
+A plan may begin late: before its first refresh the light network works alone, in the branch without context.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +33,11 @@ class RefreshPlan:
         """Number K of refreshes."""
         return sum(self.refreshes)
 
+    @property
+    def num_steps_alone(self) -> int:
+        """Number of steps before the first refresh, which the light network takes without context."""
+        return self.refreshes.index(True) if any(self.refreshes) else len(self.refreshes)
+
     def __len__(self) -> int:
         return len(self.refreshes)
 
@@ -56,9 +64,10 @@ class RefreshPlan:
         return k, n - k if encoder_denoises else n
 
     def __str__(self) -> str:
-        n, k = self.num_inference_steps, self.num_context_steps
+        n, k, alone = self.num_inference_steps, self.num_context_steps, self.num_steps_alone
         if n > _MOST_DRAWN:
-            return f"N = {n}, K = {k}, refreshes at {', '.join(str(i) for i in range(n) if self[i])}"
+            late = f"; {alone} steps without context" if 0 < alone < n else ""
+            return f"N = {n}, K = {k}, refreshes at {', '.join(str(i) for i in range(n) if self[i])}{late}"
         encoder = "".join("E ───" if now else "─────" if any(self[: i + 1]) else "     " for i, now in enumerate(self))
         # The line of a context ends before the next one begins.
         encoder = "".join(" " if i + 1 == 5 * n or (encoder + " ")[i + 1] == "E" else encoder[i] for i in range(5 * n))
@@ -68,7 +77,7 @@ class RefreshPlan:
             ("step", steps, f"N = {n}, K = {k}"),
             ("encoder", encoder, "heavy, K times: context of z_τ"),
             ("", arrows, ""),
-            ("", "▼    " * n, ""),
+            ("", "     " * alone + "▼    " * (n - alone), f"{alone} steps without context" if alone else ""),
             ("denoiser  z₁ →", ("g →  " * n).rstrip() + " x", "light, N times: v(z_t, t, τ, context)"),
         ]
         rows = rows if k else [rows[0], rows[-1]]
@@ -76,16 +85,21 @@ class RefreshPlan:
 
 
 def plan_refreshes(
-    num_inference_steps: int, num_context_steps: int | None = None, refresh_steps: Sequence[int] | None = None
+    num_inference_steps: int,
+    num_context_steps: int | None = None,
+    refresh_steps: Sequence[int] | None = None,
+    *,
+    num_steps_alone: int = 0,
 ) -> RefreshPlan:
     """Plan a run of N steps: K refreshes spread evenly, or the named ones, or every step where neither is given.
 
-    K refreshes lie at the steps floor(j N / K), j < K.
+    With M steps before the first one, K refreshes lie at the steps M + floor(j (N − M) / K), j < K.
 
     Args:
         num_inference_steps: Number N of steps.
-        num_context_steps: Number K of refreshes, from 1 to N.
-        refresh_steps: Instead of K, the steps that refresh: 0 first, then rising, below N.
+        num_context_steps: Number K of refreshes, from 1 to N − M.
+        refresh_steps: Instead of K, the steps that refresh: rising, below N. M does not move them.
+        num_steps_alone: M, from 0 to N − 1.
 
     Raises:
         ValueError: If no run has such a plan.
@@ -95,13 +109,14 @@ def plan_refreshes(
         raise ValueError("Give either num_context_steps or refresh_steps.")
     if refresh_steps is not None:
         steps = _check_steps(n, refresh_steps)
-    elif num_context_steps is not None:
-        k = check_integer("num_context_steps", num_context_steps)
-        if not 1 <= k <= n:
-            raise ValueError(f"num_context_steps must be between 1 and num_inference_steps={n}, got {k}.")
-        steps = {j * n // k for j in range(k)}
-    else:
-        return RefreshPlan((True,) * n)
+        return RefreshPlan(tuple(step in steps for step in range(n)))
+    alone = check_integer("num_steps_alone", num_steps_alone, 0, n - 1)
+    left = n - alone
+    k = left if num_context_steps is None else check_integer("num_context_steps", num_context_steps)
+    if not 1 <= k <= left:
+        limit = f"the {left} of num_inference_steps={n} that may refresh" if alone else f"num_inference_steps={n}"
+        raise ValueError(f"num_context_steps must be between 1 and {limit}, got {k}.")
+    steps = {alone + j * left // k for j in range(k)}
     return RefreshPlan(tuple(step in steps for step in range(n)))
 
 
@@ -111,8 +126,8 @@ def _check_steps(num_inference_steps: int, refresh_steps: Sequence[int]) -> set[
     steps = list(refresh_steps)
     for step in steps:
         check_integer(f"each of refresh_steps {steps}", step)
-    if not steps or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise ValueError(f"refresh_steps must start with 0 and rise, got {steps}.")
+    if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError(f"refresh_steps must name at least one step and rise from 0 or later, got {steps}.")
     if steps[-1] >= num_inference_steps:
         raise ValueError(f"refresh_steps must lie below num_inference_steps={num_inference_steps}, got {steps}.")
     return set(steps)

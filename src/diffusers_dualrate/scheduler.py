@@ -23,6 +23,8 @@ from .repositories import RepositoryMixin
 
 # Beyond, what is left of image or noise is no longer a number of single precision.
 _LARGEST_LOG_SNR = 80.0
+# By how much tables of single precision miss a log-SNR at most, far less than a step changes it by.
+_ROUNDED = 1e-3
 
 
 @dataclass
@@ -140,6 +142,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | None = None,
         num_context_steps: int | None = None,
         refresh_steps: Sequence[int] | None = None,
+        context_from: float | None = None,
     ) -> None:
         """Choose the steps of a run, and which of them refresh the context.
 
@@ -149,6 +152,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
             timesteps: Instead of N, the timesteps themselves, falling within (0, num_train_timesteps].
             num_context_steps: Number K of refreshes, spread evenly; `None` refreshes at every step.
             refresh_steps: Instead of K, the indices of the steps that refresh.
+            context_from: Time t in (0, 1] of the first context: the steps above it refresh only where they are named.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give either num_inference_steps or timesteps.")
@@ -158,7 +162,8 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
             times = times * self.config.num_train_timesteps
         else:
             times = self._check_timesteps(timesteps)
-        self.refresh_plan = plan_refreshes(len(times), num_context_steps, refresh_steps)
+        alone = 0 if refresh_steps is not None else _count_steps_alone(self, self.log_snr(times), context_from)
+        self.refresh_plan = plan_refreshes(len(times), num_context_steps, refresh_steps, num_steps_alone=alone)
         self.num_inference_steps = len(times)
         self._set_timesteps(times, device)
 
@@ -260,6 +265,8 @@ def start_run(
     timesteps: Sequence[float] | None = None,
     num_context_steps: int | None = None,
     refresh_steps: Sequence[int] | None = None,
+    context_from: float | None = None,
+    most_context_steps: int | None = None,
 ) -> tuple[SchedulerMixin, RefreshPlan, Tensor]:
     """Copy a scheduler for one run, set its steps and plan the refreshes. The scheduler that is given stays as it is.
 
@@ -270,6 +277,8 @@ def start_run(
         timesteps: Instead of N, the timesteps themselves, falling.
         num_context_steps: Number K of refreshes.
         refresh_steps: Instead of K, the steps that refresh.
+        context_from: Time t in (0, 1] of the first context, where the steps are not named.
+        most_context_steps: K where neither K nor the steps are given, or as many as there are steps for it.
 
     Returns:
         The run's scheduler, the plan, and the log-SNR [N] of each step on the CPU.
@@ -279,11 +288,29 @@ def start_run(
     """
     if (num_inference_steps is None) == (timesteps is None):
         raise ValueError("Give either num_inference_steps or timesteps.")
-    refreshes = {"num_context_steps": num_context_steps, "refresh_steps": refresh_steps}
     if isinstance(scheduler, DualRateScheduler):
         scheduler = copy.copy(scheduler)  # a run replaces what it holds and changes nothing in place
-        scheduler.set_timesteps(num_inference_steps, device, timesteps=timesteps, **refreshes)
-        return scheduler, scheduler.refresh_plan, scheduler.step_log_snrs
+        scheduler.set_timesteps(num_inference_steps, device, timesteps=timesteps)
+    else:
+        scheduler = _start_in_tree(scheduler, device, num_inference_steps, timesteps)
+    # Some solvers evaluate the networks more or less often than they were asked to.
+    log_snrs = log_snr_of_steps(scheduler)
+    alone = _count_steps_alone(scheduler, log_snrs, context_from) if refresh_steps is None else 0
+    if num_context_steps is None and refresh_steps is None and most_context_steps is not None:
+        num_context_steps = min(most_context_steps, len(log_snrs) - alone)
+    plan = plan_refreshes(len(log_snrs), num_context_steps, refresh_steps, num_steps_alone=alone)
+    if isinstance(scheduler, DualRateScheduler):
+        scheduler.refresh_plan = plan
+    return scheduler, plan, log_snrs
+
+
+def _start_in_tree(
+    scheduler: SchedulerMixin,
+    device: str | torch.device | None,
+    num_inference_steps: int | None,
+    timesteps: Sequence[float] | None,
+) -> SchedulerMixin:
+    """Copy one of the host's schedulers and set its steps."""
     name = type(scheduler).__name__
     if scheduler.config.get("prediction_type") != "v_prediction":
         raise ValueError(f"The networks predict v: give {name} prediction_type='v_prediction'.")
@@ -292,15 +319,40 @@ def start_run(
         check_integer(f"num_inference_steps under {name}", num_inference_steps, 1, most)
     elif "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{name} does not take timesteps: give num_inference_steps.")
-    # Before the scheduler sees bad numbers.
-    plan_refreshes(num_inference_steps if timesteps is None else len(timesteps), **refreshes)
+    else:
+        check_integer("the number of timesteps", len(timesteps), 1, most)
     scheduler = copy.deepcopy(scheduler)
     if timesteps is None:
         scheduler.set_timesteps(num_inference_steps, device=device)
     else:
         scheduler.set_timesteps(timesteps=timesteps, device=device)
-    # Some solvers evaluate the networks more or less often than they were asked to.
-    return scheduler, plan_refreshes(len(scheduler.timesteps), **refreshes), log_snr_of_steps(scheduler)
+    return scheduler
+
+
+def _count_steps_alone(scheduler: SchedulerMixin, log_snrs: Tensor, context_from: float | None) -> int:
+    """Number of steps of a run that are noisier than the chain is at time `context_from`.
+
+    Under an in-tree scheduler that is its timestep over `num_train_timesteps`: in one that was made of this scheduler's
+    betas, as pairs need it, the same noise level.
+
+    Raises:
+        ValueError: If no step is left for a context.
+    """
+    if context_from is None:
+        return 0
+    check_number("context_from", context_from, above=0, most=1)
+    if isinstance(scheduler, DualRateScheduler):
+        level = scheduler.log_snr(torch.tensor(context_from * len(scheduler), dtype=torch.float64))
+    else:
+        table = scheduler.alphas_cumprod.cpu().double()
+        level = torch.logit(table[min(round(context_from * len(table)), len(table) - 1)])
+    alone = int((log_snrs < level - _ROUNDED).sum())
+    if alone == len(log_snrs):
+        raise ValueError(
+            f"context_from={context_from} leaves none of {alone} steps for a context: take more steps, or name "
+            "refresh_steps."
+        )
+    return alone
 
 
 def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
