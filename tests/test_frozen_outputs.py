@@ -238,7 +238,7 @@ def distil(function, learner, *, rolls_out=False):
         steps = {"log_snr": schedule.log_snr, "num_inference_steps": 8, "num_context_steps": 2, "min_variance": 0.02}
         judges = {"auxiliary": auxiliary, "teacher": teacher}
         judges = {} if function is moment_matching.grid_denoising_loss else judges
-        draws = moment_matching.draw(13, 9, range(8), x.shape[1:], 8)
+        draws = moment_matching.draw_on_grid(13, 9, range(8), x.shape[1:], 8)
         loss = student(function, None if rolls_out else x, class_labels, draws, **judges, **steps)
         return sum(loss) if isinstance(loss, tuple) else loss
 

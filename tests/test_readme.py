@@ -111,6 +111,12 @@ def test_what_the_quick_preset_took_is_what_its_run_recorded():
     seconds = f"{record['training']['seconds']:.0f} seconds on one CPU core"
     for page in (README, (ROOT / "docs" / "folder-to-hub.md").read_text(encoding="utf-8")):
         assert seconds in page and f"{record['images']} emoji" in page and record["command"] in page
+    page = (ROOT / "docs" / "folder-to-hub.md").read_text(encoding="utf-8")
+    later = record["seconds_of_what_follows"]
+    assert (
+        "the classifier {train_classifier}, the evaluation {evaluate} and the card {make_card}".format(**later) in page
+    )
+    assert f"For {record['class_of_nearest_192']['mean']:.0%}".replace("%", " %") in page
     recipe = json.loads((ROOT / "examples" / "presets" / "quick.json").read_text())["training"]
     assert record["training"]["images_seen"] == recipe["max_train_steps"] * recipe["train_batch_size"]
 

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -121,6 +122,19 @@ def test_a_run_killed_at_any_moment_loses_no_more_than_the_steps_since_its_last_
     assert {path.name for path in (tmp_path / "parts").glob("*checkpoint*")} == {"checkpoint-5", "checkpoint-6"}
 
 
+def test_two_processes_started_into_the_folder_of_a_run_that_is_alive_both_end_and_say_so(folder, tmp_path):
+    """The lock is that of this process; once it is free, a run that was killed is no obstacle either."""
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    argv = arguments(folder, output_dir, "--max_train_steps", 1)
+    with FileLock(output_dir / ".lock"):
+        codes = run("train_single_rate", argv, 2)
+    assert codes == [1, 1] and not list_checkpoints(output_dir)
+    for rank in range(2):
+        assert "holds a run that is alive: wait for its end" in (tmp_path / f"run.log{rank}").read_text()
+    assert run("train_single_rate", argv, 2) == [0, 0]
+
+
 def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "images")
     (tmp_path / "images/a/12.png").write_bytes(b"no image")  # which both of two processes find
@@ -135,6 +149,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
     records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
+    assert all(record.pop("seconds") > 0 for record in records)
     assert records[0] == records[1] and records[0]["images_seen"] == 4 * 8 and records[0]["corrupt_images"] == 1
 
     # The signal reaches the second process alone.
@@ -207,7 +222,8 @@ def test_a_run_publishes_its_model_its_record_and_its_samples_and_nothing_else(f
         _, files = hub.repositories["org/trained"].find("main")
     sent = set(files) - {".gitattributes"}
     assert sent == {
-        *("README.md", "model_index.json", "pipeline.py", "training.json", "samples/0000001.png"),
+        *("README.md", "model_index.json", "pipeline.py", "samples/0000001.png"),
+        *("configuration.json", "training.json"),
         *("scheduler/scheduler_config.json", "scheduler/diffusers_dualrate.py"),
         *("denoiser/config.json", "denoiser/diffusion_pytorch_model.safetensors", "denoiser/diffusers_dualrate.py"),
     }

@@ -34,10 +34,9 @@ class RepositoryMixin:
             raise ValueError(f"{place} cannot be loaded: {error}") from error
         except OSError as error:
             said = " ".join(str(error).split())
-            if not os.path.exists(place):  # what follows in brackets is advice that does not fit every reader
-                said = (
-                    f"there is no such folder, and on the Hub or in its cache: {said.partition(' (')[0].rstrip('.')}."
-                )
+            if not os.path.exists(place):  # the host's second sentence is advice that does not fit every reader
+                said = said.partition(". ")[0].replace(" (", ": ").replace(")", "").rstrip(".")
+                said = f"there is no such folder, and on the Hub or in its cache: {said}."
             raise OSError(f"{place} cannot be loaded: {said}") from error
 
     @classmethod
