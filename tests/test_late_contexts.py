@@ -216,6 +216,7 @@ def test_a_default_plan_travels_with_the_model_and_what_a_call_asks_for_wins(mak
         assert torch.equal(modular(class_labels=[0, 3], generator=generator(), output="latents"), images)
     assert refresh_steps(pipe.plan_run(4)) == [2, 3] and refresh_steps(pipe.plan_run(N, 1)) == [3]
     assert refresh_steps(pipe.plan_run(num_context_steps=1)) == [3]
+    assert refresh_steps(pipe.plan_run(N)) == [1, 4]
     assert refresh_steps(pipe.plan_run(timesteps=[900.0, 500.0, 100.0])) == [1, 2]
     assert refresh_steps(pipe.plan_run(refresh_steps=[0, 2])) == [0, 2]
     with pytest.warns(UserWarning, match="samples without context"):

@@ -136,17 +136,40 @@ def plan_flops(
         encoder_denoises: As for [`image_flops`].
         size: Height and width; default: the denoiser's `sample_size`.
     """
-    size, branches = _size(denoiser, size), [2 if guides else 1 for guides in guided or [False] * len(plan)]
-    light, heavy, alone = network_flops(denoiser, size), 0, 0
+    size = _size(denoiser, size)
+    light = opening = network_flops(denoiser, size)
+    heavy = 0
     if context_encoder is not None:
         heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
-        alone = plan.num_steps_alone
-    total = sum(branches[:alone]) * network_flops(denoiser, size, with_context=False) if alone else 0
-    for i in range(alone, len(plan)):
-        if plan[i]:
+        opening = network_flops(denoiser, size, with_context=False)
+    return plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises)
+
+
+def plan_cost(
+    plan: RefreshPlan,
+    heavy: float,
+    light: float,
+    opening: float,
+    *,
+    guided: Sequence[bool] | None = None,
+    encoder_denoises: bool = False,
+) -> float:
+    """What an image costs by a plan, in whatever unit the three kinds of evaluation are priced in.
+
+    Args:
+        plan: Which steps refresh.
+        heavy: Price of the context encoder with the projection.
+        light: Price of the denoiser.
+        opening: Price of the denoiser before the first refresh, without context.
+        guided: As for [`plan_flops`].
+        encoder_denoises: As for [`image_flops`].
+    """
+    branches, alone, total = [2 if guides else 1 for guides in guided or [False] * len(plan)], plan.num_steps_alone, 0
+    for i, refreshes in enumerate(plan):
+        if refreshes:
             total += max(branches[j] for j in plan.until_next(i)) * heavy
-        if not (plan[i] and encoder_denoises):
-            total += branches[i] * light
+        if not (refreshes and encoder_denoises):
+            total += branches[i] * (opening if i < alone else light)
     return total
 
 

@@ -154,14 +154,19 @@ def _check_guidance(scale: float, interval: tuple[float, float] | None, class_la
     scale = check_number("guidance_scale", scale, least=1)
     if scale > 1 and class_labels is None:
         raise ValueError(f"guidance_scale={scale} needs class_labels.")
+    check_interval(interval)
+    return Guidance(scale) if interval is None else Guidance(scale, tuple(interval))
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Check the noise levels at which guidance acts; `None` for all."""
     if interval is None:
-        return Guidance(scale)
+        return
     fits = (
         isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(end, Real) for end in interval)
     )
     if not (fits and interval[0] <= interval[1]):  # nan compares false; infinity leaves an end open
         raise ValueError(f"guidance_interval must be (low, high) in log-SNR, got {interval}.")
-    return Guidance(scale, tuple(interval))
 
 
 def check_delivery(
@@ -261,8 +266,8 @@ def plan_run(
     n, k, refresh_steps, timesteps = steps
     if n is None and timesteps is None:
         n = defaults["num_inference_steps"]
-        if k is None and refresh_steps is None:  # named steps are those of the model's own N
-            refresh_steps = defaults["refresh_steps"]
+    if k is None and refresh_steps is None and timesteps is None and n == defaults["num_inference_steps"]:
+        refresh_steps = defaults["refresh_steps"]
     scheduler, plan, log_snrs = start_run(
         scheduler,
         device,
@@ -301,6 +306,7 @@ def make_run(
     steps: tuple[int | None, int | None, Sequence[int] | None, Sequence[float] | None],
     class_labels: int | str | Sequence[int | str] | Tensor | None,
     guidance_scale: float | None,
+    guidance_interval: tuple[float, float] | None,
     generator: torch.Generator | list[torch.Generator] | None,
     **options,
 ) -> tuple[GuidedRun, Tensor]:
@@ -315,14 +321,23 @@ def make_run(
         steps: N, K, `refresh_steps` and `timesteps` as the call gives them.
         class_labels: As the call gives them.
         guidance_scale: As the call gives it.
+        guidance_interval: As the call gives it.
         generator: As the call gives it.
         options: The other arguments of [`check_inputs`].
     """
     if guidance_scale is None:  # without classes there is nothing to guide towards
         guidance_scale = 1.0 if class_labels is None else defaults["guidance_scale"]
+    if guidance_interval is None:
+        guidance_interval = defaults["guidance_interval"]
     id2label = check_id2label(defaults["id2label"], denoiser.config.num_classes)
     inputs = check_inputs(
-        denoiser, id2label, class_labels=class_labels, guidance_scale=guidance_scale, generator=generator, **options
+        denoiser,
+        id2label,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        generator=generator,
+        **options,
     )
     check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
     scheduler, plan, log_snrs = plan_run(scheduler, context_encoder, defaults, device, steps)

@@ -25,6 +25,7 @@ _DEFAULTS = (
     "refresh_steps",
     "context_free",
     "guidance_scale",
+    "guidance_interval",
     "encoder_denoises",
 )
 _INPUTS = {

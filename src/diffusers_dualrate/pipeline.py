@@ -20,6 +20,7 @@ from .inputs import (
     check_delivery,
     check_encoder_denoises,
     check_id2label,
+    check_interval,
     find_label_ids,
     make_run,
     plan_run,
@@ -40,6 +41,7 @@ _DEFAULTS = {
     "refresh_steps": None,
     "context_free": False,
     "guidance_scale": 1.0,
+    "guidance_interval": None,
     "encoder_denoises": False,
 }
 # What a single-rate model has no use for.
@@ -74,6 +76,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         refresh_steps: Instead of both, the steps that refresh in a run of the default N.
         context_free: Whether the pair learned to go without context, so that refreshes may begin late.
         guidance_scale: Default guidance scale; 1 is none.
+        guidance_interval: Default lowest and highest log-SNR at which guidance acts; `None` for all.
         encoder_denoises: Whether a refresh takes the prediction that the encoder hands over, so that the denoiser runs at
             the N − K other steps only: for an encoder that the denoiser was trained to follow (beyond the paper).
 
@@ -103,6 +106,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         refresh_steps: Sequence[int] | None = None,
         context_free: bool | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         encoder_denoises: bool | None = None,
     ):
         super().__init__()
@@ -120,6 +124,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             "refresh_steps": refresh_steps,
             "context_free": context_free,
             "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
             "encoder_denoises": encoder_denoises,
         }
         known = dict(denoiser.pipeline_defaults)
@@ -129,6 +134,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         plan_refreshes(defaults["num_inference_steps"], num_context_steps)
         check_default_refreshes(defaults, context_encoder)
         check_number("guidance_scale", defaults["guidance_scale"], least=1)
+        check_interval(defaults["guidance_interval"])
         check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
         self._id2label = check_id2label(defaults["id2label"], denoiser.config.num_classes)
         defaults["id2label"] = {str(key): name for key, name in self._id2label.items()} or None
@@ -281,7 +287,8 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 which the pair must have learned. Default: the model's, where N is the model's, too.
             timesteps: Instead of N, the timesteps themselves, falling.
             guidance_scale: Scale of classifier-free guidance, 1 for none; default: the model's where there are classes.
-            guidance_interval: Lowest and highest log-SNR at which guidance acts (arXiv 2404.07724); default: always.
+            guidance_interval: Lowest and highest log-SNR at which guidance acts (arXiv 2404.07724); default: the
+                model's, where it has one.
             batch_size: Number of images where no `class_labels` are given; default 1.
             num_images_per_prompt: Images for each class label.
             height: Height in pixels; default: the network's `sample_size`.

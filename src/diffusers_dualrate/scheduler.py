@@ -209,6 +209,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        variance_noise: Tensor | None = None,
     ) -> DualRateSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw z_s ~ q(z_s | z_t, x) for the predicted clean image x, s being the timestep after `timestep`.
 
@@ -222,6 +223,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
             sample: Noisy image z_t [B, C, H, W].
             generator: Source of noise; in a list, one for each image.
             return_dict: Whether to return an output object or a plain tuple.
+            variance_noise: Noise to take instead of drawing it [B, C, H, W].
         """
         if not isinstance(timestep, Tensor) or timestep.device.type == "cpu":  # elsewhere a look would wait for it
             check_number("timestep", float(timestep), 0, len(self))
@@ -236,7 +238,9 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
             guess = x if self._last_x is None else x + carried * (x - self._last_x)
             self._steps_left -= 1
             self._last_x = x if self._steps_left > 0 else None  # no image outlives its run
-        noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        noise = variance_noise
+        if noise is None:
+            noise = randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         prev_sample = (factor_z * z + factor_x * guess + std * noise).to(sample.dtype)
         x = x.to(sample.dtype)
         if not return_dict:
