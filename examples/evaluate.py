@@ -21,6 +21,7 @@ Any number of processes measure the same images: `accelerate launch examples/eva
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -47,7 +48,7 @@ from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.evaluation import file_hash
-from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, image_flops, network_flops, training_flops
+from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
 from diffusers_dualrate.metrics import (
     check_classifier,
@@ -111,12 +112,7 @@ def choose_steps(args, pipe):
     n = pipe.config.num_inference_steps if n is None else n
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
-    if pipe.context_encoder is None:
-        k = None
-    elif k is None:
-        k = pipe.config.num_context_steps or n
-    if k is not None and not 1 <= k <= n:
-        raise ValueError(f"num_context_steps must lie between 1 and num_inference_steps={n}, got {k}.")
+    k = None if pipe.context_encoder is None else pipe.plan_run(n, k).num_context_steps
     if guidance_scale is None:
         guidance_scale = pipe.config.guidance_scale if pipe.denoiser.config.num_classes else 1.0
     if not guidance_scale >= 1:
@@ -131,35 +127,38 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
         pipe.scheduler = DPMSolverMultistepScheduler(
             trained_betas=own_scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
         )
+    # What was not asked for is the model's: its K, or the steps that it names.
+    called = steps if args.num_context_steps is not None else steps | {"num_context_steps": None}
+    plan = pipe.plan_run(called["num_inference_steps"], called["num_context_steps"])
     per_seed, first, calls = [], None, 0
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         for seed in args.seeds:
             labels = None
             if images.num_classes:
                 labels = images.class_labels[[index for _, index in choose(images, args.num_samples, seed)]]
-            batches = sampled_batches(pipe, labels, args.num_samples, seed, steps, args.batch_size, accelerator)
+            batches = sampled_batches(pipe, labels, args.num_samples, seed, called, args.batch_size, accelerator)
             measured = measure_images(batches, extractors, judges, accelerator)
             calls += math.ceil(args.num_samples / args.batch_size)
             per_seed.append(metrics_of(measured, reference, args.num_samples))
             first = measured.first if first is None else first
     pipe.scheduler = own_scheduler
     # Every way to sample proves what it evaluated, all processes together.
-    n, heavy, spared = steps["num_inference_steps"], steps["num_context_steps"] or 0, pipe.config.encoder_denoises
-    light = n - heavy if spared else n
+    heavy, light = plan.evaluations(pipe.config.encoder_denoises)
     evaluations = [sum(counts) for counts in zip(*gather_object([evaluations]), strict=True)]
     if evaluations != [heavy * calls, light * calls]:
         raise RuntimeError(
             f"{solver} made {evaluations} evaluations of {heavy} and {light} in each of {calls} batches."
         )
-    counts = {"num_inference_steps": n, "num_context_steps": heavy, "encoder_denoises": spared}
+    cost = functools.partial(
+        plan_flops, pipe.denoiser, pipe.context_encoder, plan, encoder_denoises=pipe.config.encoder_denoises
+    )
     report = {
         "solver": solver,
         **steps,
+        "num_context_steps": heavy or None,
         "evaluations": {"context_encoder": heavy, "denoiser": light},
-        "flops": image_flops(pipe.denoiser, pipe.context_encoder, **counts),
-        "flops_with_guidance": image_flops(
-            pipe.denoiser, pipe.context_encoder, **counts, guided=steps["guidance_scale"] > 1
-        ),
+        "flops": cost(),
+        "flops_with_guidance": cost(guided=[steps["guidance_scale"] > 1] * len(plan)),
         **spread(per_seed),
     }
     return report, first

@@ -19,9 +19,8 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
+from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
 from diffusers_dualrate.processes import choose_threads
-from diffusers_dualrate.scheduler import plan_refreshes
 
 
 def parse_args(argv=None):
@@ -61,6 +60,7 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
     pipe.set_progress_bar_config(desc=name)
+    plan = pipe.plan_run(**steps)
     start = time.perf_counter()
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         images = pipe(
@@ -73,15 +73,11 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
         ).images
     seconds = time.perf_counter() - start
     refreshes, light = evaluations
-    spared = pipe.config.encoder_denoises
-    n = light + refreshes if spared else light
-    flops = image_flops(
-        pipe.denoiser,
-        pipe.context_encoder,
-        num_inference_steps=n,
-        num_context_steps=refreshes,
-        guided=guidance_scale > 1,
-        encoder_denoises=spared,
+    spared, n = pipe.config.encoder_denoises, len(plan)
+    if (refreshes, light) != plan.evaluations(spared):
+        raise RuntimeError(f"{name} made {refreshes} and {light} evaluations instead of {plan.evaluations(spared)}.")
+    flops = plan_flops(
+        pipe.denoiser, pipe.context_encoder, plan, guided=[guidance_scale > 1] * n, encoder_denoises=spared
     )
     # The network that runs at every step of a single-rate model is the heavy one.
     is_pair = pipe.context_encoder is not None
@@ -175,7 +171,7 @@ def main(args):
         guidance_scale = pipe.config.guidance_scale if num_classes else 1.0
     if steps is None:
         steps = pipe.config.num_inference_steps
-    plan_refreshes(steps, args.num_context_steps)
+    pipe.plan_run(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
     count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)

@@ -232,7 +232,7 @@ def make_card(evaluation: dict, index: dict, notes: dict) -> str:
     is_pair, is_student = "context_encoder" in parameters, record["network"].startswith("distilled")
     n, k = index["num_inference_steps"], index["num_context_steps"]
     if is_pair:
-        k = n if k is None else k
+        k = evaluation["samples"][0]["num_context_steps"]
         light = n - k if index.get("encoder_denoises") else n
         networks = (
             f"A context encoder of {parameters['context_encoder']:,} parameters runs {k} times per image, and a denoiser of "

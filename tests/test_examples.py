@@ -441,7 +441,7 @@ def test_two_processes_measure_what_one_measures(measure, models, data):
     [
         ("--guidance_scale", "guidance_scale must be at least 1, which is none, got 0.0"),
         ("--num_inference_steps", "num_inference_steps must be at least 1, got 0"),
-        ("--num_context_steps", "num_context_steps must lie between 1 and num_inference_steps=4, got 0"),
+        ("--num_context_steps", "num_context_steps must be between 1 and num_inference_steps=4, got 0"),
         ("--num_reference", "num_reference must be at least 4, got 0"),
     ],
 )
