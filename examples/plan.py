@@ -1,0 +1,133 @@
+"""Choose how a model samples within a budget, and keep that as its default.
+
+    python examples/plan.py --model model_cards/dualrate-emoji32 --budget 1.2 --output runs/planned-emoji32
+
+Tries plans of few and many steps, with refreshes that begin late where the pair learned to go without context, even and
+uneven ones, and both orders of the steps. The best one is the default of the model that is saved, with what it was measured
+on in plan.json. The criterion is the distance of the samples from those of a long chain along the same noise. With
+`--classifier` and data it is `fd_local`, and several intervals of guidance are tried. No report uses the seeds of this choice.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from diffusers_dualrate import DualRatePipeline, evaluation, training
+from diffusers_dualrate.arguments import add_data_flags, select
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import FILE, Configuration, Data
+from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
+from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
+from diffusers_dualrate.planning import UNITS, plan_for
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.records import read_json
+
+PLAN, TRAINING = "plan.json", "training.json"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hub repository or folder of a pair or a single-rate model.")
+    parser.add_argument("--budget", type=float, required=True, help="What an image may cost, guidance included.")
+    parser.add_argument(
+        "--unit",
+        choices=UNITS,
+        default="gflop",
+        help="Of the budget: 10^9 FLOPs, milliseconds of the networks on this machine, or a share of what the heavy "
+        "network alone costs at the model's own N.",
+    )
+    parser.add_argument("--output", required=True, help="New folder for the model with its plan.")
+    parser.add_argument("--classifier", help="File of train_classifier.py: choose by fd_local, which needs data.")
+    add_data_flags(parser)
+    parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as there are.")
+    parser.add_argument("--num_images", type=int, default=64, help="Images that every candidate draws.")
+    parser.add_argument("--num_trials", type=int, default=40, help="Candidates to try at most.")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="Of the choice's own noises.")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Refuse, before anything is computed, what could not be kept or judged."""
+    output = Path(args.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or an empty folder, and {args.output!r} holds something.")
+    has_data = bool(args.dataset_name or args.train_data_dir)
+    if bool(args.classifier) != has_data:
+        given, other = ("--classifier", "data") if args.classifier else ("Data", "--classifier")
+        raise ValueError(f"{given} needs {other} beside it: fd_local is taken with both.")
+
+
+def make_criterion(args, pipe, accelerator):
+    """Images to fd_local from the data, augmented as the training was."""
+    told = Path(args.model, FILE)
+    augmentation = Augmentation()
+    if told.is_file():
+        values = {name: value for name, value in read_json(told).items() if name != "found"}
+        augmentation = Configuration.from_json(values).recipe.augmentation
+    config = pipe.denoiser.config
+    options = {"channels": config.in_channels, "augmentation": augmentation, "seed": FRESH_SEED}
+    images = training.open_images(Data(**select(args, Data)), config.sample_size, **options)
+    training.check_classes(args.model, pipe, images)
+    classifier, extractors, _ = load_extractors(args.classifier, None, False, accelerator.device)
+    check_classifier(args.classifier, classifier, images.channels, images.num_classes)
+    cache = args.cache_dir or Path.home() / ".cache" / "diffusers-dualrate"
+    count = len(images) if args.num_reference is None else args.num_reference
+    reference = measure_reference(images, extractors, count, cache, args.batch_size, accelerator)
+
+    def fd_local(samples):
+        found = evaluation.FeatureStatistics()
+        for batch in samples.split(args.batch_size):
+            found.update(extractors["local"](as_bytes(batch).to(accelerator.device)))
+        return evaluation.fd_local(evaluation.FeatureStatistics(found.moments.cpu()), reference.statistics["local"])
+
+    return fd_local
+
+
+def save(planned, pipe, args):
+    """Write the model with its plan into a new folder, and what it was trained by, if that lies beside it."""
+    planned.choice.apply_to(pipe).save_pretrained(args.output)
+    record = planned.to_json() | {"model": Path(args.model).name, "command": ["python", *sys.argv]}
+    if args.classifier:
+        record["classifier"] = {"file": Path(args.classifier).name, "sha256": evaluation.file_hash(args.classifier)}
+        record["data"] = Data(**select(args, Data)).name
+    Path(args.output, PLAN).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for name in (FILE, TRAINING):
+        if Path(args.model, name).is_file():
+            shutil.copy(Path(args.model, name), args.output)
+
+
+def main(args):
+    check(args)
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"A plan is chosen by one process, and there are {accelerator.num_processes}.")
+    pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
+    criterion = make_criterion(args, pipe, accelerator) if args.classifier else None
+    pipe.set_progress_bar_config(desc="plans")
+    planned = plan_for(
+        pipe,
+        args.budget,
+        unit=args.unit,
+        criterion=criterion,
+        num_images=args.num_images,
+        seed=args.seed,
+        num_trials=args.num_trials,
+        batch_size=args.batch_size,
+    )
+    save(planned, pipe, args)
+    choice = planned.choice
+    order, interval = ("second" if choice.second_order else "first"), choice.guidance_interval
+    print(f"\n{choice.plan}\n")
+    print(f"{order} order, guidance {'at all steps' if interval is None else f'at log-SNR {interval}'}")
+    print(f"{choice.cost:.4g} of {args.budget:g} {args.unit}, {planned.criterion} {choice.score:.4g}")
+    print(f"Tried {len(planned.tried)} plans. The model is in {Path(args.output).resolve()}.")
+    return planned
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())

@@ -1,0 +1,355 @@
+"""A budget becomes a plan: how many steps, which of them refresh, of which order, and where guidance acts.
+
+Candidates that cost at most the budget are tried on one set of noises, and the best by a criterion is kept. The criterion
+is, unless another is given, the mean square distance of the samples from those of a long chain with a fresh context at
+every step, along the same noise.
+"""
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .brownian import BrownianNoise
+from .flops import context_flops, network_flops, plan_cost
+from .guidance import Guidance
+from .inputs import make_run
+from .pipeline import DualRatePipeline
+from .ranges import check_choice, check_integer, check_number
+from .refreshes import RefreshPlan, plan_refreshes
+from .sampling import sample_at_two_rates
+from .scheduler import DualRateScheduler, start_run
+
+UNITS = ("gflop", "milliseconds", "share")
+"""Of a budget for one image: 10^9 FLOPs, time on this machine, or a share of what the heavy network alone costs."""
+PLANNING_SEED = 7_000_003
+"""All noise of a choice has seeds that begin with this number: no training, evaluation or report uses those."""
+
+# Steps of the long chain, and the most that a plan has.
+_LONG, _MOST_STEPS = 64, 64
+# A plan that costs less than this share of the budget has a neighbour that costs more of it.
+_LEAST_SHARE = 0.75
+# Shares of the steps that a plan may take before its first refresh, and that guidance may leave out at either end.
+_OPENINGS, _UNGUIDED = (0.0, 0.25, 1 / 3, 0.5, 2 / 3), ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.25, 0.25))
+_TIMED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to sample, what it costs an image, and how far its samples are from what they should be.
+
+    Args:
+        num_inference_steps: N.
+        refresh_steps: The steps that refresh; `None` for a single-rate model.
+        second_order: Whether the steps are those of the stochastic DPM-Solver++(2M).
+        guidance_interval: Lowest and highest log-SNR at which guidance acts; `None` for all.
+        cost: In the unit of the budget.
+        score: By the criterion: the less the better.
+    """
+
+    num_inference_steps: int
+    refresh_steps: tuple[int, ...] | None
+    second_order: bool
+    guidance_interval: tuple[float, float] | None
+    cost: float
+    score: float = math.inf
+
+    @property
+    def plan(self) -> RefreshPlan:
+        """The plan that it follows. Printed, it is a diagram."""
+        if self.refresh_steps is None:
+            return RefreshPlan((False,) * self.num_inference_steps)
+        return plan_refreshes(self.num_inference_steps, refresh_steps=self.refresh_steps)
+
+    def apply_to(self, pipe: DualRatePipeline) -> DualRatePipeline:
+        """A pipeline of the same networks that samples so by default; the one that is given stays as it is."""
+        parts = pipe.components
+        parts["scheduler"] = DualRateScheduler.from_config(pipe.scheduler.config, second_order=self.second_order)
+        planned = DualRatePipeline(**parts)
+        steps = self.refresh_steps
+        planned.register_to_config(
+            num_inference_steps=self.num_inference_steps,
+            refresh_steps=None if steps is None else list(steps),
+            num_context_steps=None if steps is None else len(steps),
+            guidance_interval=None if self.guidance_interval is None else list(self.guidance_interval),
+        )
+        return planned
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a choice was made from, as plan.json keeps it beside the model.
+
+    Args:
+        choice: The best of what was tried.
+        tried: All that was tried, in its order.
+        budget: What an image may cost.
+        unit: One of `UNITS`.
+        criterion: In words.
+        num_images: Images that every candidate drew.
+        seed: Of their noises, which are those of no report.
+        machine: What milliseconds were taken on; `None` for FLOPs.
+    """
+
+    choice: Choice
+    tried: tuple[Choice, ...]
+    budget: float
+    unit: str
+    criterion: str
+    num_images: int
+    seed: int
+    machine: str | None = None
+
+    def to_json(self) -> dict:
+        """The same as an object of names and values."""
+        return asdict(self) | {
+            "seeds": f"seed_of({PLANNING_SEED}, {self.seed}, image 0..{self.num_images - 1}, place)"
+        }
+
+
+class _Search:
+    """What all candidates share: the model, its images, and the prices of its evaluations."""
+
+    def __init__(self, pipe: DualRatePipeline, num_images: int, seed: int, batch_size: int, varies_guidance: bool):
+        config, num_classes = pipe.denoiser.config, pipe.denoiser.config.num_classes
+        size = config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        self.pipe, self.batch_size = pipe, batch_size
+        self.labels = None if num_classes is None else [i * num_classes // num_images for i in range(num_images)]
+        self.scale = pipe.config.guidance_scale if num_classes else 1.0
+        own = pipe.config.guidance_interval
+        self.interval = None if own is None else tuple(own)
+        self.varies_guidance = varies_guidance and self.scale > 1
+        self.noise = BrownianNoise((num_images, config.in_channels, *size), PLANNING_SEED, seed)
+        self._levels: dict[int, list[float]] = {}
+        self.tried: dict[tuple, Choice] = {}
+
+    def _start(self, choice: Choice, rows: slice):
+        scheduler = DualRateScheduler.from_config(self.pipe.scheduler.config, second_order=choice.second_order)
+        latents = self.noise.start[rows]
+        return make_run(
+            self.pipe.denoiser,
+            scheduler,
+            self.pipe.context_encoder,
+            self.pipe.config,
+            self.pipe.device,
+            steps=(choice.num_inference_steps, None, choice.refresh_steps, None),
+            class_labels=None if self.labels is None else self.labels[rows],
+            guidance_scale=self.scale,
+            guidance_interval=choice.guidance_interval or (-math.inf, math.inf),
+            batch_size=len(latents),
+            num_images_per_prompt=1,
+            height=None,
+            width=None,
+            generator=None,
+            latents=latents,
+        )
+
+    @torch.no_grad()
+    def sample(self, choice: Choice) -> Tensor:
+        """The images [B, C, H, W] that a choice draws."""
+        parts = []
+        for first in range(0, len(self.noise.start), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            run, z = self._start(choice, rows)
+            noise = self.noise.of_steps(run.levels)
+
+            def step(i, v, z, run=run, rows=rows, noise=noise):
+                own = noise[i][rows].to(z.device)
+                return run.scheduler.step(v.float(), run.timesteps[i], z, return_dict=False, variance_noise=own)[0]
+
+            for state in sample_at_two_rates(z, run.plan, run.encode, run.denoise, step, run.serves):
+                last = state.z
+            parts.append(last.float().cpu())
+        return torch.cat(parts)
+
+    def price(self, unit: str) -> None:
+        """Find what the evaluations cost in a unit."""
+        pipe = self.pipe
+        heavy, light = 0.0, network_flops(pipe.denoiser)
+        opening = light
+        if pipe.context_encoder is not None:
+            heavy = network_flops(pipe.context_encoder) + context_flops(pipe.denoiser)
+            opening = network_flops(pipe.denoiser, with_context=False)
+        if unit == "milliseconds":
+            heavy, light, opening = self._time()
+        scale = {"gflop": 1e9, "milliseconds": 1}.get(unit)
+        if scale is None:  # the heavy network alone, at the model's own N
+            alone = light if pipe.context_encoder is None else network_flops(pipe.context_encoder)
+            scale = alone * pipe.config.num_inference_steps * (2 if self.scale > 1 else 1)
+        self._prices = (heavy / scale, light / scale, opening / scale)
+
+    @torch.no_grad()
+    def _time(self) -> tuple[float, float, float]:
+        """Milliseconds an image of the heavy evaluation, the light one, and that without context."""
+        any_choice = Choice(1, None if self.pipe.context_encoder is None else (0,), False, None, 0.0)
+        run, z = self._start(any_choice, slice(0, self.batch_size))
+        context = None if self.pipe.context_encoder is None else run.encode(0, z)[0]
+
+        def time_of(evaluate: Callable[[], Tensor]) -> float:
+            seconds = []
+            for _ in range(1 + _TIMED_RUNS):
+                start = time.perf_counter()
+                evaluate().flatten()[0].item()  # which waits until it is there
+                seconds.append(time.perf_counter() - start)
+            return 1000 * statistics.median(seconds[1:]) / len(z)
+
+        light, opening = (time_of(lambda given=given: run.denoise(0, z, given)) for given in (context, None))
+        return 0.0 if context is None else time_of(lambda: run.encode(0, z)[0].maps[0]), light, opening
+
+    def cost(self, choice: Choice) -> float:
+        """What an image costs by a choice."""
+        guidance = Guidance(self.scale, choice.guidance_interval or (-math.inf, math.inf))
+        n = choice.num_inference_steps
+        if n not in self._levels:
+            self._levels[n] = start_run(self.pipe.scheduler, None, num_inference_steps=n)[2].tolist()
+        guided = [guidance.acts_at(level) for level in self._levels[n]]
+        spared = self.pipe.config.encoder_denoises
+        return plan_cost(choice.plan, *self._prices, guided=guided, encoder_denoises=spared)
+
+    def intervals(self) -> list[tuple[float, float] | None]:
+        """Where guidance may act: as the model has it, everywhere, or but for a share of the steps at either end."""
+        if not self.varies_guidance:
+            return [self.interval]
+        scheduler, found = self.pipe.scheduler, [self.interval, *({None} - {self.interval})]
+        for noisy, clean in _UNGUIDED[1:]:
+            times = torch.tensor([1 - noisy, clean], dtype=torch.float64) * len(scheduler)
+            low, high = scheduler.log_snr(times).tolist()
+            found.append((low - 1e-3, high - 1e-3 if clean else high))
+        return found
+
+    def fill(self, n: int, alone: int, second_order: bool, interval, budget: float) -> Choice | None:
+        """The choice of N steps with an opening and as many refreshes, evenly spread, as the budget allows."""
+        if self.pipe.context_encoder is None:
+            choice = Choice(n, None, second_order, interval, 0.0)
+            choice = replace(choice, cost=self.cost(choice))
+            return choice if choice.cost <= budget else None
+        for k in range(n - alone, 0, -1):
+            plan = plan_refreshes(n, k, num_steps_alone=alone)
+            choice = Choice(n, tuple(i for i in range(n) if plan[i]), second_order, interval, 0.0)
+            choice = replace(choice, cost=self.cost(choice))
+            if choice.cost <= budget:
+                return choice
+        return None
+
+    def openings(self, n: int) -> list[int]:
+        """Numbers of steps that a plan may take before its first refresh."""
+        late = self.pipe.context_encoder is not None and self.pipe.config.context_free
+        return sorted({round(share * n) for share in (_OPENINGS if late else (0.0,))} - {n})
+
+    def first_candidates(self, budget: float) -> list[Choice]:
+        """Even plans that use the budget, from few steps to many."""
+        found = []
+        for n in range(1, _MOST_STEPS + 1):
+            filled = [self.fill(n, alone, True, self.interval, budget) for alone in self.openings(n)]
+            if not any(filled):
+                break
+            found += [choice for choice in filled if choice is not None]
+        used = [choice for choice in found if choice.cost >= _LEAST_SHARE * budget]
+        return used or found
+
+    def neighbours(self, choice: Choice, budget: float) -> list[Choice]:
+        """What differs from a choice in one thing: order, one refresh by a step, guidance, steps."""
+        n, steps = choice.num_inference_steps, choice.refresh_steps
+        alone = choice.plan.num_steps_alone if steps else 0
+        found = [replace(choice, second_order=not choice.second_order)]
+        for i in range(len(steps or ())):
+            for moved in (steps[i] - 1, steps[i] + 1):
+                others = (*steps[:i], moved, *steps[i + 1 :])
+                is_plan = all(a < b for a, b in zip((-1, *others), (*others, n), strict=True))
+                if is_plan and (others[0] == 0 or self.pipe.config.context_free):
+                    found.append(replace(choice, refresh_steps=others))
+        for interval in self.intervals():
+            if interval != choice.guidance_interval:
+                found.append(self.fill(n, alone, choice.second_order, interval, budget))
+        for count in (n - 1, n + 1):
+            for opening in self.openings(count) if count > 0 else ():
+                found.append(self.fill(count, opening, choice.second_order, choice.guidance_interval, budget))
+        priced = [replace(each, cost=self.cost(each), score=math.inf) for each in found if each is not None]
+        return [each for each in priced if each.cost <= budget]
+
+
+def plan_for(
+    pipe: DualRatePipeline,
+    budget: float,
+    *,
+    unit: str = "gflop",
+    criterion: Callable[[Tensor], float] | None = None,
+    num_images: int = 64,
+    seed: int = 0,
+    num_trials: int = 40,
+    batch_size: int = 16,
+) -> Planned:
+    """Choose how a model samples within a budget: N, refreshes, order of the steps, and where guidance acts.
+
+    Half of the trials go to even plans of all sizes that use the budget; the others go from the best so far to what
+    differs from it in one thing, so that refreshes may become uneven. Guidance has the model's own scale, and by the distance
+    from a long chain its own interval, too: with less guidance images are blander, and nearer to whatever they are held to.
+
+    Args:
+        pipe: The model; it stays as it is.
+        budget: What an image may cost, guidance included.
+        unit: One of `UNITS`. Milliseconds are those of the networks on this machine; the share is of the heavy network alone
+            at the model's own N.
+        criterion: Images [B, C, H, W] in about [-1, 1] to a number, the less the better; `None` for the mean square distance
+            from a long chain along the same noise.
+        num_images: Images that every candidate draws.
+        seed: Of their noises.
+        num_trials: Candidates to try at most.
+        batch_size: Images of a batch.
+
+    Raises:
+        ValueError: If an argument is out of its range, or no plan costs so little.
+    """
+    check_choice("unit", unit, UNITS)
+    check_number("budget", budget, above=0)
+    for name, value in (("num_images", num_images), ("num_trials", num_trials), ("batch_size", batch_size)):
+        check_integer(name, value, 1)
+    check_integer("seed", seed, 0, 2**32 - 1)
+    if not isinstance(pipe.scheduler, DualRateScheduler):
+        raise ValueError(f"A plan is one for DualRateScheduler, and the model has {type(pipe.scheduler).__name__}.")
+    search = _Search(pipe, num_images, seed, batch_size, criterion is not None)
+    search.price(unit)
+    waiting = search.first_candidates(budget)
+    if not waiting:
+        cheapest = search.fill(1, 0, True, None, math.inf)
+        raise ValueError(f"budget={budget} {unit} is less than one step costs, {cheapest.cost:.4g}.")
+    first = min(len(waiting), (num_trials + 1) // 2)
+    waiting = [waiting[i * len(waiting) // first] for i in range(first)]
+
+    with pipe.progress_bar(total=num_trials) as progress_bar:
+        if criterion is None:
+            criterion = _distance_from_long_chain(search)
+        best = None
+        while waiting and len(search.tried) < num_trials:
+            choice = waiting.pop(0)
+            key = choice.num_inference_steps, choice.refresh_steps, choice.second_order, choice.guidance_interval
+            if key in search.tried:
+                continue
+            choice = replace(choice, score=float(criterion(search.sample(choice))))
+            search.tried[key] = choice
+            progress_bar.update()
+            is_better = best is None or choice.score < best.score
+            best = choice if is_better else best
+            if len(search.tried) >= first and (is_better or len(search.tried) == first):
+                waiting = search.neighbours(best, budget)
+    machine = (
+        None if unit != "milliseconds" else f"{platform.machine()}, {pipe.device}, {torch.get_num_threads()} threads"
+    )
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    return Planned(best, tuple(search.tried.values()), budget, unit, name, num_images, seed, machine)
+
+
+def _distance_from_long_chain(search: _Search) -> Callable[[Tensor], float]:
+    refreshes = None if search.pipe.context_encoder is None else tuple(range(_LONG))
+    expected = search.sample(Choice(_LONG, refreshes, True, search.interval, 0.0))
+
+    def distance_from_long_chain(images: Tensor) -> float:
+        return (images - expected).square().mean().item()
+
+    return distance_from_long_chain

@@ -1,0 +1,203 @@
+"""From a budget to a plan: what it costs, that it is the best of what was tried, and what is kept of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import plan
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, plan_refreshes
+from diffusers_dualrate.brownian import BrownianNoise
+from diffusers_dualrate.flops import network_flops, plan_flops
+from diffusers_dualrate.guidance import Guidance
+from diffusers_dualrate.planning import PLANNING_SEED, Choice, plan_for
+
+LATE = {"context_free": True, "num_inference_steps": 8, "guidance_scale": 2.0}
+FEW = {"num_images": 4, "num_trials": 12}
+
+
+def flops_of(pipe, choice):
+    """What an image costs by a choice, guidance included."""
+    pipe.scheduler.set_timesteps(choice.num_inference_steps)
+    guidance = Guidance(pipe.config.guidance_scale, choice.guidance_interval or (-math.inf, math.inf))
+    guided = [guidance.acts_at(level) for level in pipe.scheduler.step_log_snrs.tolist()]
+    return plan_flops(pipe.denoiser, pipe.context_encoder, choice.plan, guided=guided)
+
+
+@pytest.fixture
+def pipe(make_pipe):
+    return make_pipe(**LATE)
+
+
+def budget_of(pipe, evaluations=8):
+    """GFLOPs of so many heavy evaluations, guided."""
+    return 2 * evaluations * network_flops(pipe.context_encoder) / 1e9
+
+
+def test_the_choice_is_the_best_of_what_was_tried_and_all_of_that_is_affordable(pipe):
+    """Mutants: `<` made `>` in what is better; the budget of guidance halved; a plan tried twice."""
+    planned = plan_for(pipe, budget_of(pipe), **FEW)
+    keys = [(c.num_inference_steps, c.refresh_steps, c.second_order, c.guidance_interval) for c in planned.tried]
+    assert len(set(keys)) == len(keys) == 12
+    assert planned.choice.score == min(choice.score for choice in planned.tried)
+    for choice in planned.tried:
+        assert choice.cost == pytest.approx(flops_of(pipe, choice) / 1e9) and choice.cost <= budget_of(pipe)
+    assert {choice.second_order for choice in planned.tried} == {True, False}
+    assert any(choice.refresh_steps[0] > 0 for choice in planned.tried)
+    even = [
+        plan_refreshes(c.num_inference_steps, len(c.refresh_steps), num_steps_alone=c.refresh_steps[0])
+        for c in planned.tried
+    ]
+    assert any(list(choice.plan) != list(other) for choice, other in zip(planned.tried, even, strict=True))
+    again = plan_for(pipe, budget_of(pipe), **FEW)
+    assert again.choice == planned.choice and again.tried == planned.tried
+    assert plan_for(pipe, budget_of(pipe), **FEW, seed=1).choice.score != planned.choice.score
+
+
+def test_a_pair_that_never_learned_to_go_without_context_is_planned_from_step_0(make_pipe):
+    pipe = make_pipe(num_inference_steps=8)
+    planned = plan_for(pipe, budget_of(pipe), **FEW)
+    assert all(choice.refresh_steps[0] == 0 for choice in planned.tried)
+
+
+def test_a_single_rate_model_is_planned_by_its_steps_alone(make_pipe):
+    pipe = make_pipe(single_rate=True, num_inference_steps=8)
+    planned = plan_for(pipe, 0.5, unit="share", num_images=4, num_trials=6)
+    assert all(choice.refresh_steps is None for choice in planned.tried)
+    assert planned.choice.num_inference_steps <= 4  # half of its own eight
+    assert planned.choice.apply_to(pipe).config.num_inference_steps == planned.choice.num_inference_steps
+
+
+def test_a_criterion_of_ones_own_decides_and_intervals_of_guidance_are_tried(pipe):
+    def brightness(images):
+        return images.mean().item()
+
+    planned = plan_for(pipe, budget_of(pipe), criterion=brightness, num_images=4, num_trials=30)
+    assert planned.criterion == "brightness"
+    intervals = {choice.guidance_interval for choice in planned.tried}
+    assert None in intervals and len(intervals) > 1
+    assert planned.choice.score == min(choice.score for choice in planned.tried)
+    by_distance = plan_for(pipe, budget_of(pipe), **FEW)
+    assert {choice.guidance_interval for choice in by_distance.tried} == {None}
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_two_chains_along_the_same_noise_end_alike_where_the_image_is_known(second_order):
+    """With x given, the chain is Markov in its own right: whatever its steps, it ends at one place of one path.
+
+    Mutants: noise scaled by the variance, or by the place; an increment of other ends; a bridge without its end.
+    """
+    x, path = torch.tensor([[[[0.4]], [[-1.3]]]]).expand(2000, -1, -1, -1), BrownianNoise((2000, 2, 1, 1), 0)
+    ends = {}
+    for n in (3, 12, 7):
+        scheduler = DualRateScheduler(clip_sample=False, second_order=second_order)
+        # One more step than is taken: the last gives x itself.
+        scheduler.set_timesteps(timesteps=[1000 * (1 - 0.8 * i / n) for i in range(n + 1)])
+        levels, z = scheduler.step_log_snrs, path.start
+        noise = path.of_steps(levels.tolist())
+        for i, t in enumerate(scheduler.timesteps[:-1]):
+            alpha, sigma = levels[i].sigmoid().sqrt(), (-levels[i]).sigmoid().sqrt()
+            z = scheduler.step((alpha * z - x) / sigma, t, z, variance_noise=noise[i]).prev_sample
+        ends[n] = z
+        for each in noise[:-1]:
+            assert each.mean().abs() < 0.08 and each.std().item() == pytest.approx(1, abs=0.05)
+    for n in (12, 7):
+        torch.testing.assert_close(ends[n], ends[3], rtol=0, atol=2e-4)
+    alpha, sigma = levels[-1].sigmoid().sqrt(), (-levels[-1]).sigmoid().sqrt()
+    standard = (ends[3] - alpha * x) / sigma
+    assert standard.mean().abs() < 0.08 and standard.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_each_image_has_noise_of_its_own_seed_whatever_the_count():
+    few, many = BrownianNoise((2, 1, 4, 4), 3), BrownianNoise((5, 1, 4, 4), 3)
+    levels = [-9.0, 0.0, 4.0]
+    assert torch.equal(few.start, many.start[:2]) and not torch.equal(many.start[0], many.start[1])
+    for one, other in zip(few.of_steps(levels), many.of_steps(levels), strict=True):
+        assert torch.equal(one, other[:2])
+    assert not torch.equal(BrownianNoise((2, 1, 4, 4), 4).start, few.start)
+
+
+def test_milliseconds_are_those_of_this_machine_and_a_share_is_of_the_heavy_network_at_the_models_own_steps(pipe):
+    shared = plan_for(pipe, 0.5, unit="share", num_images=2, num_trials=3)
+    heavy = 2 * pipe.config.num_inference_steps * network_flops(pipe.context_encoder)
+    for choice in shared.tried:
+        assert choice.cost == pytest.approx(flops_of(pipe, choice) / heavy) and choice.cost <= 0.5
+    timed = plan_for(pipe, 1000.0, unit="milliseconds", num_images=2, num_trials=2)
+    assert all(0 < choice.cost <= 1000 for choice in timed.tried) and "cpu" in timed.machine and shared.machine is None
+
+
+def test_a_choice_is_applied_to_a_copy_and_saved_as_the_default(pipe, tmp_path):
+    choice = Choice(6, (2, 3, 5), True, (-3.0, 4.0), 1.0, 0.5)
+    planned = choice.apply_to(pipe)
+    assert pipe.config.num_inference_steps == 8 and pipe.config.refresh_steps is None
+    assert not pipe.scheduler.config.second_order
+    planned.save_pretrained(tmp_path)
+    loaded = DualRatePipeline.from_pretrained(tmp_path)
+    assert [i for i, now in enumerate(loaded.plan_run()) if now] == [2, 3, 5] and loaded.scheduler.config.second_order
+    for each in (planned, loaded):
+        each.set_progress_bar_config(disable=True)
+    options = {"output_type": "latent", "generator": torch.Generator()}
+    images = [
+        each([0, 3], **options | {"generator": torch.Generator().manual_seed(0)}).images for each in (planned, loaded)
+    ]
+    assert torch.equal(*images)
+    asked = planned(
+        [0, 3], 6, refresh_steps=[2, 3, 5], guidance_interval=(-3.0, 4.0), generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images  # fmt: skip
+    assert torch.equal(asked, images[0])
+    plain = Choice(6, (2, 3, 5), True, None, 1.0).apply_to(planned)
+    assert plain.config.guidance_interval is None  # not taken over from before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 1e-9}, "budget=1e-09 gflop is less than one step costs"),
+        ({"budget": -1.0}, "budget must be"),
+        ({"unit": "hours"}, "unit must be one of"),
+        ({"num_images": 0}, "num_images must be"),
+        ({"num_trials": 0}, "num_trials must be"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_a_budget_that_nothing_fits_and_bad_arguments_are_refused(pipe, watch, options, message):
+    calls = watch(pipe)
+    with pytest.raises(ValueError, match=message):
+        plan_for(pipe, **{"budget": 1.0} | options)
+    assert not calls.encoder and not calls.denoiser
+
+
+def test_a_scheduler_of_the_host_is_refused(make_pipe):
+    pipe = make_pipe(scheduler=DDIMScheduler(prediction_type="v_prediction"))
+    with pytest.raises(ValueError, match="DDIMScheduler"):
+        plan_for(pipe, 1.0)
+
+
+def run(*arguments):
+    return plan.main(plan.parse_args([str(argument) for argument in arguments]))
+
+
+def test_a_user_plans_a_model_and_samples_it_by_its_plan(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "training.json").write_text("{}")
+    options = ["--model", tmp_path / "model", "--budget", budget_of(pipe), "--num_images", 2, "--num_trials", 4]
+    planned = run(*options, "--output", tmp_path / "planned")
+    record = json.loads((tmp_path / "planned" / "plan.json").read_text())
+    assert record["choice"]["refresh_steps"] == list(planned.choice.refresh_steps)
+    assert record["model"] == "model" and record["unit"] == "gflop" and len(record["tried"]) == 4
+    assert str(PLANNING_SEED) in record["seeds"] and record["criterion"] == "distance_from_long_chain"
+    assert (tmp_path / "planned" / "training.json").is_file()
+    assert str(planned.choice.plan) in capsys.readouterr().out
+    loaded = DualRatePipeline.from_pretrained(tmp_path / "planned")
+    assert list(loaded.plan_run()) == list(planned.choice.plan)
+    before = (tmp_path / "planned" / "plan.json").read_bytes()
+    with pytest.raises(ValueError, match="--output must be a new or an empty folder"):
+        run(*options, "--output", tmp_path / "planned")
+    assert (tmp_path / "planned" / "plan.json").read_bytes() == before
+    for more in (["--classifier", "x.safetensors"], ["--dataset_name", "digits"]):
+        with pytest.raises(ValueError, match="needs .* beside it"):
+            run(*options, "--output", tmp_path / "other", *more)
+    assert not (tmp_path / "other").exists()
