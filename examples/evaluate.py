@@ -218,7 +218,8 @@ def configuration_of(told):
     return Configuration.from_json({name: value for name, value in told.items() if name != "found"})
 
 
-def main(args, open_images=training.open_images):
+def check(args):
+    """Refuse, before anything is read, what could not be measured; make the folders that are written to."""
     for name in ("num_samples", "num_reference"):
         if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
             raise ValueError(f"{name} must be at least 4, got {getattr(args, name)}.")
@@ -231,63 +232,13 @@ def main(args, open_images=training.open_images):
             raise ValueError(f"{name} must be at least 1, got {min(counts)}.")
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator()
-    pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
-    told, trained = read_records(args.model)
-    if told is None and accelerator.is_main_process:
-        warnings.warn(
-            f"{args.model} has no {FILE}: its images count as not augmented, and no card can be made of this.",
-            stacklevel=2,
-        )
-    augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
-    accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
-    classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
-    data = Data(**select(args, Data))
-    size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
-    fresh = partial(open_images, data, size, channels=channels, seed=FRESH_SEED)  # as no training saw them
-    images = floor_images = fresh(augmentation=augmentation, split=args.reference_split)
-    if args.floor_split:
-        floor_images = fresh(augmentation=augmentation, split=args.floor_split)
-    plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
-    training.check_classes(args.model, pipe, images)
-    if classifier is not None:
-        check_classifier(args.classifier, classifier, images.channels, images.num_classes)
-    steps = choose_steps(args, pipe)
-    judges = {}
-    if classifier is not None and images.num_classes:
-        judges["class_accuracy"] = lambda x, labels: (
-            classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
-        )
-    if images.num_classes and len(images) <= _NEAREST_LIMIT:
-        backgrounds = (Augmentation(background=(level, level)) for level in (0, 255))
-        views = (fresh(augmentation=background, split=args.reference_split) for background in backgrounds)
-        judges["class_of_nearest"] = make_nearest_judge(*views, augmentation.translation)
 
-    num_reference = len(images) if args.num_reference is None else args.num_reference
-    networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
-    report = {
-        "model": Path(args.model).name,
-        "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-        "block_multiply_adds": {name: block_multiply_adds(network) for name, network in networks.items()},
-        "data": {
-            "name": data.name,
-            "hub": data.hub_name,
-            "images": len(images),
-            "classes": images.num_classes,
-            "reference": f"{num_reference} images of split {args.reference_split}",
-            "floor": describe_floor(args, images),
-        },
-        "references": {distance_name(name): "images augmented as in training" for name in own}
-        | {distance_name(name): "images as they are" for name in published},
-        "classifier": None
-        if classifier is None
-        else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
-        "configuration": told,
-        "training": trained,
-        "rivals": {},
-    }
+def take_up_rivals(report, pipe, images, args, accelerator):
+    """Put into the report what other models' own measurements hold, and what each training cost.
 
+    Returns the single-rate models to compare the pair's v-loss with, by name.
+    """
     compared = {f"single_rate_{name}": path for name in ("heavy", "light") if (path := getattr(args, name))}
     paths = compared | {Path(path).name: path for path in args.rivals}
     rivals = {name: DualRatePipeline.from_pretrained(path).to(accelerator.device) for name, path in paths.items()}
@@ -315,35 +266,111 @@ def main(args, open_images=training.open_images):
             teacher = by_name.get(Path(configuration.start.teacher or "").name)
             images_seen = found["training"]["images_seen"]
             found["training_flops"] = training_flops(model, configuration.recipe, images_seen, teacher)
+    return {name: rivals[name] for name in compared}
+
+
+def measure_v_losses(pipe, compared, images, k, args, accelerator):
+    """The v-loss of a model, of the model without its context, and of the single-rate models beside it."""
+
+    def v_loss_of(model, k, **options):
+        return measure_v_loss(model, images, args.num_noises, k, args.batch_size, accelerator, **options)
+
+    v_loss = {"images": args.num_noises, "model": v_loss_of(pipe, k or 1)}
+    if pipe.context_encoder is not None:
+        v_loss["context_dropped"] = v_loss_of(pipe, k, drop_context=True)
+    for name, model in compared.items():
+        v_loss[name] = v_loss_of(model, 1)
+    if args.heavy and args.light:
+        gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
+        v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
+    return v_loss
+
+
+def measure_floor(images, reference, extractors, judges, args, accelerator):
+    """The metrics of as many real images as are sampled: what a perfect model would have."""
+    floor = []
+    for position, seed in enumerate(args.seeds):
+        chosen = choose(images, args.num_samples, seed)
+        batches = real_batches(images, _FLOOR_EPOCHS[position], chosen, args.batch_size, accelerator)
+        measured = measure_images(batches, extractors, judges, accelerator)
+        floor.append(metrics_of(measured, reference, args.num_samples))
+    return spread(floor)
+
+
+def make_judges(classifier, images, fresh, augmentation, args, accelerator):
+    """Who says of an image, given its class, whether it shows that class."""
+    judges = {}
+    if classifier is not None and images.num_classes:
+        judges["class_accuracy"] = lambda x, labels: (
+            classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
+        )
+    if images.num_classes and len(images) <= _NEAREST_LIMIT:
+        backgrounds = (Augmentation(background=(level, level)) for level in (0, 255))
+        views = (fresh(augmentation=background, split=args.reference_split) for background in backgrounds)
+        judges["class_of_nearest"] = make_nearest_judge(*views, augmentation.translation)
+    return judges
+
+
+def main(args, open_images=training.open_images):
+    check(args)
+    accelerator = Accelerator()
+    pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
+    told, trained = read_records(args.model)
+    if told is None and accelerator.is_main_process:
+        warnings.warn(
+            f"{args.model} has no {FILE}: its images count as not augmented, and no card can be made of this.",
+            stacklevel=2,
+        )
+    augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
+    accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
+    classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
+
+    data = Data(**select(args, Data))
+    size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
+    fresh = partial(open_images, data, size, channels=channels, seed=FRESH_SEED)  # as no training saw them
+    images = floor_images = fresh(augmentation=augmentation, split=args.reference_split)
+    if args.floor_split:
+        floor_images = fresh(augmentation=augmentation, split=args.floor_split)
+    plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
+    training.check_classes(args.model, pipe, images)
+    if classifier is not None:
+        check_classifier(args.classifier, classifier, images.channels, images.num_classes)
+    steps = choose_steps(args, pipe)
+    judges = make_judges(classifier, images, fresh, augmentation, args, accelerator)
+    num_reference = len(images) if args.num_reference is None else args.num_reference
+    networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
+    report = {
+        "model": Path(args.model).name,
+        "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+        "block_multiply_adds": {name: block_multiply_adds(network) for name, network in networks.items()},
+        "data": {
+            "name": data.name,
+            "hub": data.hub_name,
+            "images": len(images),
+            "classes": images.num_classes,
+            "reference": f"{num_reference} images of split {args.reference_split}",
+            "floor": describe_floor(args, images),
+        },
+        "references": {distance_name(name): "images augmented as in training" for name in own}
+        | {distance_name(name): "images as they are" for name in published},
+        "classifier": None
+        if classifier is None
+        else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
+        "configuration": told,
+        "training": trained,
+        "rivals": {},
+    }
+    compared = take_up_rivals(report, pipe, images, args, accelerator)
 
     k = steps["num_context_steps"]
     if told is not None and isinstance(configuration_of(told).recipe, DistillationRecipe):
         report["images_by_phase"] = configuration_of(told).recipe.images_by_phase
     else:
-
-        def v_loss_of(model, k, **options):
-            return measure_v_loss(model, floor_images, args.num_noises, k, args.batch_size, accelerator, **options)
-
-        v_loss = {"images": args.num_noises, "model": v_loss_of(pipe, k or 1)}
-        if pipe.context_encoder is not None:
-            v_loss["context_dropped"] = v_loss_of(pipe, k, drop_context=True)
-        for name in compared:
-            v_loss[name] = v_loss_of(rivals[name], 1)
-        if args.heavy and args.light:
-            gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
-            v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
-        report["v_loss"] = v_loss
-
+        report["v_loss"] = measure_v_losses(pipe, compared, floor_images, k, args, accelerator)
     extractors = own | published
     how = (num_reference, args.cache_dir, args.batch_size, accelerator)
     reference = measure_reference(images, own, *how) | measure_reference(plain_images, published, *how)
-    floor = []
-    for position, seed in enumerate(args.seeds):
-        chosen = choose(floor_images, args.num_samples, seed)
-        batches = real_batches(floor_images, _FLOOR_EPOCHS[position], chosen, args.batch_size, accelerator)
-        measured = measure_images(batches, extractors, judges, accelerator)
-        floor.append(metrics_of(measured, reference, args.num_samples))
-    report["floor"] = spread(floor)
+    report["floor"] = measure_floor(floor_images, reference, extractors, judges, args, accelerator)
     second_order = getattr(pipe.scheduler.config, "second_order", False)
     ways = [("second-order ancestral" if second_order else "ancestral", steps)]
     for n in args.solver_steps:
