@@ -11,8 +11,8 @@ import torch
 class ShuffledIndices(torch.utils.data.Sampler):
     """An endless shuffle of a data set, cut to the stretch from `start` to `stop`; yields (epoch, index).
 
-    Each epoch is a permutation drawn from (seed, epoch) alone, so a run that starts anywhere in the stretch sees what
-    an uninterrupted one sees there. Batches may cross epochs; no image is left out.
+    Each epoch is a permutation drawn from (seed, epoch) alone. So a run that starts anywhere in the stretch sees what an
+    uninterrupted one sees there. Batches may cross epochs; no image is left out.
 
     Args:
         size: Number of images in the data set.

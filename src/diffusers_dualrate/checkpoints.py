@@ -1,7 +1,7 @@
 """Checkpoints of a training run: finding, checking, saving and loading the folders `checkpoint-<step>`.
 
 A checkpoint holds Accelerate's state, the EMA weights and what the run itself notes. It is written under a hidden name
-and renamed when complete, and removed by renaming first, so that at no moment a visible one is half there. A list of
+and renamed when complete. It is removed by renaming first. So no visible checkpoint is ever incomplete. A list of
 its files with their hashes tells a damaged one from a sound one before anything is loaded.
 """
 

@@ -309,7 +309,7 @@ def nearest_training_image(
 ) -> Tensor:
     """Index [B] of the training image nearest to each image in mean square distance, over shifts and backgrounds.
 
-    Training images may be transparent. Seen on black they are their premultiplied colour p, and on white p + (1 − a),
+    Training images may be transparent. On black they are their premultiplied colour p, and on white p + (1 − a),
     so that on the background b of the image they are compared with they are p + (1 − a) b.
 
     Args:

@@ -234,9 +234,8 @@ def distillation_image_flops(
 ) -> dict[str, int]:
     """FLOPs for each image of a batch in every phase of a distillation.
 
-    A step brings the student to its time without gradient (R), lets it predict there (P), and has the teacher, twice where
-    it is guided, and the auxiliary of its shape (T) judge that: R + P + (G + 3) T for the auxiliary, R + 3 P + (G + 1) T for
-    the student.
+    R: rollout without gradient. P: the student's prediction. T: cost of the teacher, which runs G times, and of the
+    auxiliary of its shape. Auxiliary step: R + P + (G + 3) T. Student step: R + 3 P + (G + 1) T.
 
     Args:
         denoiser: The student's.

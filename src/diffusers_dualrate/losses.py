@@ -95,8 +95,8 @@ def window_times(
     the times of sampling with K refreshes on a uniform grid whose offset is random. Near t = 1 the two differ: a
     sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere.
 
-    Contexts may begin late, at time c = `context_from`: then t is uniform on [c, 1] in the first rows, which see none, and
-    on [0, c] in the others, with τ at most c.
+    Contexts may begin late, at time c = `context_from`. Then t is uniform on [c, 1] in the first rows, which see no
+    context. It is uniform on [0, c] in the others, with τ at most c.
 
     Args:
         uniforms: Numbers in [0, 1) [B, 3] for t, a and the lag.
@@ -252,18 +252,17 @@ def following_loss(
 ) -> DenoisingLoss:
     """Loss of a denoiser that learns what a trained encoder would predict at z_t, from its context at z_τ.
 
-    Beyond the paper, and for an encoder that stays as it is. What it predicts at z_t has none of the noise that a clean
-    image has as a target, so it can be asked for anywhere: in some rows z_t is where one deterministic step leads from
-    z_τ, in the others both lie on one trajectory of the ancestral chain, as in [`denoising_loss`]. Such a pair may be
-    sampled either way, though a solver takes several steps where the loss takes one, with the pair's own predictions.
+    Beyond the paper, and for an encoder that stays as it is. The target is the encoder's prediction at z_t, so z_t need
+    not be a noised x. In the first `deterministic` rows it is one DDIM step from z_τ. In the others both lie on one
+    ancestral trajectory, as in [`denoising_loss`]. Such a pair may be sampled either way.
 
     Args:
         denoise: As for [`denoising_loss`], and so are the others that are not named here.
         encode: (z_τ, λ_τ, labels) → context.
         deterministic: Share of rows, the first, whose z_t is a DDIM step from z_τ with the encoder's own prediction; the
             rows of `late`, which come before them, are none of them but count.
-        even_in_log_snr: Share of rows, the first of those, counted alike, with a lag that is uniform in log-SNR instead of
-            time, as solvers whose steps are even in log-SNR have it.
+        even_in_log_snr: Share of rows, the first of those, counted alike. Their lag is uniform in log-SNR instead of time,
+            like the steps of solvers that are even in log-SNR.
         encoder_prediction: context → x̂, the encoder's own prediction.
 
     Returns:

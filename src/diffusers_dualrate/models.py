@@ -6,8 +6,8 @@ of the same resolution begins. W e does not change between two refreshes, so `pr
 starts at zero, the encoder's side does not: were both zero, neither would ever learn.
 
 Beyond the paper, with `prediction_hand_over` the encoder also hands out what it believes about the clean image, x̂ and a
-variance. The denoiser updates that belief by what z_t tells beyond z_τ (`diffusion.gaussian_update`), starts from the
-velocity this implies and adds a correction, so it spends nothing on what the encoder knows already.
+variance. The denoiser updates that belief by what z_t tells beyond z_τ (`diffusion.gaussian_update`). It starts from the
+velocity that follows, and adds a correction.
 
 Both condition on log-SNR rather than on a step number, so the same weights serve any variance-preserving schedule.
 """

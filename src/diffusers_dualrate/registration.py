@@ -1,9 +1,8 @@
 """The one place that touches private tables of diffusers.
 
-`DiffusionPipeline.download` refuses a repository whose components come from a library that is not a key of
-`LOADABLE_CLASSES`, and reads from that entry which base class loads and saves them. One entry makes repositories of
-ours load from the Hub with no trust flag and no code of the repository run. The attribute on `diffusers.pipelines`
-lets the generic loader resolve the same names for people who load through `custom_pipeline`.
+`DiffusionPipeline.download` refuses components from a library that is no key of `LOADABLE_CLASSES`. The entry names the
+base classes that load and save them. With it our repositories load from the Hub without a trust flag, and none of their
+code is run. The attribute on `diffusers.pipelines` serves people who load through `custom_pipeline`.
 """
 
 import sys
