@@ -22,7 +22,7 @@ test-oldest:
 	$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: $(VENV)/.dev
-	$(PY) -m ruff check $(CODE) && $(PY) -m ruff format --check $(CODE)
+	$(PY) -m ruff check $(CODE) && $(PY) -m ruff format --check $(CODE) && $(PY) -m mypy
 
 format: $(VENV)/.dev
 	$(PY) -m ruff check --fix $(CODE) && $(PY) -m ruff format $(CODE)

@@ -47,7 +47,7 @@ class Claim:
         chosen = find_named(output_dir, resume_from_checkpoint)
         check_folder(output_dir, record, resume_from_checkpoint, chosen)
         accelerator.wait_for_everyone()
-        outcome: list = [None, None]
+        outcome: list = [None, None]  # the checkpoint, and what was wrong
         if accelerator.is_main_process:
             try:
                 self._take(record, resume_from_checkpoint, chosen)
@@ -56,9 +56,9 @@ class Claim:
             except (ValueError, OSError) as error:
                 self.release()
                 outcome[1] = error
-        self.checkpoint, error = broadcast_object_list(outcome)
-        if error is not None:
-            raise error
+        self.checkpoint, refusal = broadcast_object_list(outcome)
+        if refusal is not None:
+            raise refusal
 
     def _take(self, record: dict, resume_from_checkpoint: str | None, chosen: Path | None) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,8 @@ def check_folder(output_dir: Path, record: dict, resume_from_checkpoint: str | N
         raise ValueError(
             f"{output_dir} holds a trained model, but no checkpoint to go on from: give another --output_dir."
         )
-    for folder in {output_dir if holds_run else None, chosen and chosen.parent} - {None}:
+    folders = {output_dir} if holds_run else set()
+    for folder in folders if chosen is None else folders | {chosen.parent}:
         path = folder / FILE
         known = identify(read_json(path)) if path.is_file() else {}
         ours = identify(record)

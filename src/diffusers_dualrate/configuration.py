@@ -89,7 +89,7 @@ class Networks:
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for another number of classes."""
         changed = ({**network, "num_classes": num_classes} for network in (self.context_encoder, self.denoiser))
-        return Networks(**dict(zip(("context_encoder", "denoiser"), changed, strict=True)), scheduler=self.scheduler)
+        return type(self)(**dict(zip(("context_encoder", "denoiser"), changed, strict=True)), scheduler=self.scheduler)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,7 @@ def load_images(
         dataset = _ask_datasets(dataset_name, dataset_name, name=config_name, **options)
     else:
         folder = dataset_name if train_data_dir is None else train_data_dir
+        assert folder is not None
         if (described := folders.find_described(folder, split)) is None:
             dataset = folders.list_folder(folder, split).open(streaming=streaming, seed=seed)
         else:
@@ -256,7 +257,7 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         self._all_labels = self._labels
         # In shared memory: data workers mark rows in it.
         self._is_corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-        self._pixels = None
+        self._pixels: np.ndarray | None = None
         if len(dataset) * self.height * self.width * (self.channels + 1) <= CACHE_BYTES:
             self._decode_all()
 

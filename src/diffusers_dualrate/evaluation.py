@@ -40,6 +40,17 @@ class FeatureStatistics:
     def __init__(self, moments: Tensor | None = None):
         self.moments = moments
 
+    @property
+    def sums(self) -> Tensor:
+        """The moments where there are some.
+
+        Raises:
+            ValueError: If no feature was seen.
+        """
+        if self.moments is None:
+            raise ValueError("No features were seen.")
+        return self.moments
+
     def update(self, features: Tensor) -> None:
         """Add features [B, D]."""
         features = features.cpu() if features.device.type == "mps" else features  # which has no float64
@@ -48,7 +59,7 @@ class FeatureStatistics:
         self.moments = moments if self.moments is None else self.moments + moments
 
     def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        return FeatureStatistics(self.moments + other.moments)
+        return FeatureStatistics(self.sums + other.sums)
 
     @property
     def count(self) -> int:
@@ -58,7 +69,7 @@ class FeatureStatistics:
     @property
     def mean(self) -> Tensor:
         """Mean [D]."""
-        return self.moments[0, 1:] / self.moments[0, 0]
+        return self.sums[0, 1:] / self.sums[0, 0]
 
     @property
     def covariance(self) -> Tensor:
@@ -69,14 +80,14 @@ class FeatureStatistics:
         """
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 features, and there are {self.count}.")
-        return (self.moments[1:, 1:] - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+        return (self.sums[1:, 1:] - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
     def save(self, path: str | Path, **tensors: Tensor) -> None:
         """Write into a safetensors file, with what else belongs there, under its name only when complete."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")  # another process may write the same
-        save_file({"moments": self.moments.cpu(), **tensors}, partial)
+        save_file({"moments": self.sums.cpu(), **tensors}, partial)
         partial.replace(path)
 
     @classmethod

@@ -8,7 +8,8 @@ channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c; for depthwise block
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ def network_flops(
         size: Height and width; default: its `sample_size`.
         with_context: Whether a denoiser that takes context is given one.
     """
-    network = getattr(network, "_orig_mod", network)  # what `torch.compile` wrapped
+    network = cast(UViTDenoiser, getattr(network, "_orig_mod", network))  # what `torch.compile` wrapped
     height, width = _size(network, size)
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
@@ -78,7 +79,7 @@ def context_flops(denoiser: UViTDenoiser, size: tuple[int, int] | None = None) -
     """FLOPs of projecting one context for one image, which the denoiser does once per refresh."""
     height, width = _size(denoiser, size)
     total, side = 0, denoiser.config.patch_size
-    for projection in denoiser.context_proj:
+    for projection in cast(Iterable[nn.Conv2d], denoiser.context_proj):
         total += 2 * projection.in_channels * projection.out_channels * (height // side) * (width // side)
         side *= 2
     return total
@@ -112,8 +113,9 @@ def image_flops(
     plan = RefreshPlan((False,) * num_inference_steps)
     if context_encoder is not None:
         plan = plan_refreshes(num_inference_steps, num_context_steps, num_steps_alone=num_steps_alone)
-    options = {"guided": [guided] * len(plan), "encoder_denoises": encoder_denoises, "size": size}
-    return plan_flops(denoiser, context_encoder, plan, **options)
+    return plan_flops(
+        denoiser, context_encoder, plan, guided=[guided] * len(plan), encoder_denoises=encoder_denoises, size=size
+    )
 
 
 def plan_flops(
@@ -142,7 +144,7 @@ def plan_flops(
     if context_encoder is not None:
         heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
         opening = network_flops(denoiser, size, with_context=False)
-    return plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises)
+    return round(plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises))
 
 
 def plan_cost(
@@ -164,7 +166,8 @@ def plan_cost(
         guided: As for [`plan_flops`].
         encoder_denoises: As for [`image_flops`].
     """
-    branches, alone, total = [2 if guides else 1 for guides in guided or [False] * len(plan)], plan.num_steps_alone, 0
+    branches, alone = [2 if guides else 1 for guides in guided or [False] * len(plan)], plan.num_steps_alone
+    total: float = 0
     for i, refreshes in enumerate(plan):
         if refreshes:
             total += max(branches[j] for j in plan.until_next(i)) * heavy
@@ -216,9 +219,9 @@ def training_image_flops(
         followed: Whether the denoiser learns what the encoder predicts at t, for which it runs once more.
     """
     total = 3 * target_flops(denoiser, context_encoder, context_dropout=context_dropout)
-    if frozen:
+    if frozen and context_encoder is not None:
         total -= (1 - context_dropout) * (2 * network_flops(context_encoder) + context_flops(denoiser))
-    if followed:
+    if followed and context_encoder is not None:
         total += (1 - context_dropout) * (network_flops(context_encoder) + context_flops(denoiser))
     return total
 

@@ -22,7 +22,8 @@ from .models import UViTContextEncoder, UViTDenoiser
 from .refreshes import RefreshPlan
 
 # Networks whose caches a run is filling.
-_FILLING, _LOCK = weakref.WeakSet(), threading.Lock()
+_FILLING: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_LOCK = threading.Lock()
 
 
 @dataclass
@@ -91,7 +92,7 @@ class GuidedRun:
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         self._step_options = {"generator": generator} if takes_generator else {}
         self._dtype = denoiser.dtype  # once: the host finds it by a walk over all parameters
-        self._cached_rows = {}
+        self._cached_rows: dict[torch.nn.Module, str] = {}
         self.timesteps = list(scheduler.timesteps)  # taken apart once, not at every look
 
     def guides(self, i: int) -> bool:
@@ -122,6 +123,7 @@ class GuidedRun:
     def compute_context(self, z: Tensor, log_snr: Tensor, both: bool) -> tuple[Tensor, ...]:
         """Run the heavy network on z and project its context for the denoiser; with `both`, for both branches."""
         z, class_labels = self._with_null_branch(z) if both else (z, self.class_labels)
+        assert self.context_encoder is not None  # else no plan refreshes
         with self._cache_context(self.context_encoder, both):
             encoded = self.context_encoder(z.to(self.context_encoder.dtype), log_snr, class_labels)
         levels = len(self.denoiser.config.level_channels)
@@ -147,6 +149,7 @@ class GuidedRun:
         return self.guidance.combine(v) if guides else v
 
     def _with_null_branch(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.class_labels is not None  # else nothing guides
         null = torch.full_like(self.class_labels, self.denoiser.config.num_classes)
         return torch.cat([z, z]), torch.cat([null, self.class_labels])
 

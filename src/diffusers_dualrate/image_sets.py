@@ -82,5 +82,5 @@ def sampled_batches(
         chunk = None if labels is None else labels[positions.start : positions.stop]
         generator = [torch.Generator().manual_seed(seed_of(FRESH_SEED, seed, i)) for i in positions]
         size = {"batch_size": len(positions)} if chunk is None else {"class_labels": chunk.tolist()}
-        x = pipe(**size, generator=generator, output_type="latent", **steps).images
+        x = pipe(**size, generator=generator, output_type="latent", return_dict=False, **steps)[0]
         yield positions, as_bytes(x.float().cpu()), chunk

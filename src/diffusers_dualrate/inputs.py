@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import cast
 
 import torch
 from diffusers import SchedulerMixin
@@ -54,21 +55,22 @@ def check_inputs(
     latents: Tensor | None,
 ) -> Inputs:
     """Check the arguments of a call that say what is drawn; they are documented there."""
+    ids = None
     if class_labels is not None:
-        class_labels = find_label_ids(class_labels, denoiser.config.num_classes, id2label)
-        if batch_size not in (None, len(class_labels)):
-            raise ValueError(f"batch_size is {batch_size!r}, but there are {len(class_labels)} class_labels.")
+        ids = find_label_ids(class_labels, denoiser.config.num_classes, id2label)
+        if batch_size not in (None, len(ids)):
+            raise ValueError(f"batch_size is {batch_size!r}, but there are {len(ids)} class_labels.")
     each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-    if class_labels is None:
+    if ids is None:
         batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
     else:
-        class_labels = [label for label in class_labels for _ in range(each)]
-        batch_size = len(class_labels)
+        ids = [label for label in ids for _ in range(each)]
+        batch_size = len(ids)
     shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width))
     _check_generator(generator, batch_size)
     _check_latents(latents, shape)
-    guidance = _check_guidance(guidance_scale, guidance_interval, class_labels)
-    return Inputs(class_labels, shape, guidance, latents)
+    guidance = _check_guidance(guidance_scale, guidance_interval, ids)
+    return Inputs(ids, shape, guidance, latents)
 
 
 def find_label_ids(
@@ -86,7 +88,7 @@ def find_label_ids(
         class_labels = class_labels.reshape(-1).tolist()
     elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
         class_labels = [class_labels]
-    numbers = {name: number for number, name in reversed(id2label.items())}
+    numbers = {name: number for number, name in reversed(list(id2label.items()))}
     ids = [_find_label_id(label, num_classes, numbers) for label in class_labels]
     if not ids:
         raise ValueError("class_labels is empty.")
@@ -101,7 +103,7 @@ def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping
             raise ValueError(f"Unknown class name {label!r}; {hint}")
         label = numbers[label]
     if isinstance(label, Tensor) and label.ndim == 0:
-        label = label.item()
+        label = cast(int, label.item())
     if isinstance(label, bool) or not hasattr(label, "__index__"):
         raise ValueError(f"class_labels must be integers or names, got {label!r}.")
     if not 0 <= label < num_classes:
@@ -155,7 +157,7 @@ def _check_guidance(scale: float, interval: tuple[float, float] | None, class_la
     if scale > 1 and class_labels is None:
         raise ValueError(f"guidance_scale={scale} needs class_labels.")
     check_interval(interval)
-    return Guidance(scale) if interval is None else Guidance(scale, tuple(interval))
+    return Guidance(scale) if interval is None else Guidance(scale, (interval[0], interval[1]))
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:
@@ -237,9 +239,9 @@ def check_id2label(id2label: Mapping[int | str, str] | None, num_classes: int | 
     """Names of classes by number, in the order of the numbers; JSON, which knows only strings as keys, mixes it up."""
     if not isinstance(id2label or {}, Mapping):
         raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
-    names = {}
+    names: dict[int, str] = {}
     for key, name in (id2label or {}).items():
-        number = int(key) if isinstance(key, str) and key.isdecimal() else key
+        number = int(key) if isinstance(key, str) and key.isdecimal() else cast(int, key)
         check_integer("each class of id2label", number)
         if not isinstance(name, str):
             raise ValueError(f"id2label must map numbers of classes to their names, got {name!r} for class {key}.")

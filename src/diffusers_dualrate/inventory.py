@@ -5,7 +5,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sized
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,14 @@ from .folders import describe_classes, join_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class DescribedImages(Protocol):
+    """Images that a run learns from, as far as their description goes."""
+
+    num_classes: int | None
+    id2label: dict[int, str] | None
+
 
 _SAMPLED = 256  # rows whose content a fingerprint holds
 
@@ -78,22 +86,23 @@ def _describe_file(path):
     return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
 
 
-def describe_images(images: torch.utils.data.Dataset) -> str:
+def describe_images(images: DescribedImages) -> str:
     """In a few lines, what a run learns from: images, classes with their counts, and what is left out and why.
 
     Args:
         images: `LabelledImages`, `StreamedImages`, or a data set with the same attributes.
     """
-    lines = [] if getattr(images, "description", None) is None else [images.description]
+    description = getattr(images, "description", None)
+    lines, names = [] if description is None else [description], list_classes(images.id2label) or []
     if not isinstance(images, Sized):
         lines.insert(0, f"a stream of images, number of classes: {images.num_classes or 'none'}")
         if images.num_classes and len(lines) == 1:
-            lines.append(f"classes: {join_names(list_classes(images.id2label))}")
+            lines.append(f"classes: {join_names(names)}")
         return "\n".join(lines)
     lines.insert(0, f"images: {len(images):,}, number of classes: {images.num_classes or 'none'}")
     if images.num_classes:
-        counts = torch.bincount(images.class_labels, minlength=images.num_classes).tolist()
-        lines.append(describe_classes(dict(zip(list_classes(images.id2label), counts, strict=True))))
-    if images.corrupt:
-        lines.append(f"left out {len(images.corrupt):,}, corrupt: {join_names(images.corrupt)}")
+        counts = torch.bincount(cast(Any, images).class_labels, minlength=images.num_classes).tolist()
+        lines.append(describe_classes(dict(zip(names, counts, strict=True))))
+    if corrupt := cast(Any, images).corrupt:
+        lines.append(f"left out {len(corrupt):,}, corrupt: {join_names(corrupt)}")
     return "\n".join(lines)

@@ -214,12 +214,13 @@ def denoising_loss(
     free = len(x) if encode is None else round(context_dropout * len(x))
     if encode is not None and free == 0 < context_dropout:
         raise ValueError(f"context_dropout={context_dropout} of {len(x)} images is none: use larger batches, or 0.")
-    parts, encoder_loss = [], 0.0
+    parts: list[tuple[Tensor, Tensor]] = []
+    encoder_loss: Tensor | float = 0.0
     if free > 0:
         labels = None if class_labels is None else class_labels[:free]
         denoised = denoise(z_t[:free], lambda_t[:free], labels, None, None)
         parts.append(judge(denoised, target[:free], lambda_t[:free], t[:free]))
-    if free < len(x):
+    if encode is not None and free < len(x):
         x, z_tau, lambda_tau, tau = x[free:], z_tau[free:], lambda_tau[free:], tau[free:]
         labels = None if class_labels is None else class_labels[free:]
         context = encode(z_tau, lambda_tau, labels)

@@ -100,10 +100,11 @@ def measure_images(
         if positions.start < _PRECISION_LIMIT:
             kept.append((positions.start, {name: value.cpu() for name, value in features.items()}))
         for name, judge in judges.items():
-            right[name] += judge(x, labels).sum().item()
+            assert labels is not None  # where there is a judge, there are classes
+            right[name] += int(judge(x, labels).sum())
         if positions.start < 64:
             first.append((positions.start, x))
-    streamed = {name: FeatureStatistics(value.moments.cpu()) for name, value in streamed.items() if value.count}
+    streamed = {name: FeatureStatistics(value.sums.cpu()) for name, value in streamed.items() if value.count}
     parts = [part for part in gather_object([streamed]) if part]
     kept, first = (sorted(gather_object(shares), key=lambda share: share[0]) for shares in (kept, first))
     return Measured(

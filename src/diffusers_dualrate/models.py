@@ -14,6 +14,7 @@ Both condition on log-SNR rather than on a step number, so the same weights serv
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -24,7 +25,7 @@ from torch.nn.functional import silu
 
 from . import diffusion
 from .network import UViTNetwork, per_sample
-from .uvit import NoiseLevelEmbedding, group_norm
+from .uvit import NoiseLevelEmbedding, group_norm, start_at_zero
 
 # What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
 _INITIAL_VARIANCE = 0.2
@@ -105,8 +106,8 @@ class UViTContextEncoder(UViTNetwork):
         if prediction_hand_over:
             self._make_output()
             self.variance_out = nn.ConvTranspose2d(level_channels[0], 1, patch_size, stride=patch_size)
-            nn.init.zeros_(self.variance_out.weight)
-            nn.init.constant_(self.variance_out.bias, math.log(_INITIAL_VARIANCE))
+            start_at_zero(self.variance_out)
+            nn.init.constant_(self.variance_out.bias, math.log(_INITIAL_VARIANCE))  # type: ignore[arg-type] # it has one
             self.variance_embedding = nn.Linear(embedding_dim, 1, bias=False)
             nn.init.zeros_(self.variance_embedding.weight)
 
@@ -231,7 +232,7 @@ class UViTDenoiser(UViTNetwork):
             for context_width, width in zip(context_channels, level_channels, strict=True)
         )
         for projection in self.context_proj:
-            nn.init.zeros_(projection.weight)
+            nn.init.zeros_(cast(nn.Conv2d, projection).weight)
 
     @apply_forward_hook
     def project_context(self, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -286,7 +287,7 @@ class UViTDenoiser(UViTNetwork):
         if (context is None) != (context_log_snr is None):
             raise ValueError("context and context_log_snr go together: give both or neither.")
         embedding = self._embed(sample, log_snr, class_labels)
-        if context is not None:
+        if context is not None and context_log_snr is not None:
             if self.config.context_channels is None:
                 raise ValueError("This denoiser takes no context (context_channels=None).")
             embedding = embedding + self.context_noise_embedding(per_sample(context_log_snr, sample), sample.dtype)

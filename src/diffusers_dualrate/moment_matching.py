@@ -15,7 +15,7 @@ begin late: rows that stand at a step before the first refresh have come there, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -133,7 +133,11 @@ def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
 
 def _in_order(parts: list[_Part], values: Sequence[Tensor]) -> Tensor:
     """Values of the parts as one batch, each row at its place."""
-    return values[0] if len(parts) == 1 else torch.cat(values)[torch.cat([part.rows for part in parts]).argsort()]
+    return (
+        values[0]
+        if len(parts) == 1
+        else torch.cat(list(values))[torch.cat([cast(Tensor, part.rows) for part in parts]).argsort()]
+    )
 
 
 @torch.no_grad()
@@ -233,10 +237,11 @@ def _reach(
     plan: RefreshPlan,
 ) -> tuple[Tensor, Tensor]:
     """Bring the rows of a part to their step: z_t, without gradient, and the prediction x̃ there, which has it."""
-    x, class_labels, noise, n = (_of(part, values) for values in (x, class_labels, noise, n))
+    x, class_labels = _of(part, x), _of(part, class_labels)
+    noise, n = cast(Tensor, _of(part, noise)), cast(Tensor, _of(part, n))
     encode = encode if part.has_context else None
     # The state that the segment begins with has no gradient, and its context has.
-    steps = {"class_labels": class_labels, "noise": noise, "log_snrs": log_snrs}
+    steps: dict[str, Any] = {"class_labels": class_labels, "noise": noise, "log_snrs": log_snrs}
     if x is None:
         start, refreshes = torch.zeros_like(n), plan[: part.furthest]
         z_tau = roll_out(denoise, encode, noise[:, 0], first=start, last=part.begin, refreshes=refreshes, **steps)
@@ -331,14 +336,11 @@ def grid_denoising_loss(
     eps, eps_tau = draws.noise[:, 0], draws.noise[:, 1]
     z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, column(log_snr_t, x), column(log_snr_tau, x))
     for part in parts:
-        z, level, labels, context, level_tau = (
-            *(_of(part, each) for each in (z_t, log_snr_t, class_labels)),
-            None,
-            None,
-        )
+        z, level = cast(Tensor, _of(part, z_t)), cast(Tensor, _of(part, log_snr_t))
+        labels, context, level_tau = _of(part, class_labels), None, None
         if part.has_context:
-            level_tau = _of(part, log_snr_tau)
-            context = encode(_of(part, z_tau), level_tau, labels)
+            level_tau = cast(Tensor, _of(part, log_snr_tau))
+            context = encode(cast(Tensor, _of(part, z_tau)), level_tau, labels)
         predictions.append(_predict(denoise, z, level, labels, context, level_tau))
     prediction = _in_order(parts, predictions)
     weight = column(clipped_weight(log_snr_t, min_variance), x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .ranges import check_boolean, check_integer, check_number
 from .repositories import RepositoryMixin, refuse_pickles
-from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm
+from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm, start_at_zero
 
 # Far more than any network of this kind has in a level.
 _MOST_BLOCKS = 1000
@@ -50,7 +50,7 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         for weight in model.parameters():
             if weight.device.type == "cpu":
                 weight.data = weight.data.clone()
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value] # as the host's method does
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs) -> tuple[dict, dict, dict]:
@@ -73,7 +73,7 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # The host's pipelines read off the signature what a network's method takes.
-    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
 
     def enable_cache(self, config) -> None:
         """Reuse attention outputs between steps. Takes caches that act inside blocks; call `disable_cache` to end it.
@@ -111,8 +111,7 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         self.proj_out = nn.ConvTranspose2d(
             config.level_channels[0], config.in_channels, config.patch_size, stride=config.patch_size
         )
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        start_at_zero(self.proj_out)
 
     def _make_trunk(self, in_channels: int) -> None:
         config = self.config

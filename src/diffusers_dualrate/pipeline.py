@@ -130,7 +130,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         known = dict(denoiser.pipeline_defaults)
         if context_encoder is None:  # what makes no sense without one is not taken over
             known |= {name: _DEFAULTS[name] for name in _OF_A_PAIR}
-        defaults = _DEFAULTS | known | {name: value for name, value in given.items() if value is not None}
+        defaults: dict[str, Any] = (
+            _DEFAULTS | known | {name: value for name, value in given.items() if value is not None}
+        )
         plan_refreshes(defaults["num_inference_steps"], num_context_steps)
         check_default_refreshes(defaults, context_encoder)
         check_number("guidance_scale", defaults["guidance_scale"], least=1)
@@ -142,7 +144,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         self.register_to_config(**defaults)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         # The newest call, and all that are running.
-        self._call, self._running = _Call(), []
+        self._call, self._running = _Call(), list[_Call]()
 
     @property
     def components(self) -> dict[str, Any]:
@@ -364,7 +366,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         """This pipeline as the callbacks of one call see it."""
         own = copy.copy(self)
         # Past the host's setter, which would write the configuration anew.
-        vars(own).update(_call=call, _running=[], scheduler=run.scheduler)
+        own.__dict__.update(_call=call, _running=[], scheduler=run.scheduler)
         return own
 
 

@@ -176,7 +176,7 @@ class _Search:
     def price(self, unit: str) -> None:
         """Find what the evaluations cost in a unit."""
         pipe = self.pipe
-        heavy, light = 0.0, network_flops(pipe.denoiser)
+        heavy, light = 0.0, float(network_flops(pipe.denoiser))
         opening = light
         if pipe.context_encoder is not None:
             heavy = network_flops(pipe.context_encoder) + context_flops(pipe.denoiser)
@@ -204,7 +204,7 @@ class _Search:
                 seconds.append(time.perf_counter() - start)
             return 1000 * statistics.median(seconds[1:]) / len(z)
 
-        light, opening = (time_of(lambda given=given: run.denoise(0, z, given)) for given in (context, None))
+        light, opening = time_of(lambda: run.denoise(0, z, context)), time_of(lambda: run.denoise(0, z, None))
         return 0.0 if context is None else time_of(lambda: run.encode(0, z)[0].maps[0]), light, opening
 
     def cost(self, choice: Choice) -> float:
@@ -260,10 +260,10 @@ class _Search:
 
     def neighbours(self, choice: Choice, budget: float) -> list[Choice]:
         """What differs from a choice in one thing: order, one refresh by a step, guidance, steps."""
-        n, steps = choice.num_inference_steps, choice.refresh_steps
+        n, steps = choice.num_inference_steps, choice.refresh_steps or ()
         alone = choice.plan.num_steps_alone if steps else 0
-        found = [replace(choice, second_order=not choice.second_order)]
-        for i in range(len(steps or ())):
+        found: list[Choice | None] = [replace(choice, second_order=not choice.second_order)]
+        for i in range(len(steps)):
             for moved in (steps[i] - 1, steps[i] + 1):
                 others = (*steps[:i], moved, *steps[i + 1 :])
                 is_plan = all(a < b for a, b in zip((-1, *others), (*others, n), strict=True))
@@ -356,6 +356,7 @@ def plan_for(
     waiting = search.first_candidates(budget)
     if not waiting:
         cheapest = search.fill(1, 0, True, None, math.inf)
+        assert cheapest is not None
         raise ValueError(f"budget={budget} {unit} is less than one step costs, {cheapest.cost:.4g}.")
     first = min(len(waiting), (num_trials + 1) // 2)
     waiting = [waiting[i * len(waiting) // first] for i in range(first)]

@@ -221,5 +221,9 @@ class DistillationRecipe(Recipe):
         return {phase: count * self.train_batch_size for phase, count in steps.items()}
 
 
-RECIPES = {"train_dual_rate": PairRecipe, "train_single_rate": SingleRateRecipe, "distill": DistillationRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "train_dual_rate": PairRecipe,
+    "train_single_rate": SingleRateRecipe,
+    "distill": DistillationRecipe,
+}
 """The recipe that each training example follows."""

@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,10 +61,11 @@ from .configuration import FILE, Configuration
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
+from .models import UViTDenoiser
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
 from .streams import StreamedImages, Stretch
-from .training import fingerprint_of, sample_images
+from .training import TrainablePair, fingerprint_of, sample_images
 
 LOGGING_STEPS = 50
 
@@ -116,14 +118,16 @@ class Run:
         self.output_dir = Path(self.options.output_dir)
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._count = None if isinstance(images, StreamedImages) else len(images)
-        models = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
-        self._claim = Claim(accelerator, self.output_dir, self._record(models), self.options.resume_from_checkpoint)
+        known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
+        self._claim = Claim(accelerator, self.output_dir, self._record(known), self.options.resume_from_checkpoint)
         self.checkpoint = self._claim.checkpoint
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         # How far a stream has been read; other sets need no memory of it.
         self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
         self._num_corrupt, self._seconds_in_all = 0, 0.0
-        self.is_stopping, self._signal, self._noted = False, None, {}
+        self.is_stopping = False
+        self._signal: int | None = None
+        self._noted: dict[str, list[Tensor]] = {}
         if self.options.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
             name = self.options.hub_model_id or self.output_dir.resolve().name
@@ -180,7 +184,7 @@ class Run:
         return sum(row < first for row in rows) / len(rows)
 
     @contextlib.contextmanager
-    def watch(self, ema: EMAModel, averaged: nn.Module, pipeline: DualRatePipeline) -> Iterator[None]:
+    def watch(self, ema: EMAModel, averaged: TrainablePair, pipeline: DualRatePipeline) -> Iterator[None]:
         """Announce the run, start trackers and progress bar, and let signals end the loop at a step's boundary.
 
         Args:
@@ -230,11 +234,13 @@ class Run:
             flags = {name: value for name, value in flags.items() if isinstance(value, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-dualrate", config=flags)
         accelerator.print(json.dumps(recipe, indent=2))
-        counted = {name: network_flops(network) for name, network in self.averaged.named_children()}
+        counted = {
+            name: network_flops(cast(UViTDenoiser, network)) for name, network in self.averaged.named_children()
+        }
         for name, network in self.averaged.named_children():
-            flops = counted[name]
-            if name == "denoiser" and network.config.context_channels is not None:
-                flops += context_flops(network)
+            flops: float = counted[name]
+            if name == "denoiser" and self.averaged.denoiser.config.context_channels is not None:
+                flops += context_flops(self.averaged.denoiser)
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
         # Distillation has costs of its own.
@@ -257,7 +263,7 @@ class Run:
         for micro_step, batch in enumerate(loader, start=self.step * parts):
             if "position" in batch:
                 self._position = batch.pop("position")[-1].tolist()
-                self._num_corrupt = batch.pop("num_corrupt")[-1].item()
+                self._num_corrupt = int(batch.pop("num_corrupt")[-1])
             yield *divmod(micro_step, parts), batch
             if self.is_stopping:
                 return
@@ -308,8 +314,8 @@ class Run:
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
-        means = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
-        means = dict(zip(self._noted, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        own = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
+        means = dict(zip(self._noted, self.accelerator.reduce(own, "mean").tolist(), strict=True))
         seen = self.recipe.train_batch_size
         speed = (self.step - self._logged_step) * seen / self._seconds
         self.accelerator.log(

@@ -93,7 +93,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         # configuration must know it.
         self.register_to_config(prediction_type="v_prediction")
         self.init_noise_sigma = 1.0
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self._set_timesteps(torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64), None)
         self.refresh_plan = plan_refreshes(num_train_timesteps)
 
@@ -157,8 +157,9 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give either num_inference_steps or timesteps.")
         if timesteps is None:
-            check_integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
-            times = 1 - torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps
+            assert num_inference_steps is not None
+            n = check_integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
+            times = 1 - torch.arange(n, dtype=torch.float64) / n
             times = times * self.config.num_train_timesteps
         else:
             times = self._check_timesteps(timesteps)
@@ -173,7 +174,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         if fits:
             # In the precision that `step` compares them in.
             times = torch.tensor([float(time) for time in given]).double()
-            fits = bool((times.diff() < 0).all()) and len(self) >= times[0] and times[-1] > 0  # nan compares false
+            fits = bool((times.diff() < 0).all() and len(self) >= times[0] and times[-1] > 0)  # nan compares false
         if not fits:
             raise ValueError(f"timesteps must fall and lie within (0, {len(self)}], got {given}.")
         return times
@@ -196,7 +197,8 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         self._table = table.to(device=device, dtype=torch.float32)
         self.timesteps = times.to(device=device, dtype=torch.float32)
         self.step_log_snrs = log_snr.float()
-        self._last_x, self._steps_left = None, len(times)
+        self._last_x: Tensor | None = None
+        self._steps_left = len(times)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Return the sample as it is; there for interchangeability with other schedulers."""
@@ -320,6 +322,7 @@ def _start_in_tree(
         raise ValueError(f"The networks predict v: give {name} prediction_type='v_prediction'.")
     most = scheduler.config.get("num_train_timesteps", MOST_STEPS)
     if timesteps is None:
+        assert num_inference_steps is not None
         check_integer(f"num_inference_steps under {name}", num_inference_steps, 1, most)
     elif "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ValueError(f"{name} does not take timesteps: give num_inference_steps.")

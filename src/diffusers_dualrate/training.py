@@ -6,9 +6,11 @@ No loop and no mathematics: those are in the examples and in `losses.py`. The ru
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from diffusers import ImagePipelineOutput, ModelMixin
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from .augmentation import Augmentation
 from .configuration import Configuration, Data, Options
 from .data import LabelledImages, load_images
 from .losses import Schedule
+from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .recipes import Recipe, SingleRateRecipe
 from .scheduler import DualRateScheduler
@@ -29,7 +32,10 @@ class TrainablePair(nn.Module):
     One `prepare`, one clip and one EMA call then serve both, and wrappers such as DDP see every call.
     """
 
-    def __init__(self, denoiser: nn.Module, context_encoder: nn.Module | None = None):
+    denoiser: UViTDenoiser
+    context_encoder: UViTContextEncoder | None
+
+    def __init__(self, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None = None):
         super().__init__()
         self.denoiser = denoiser
         self.context_encoder = context_encoder
@@ -37,7 +43,7 @@ class TrainablePair(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Compute features twice, in every network, to save memory."""
         for network in self.children():
-            network.enable_gradient_checkpointing()
+            cast(ModelMixin, network).enable_gradient_checkpointing()
 
     def forward(self, loss_function: Callable, *args, **kwargs):
         """Call `loss_function(denoise, encode, ...)` with the networks as the callables that losses take."""
@@ -46,6 +52,7 @@ class TrainablePair(nn.Module):
 
     def encode(self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
         """Projected context of z_τ."""
+        assert self.context_encoder is not None  # else nobody is handed this method
         return self.denoiser.project_context(self.context_encoder(z, log_snr, class_labels).context)
 
     def denoise(self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None, context, context_log_snr) -> Tensor:
@@ -151,7 +158,7 @@ def open_start(name: str | None, images) -> DualRatePipeline | None:
     return pipeline
 
 
-def take_over(name: str, planned: nn.Module, trained: nn.Module) -> None:
+def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
     """Load a trained network's weights into the one that the preset plans.
 
     Raises:
@@ -223,4 +230,5 @@ def sample_images(pipeline: DualRatePipeline, *, count: int = 32, seed: int = 0)
     num_classes = pipeline.denoiser.config.num_classes
     labels = [i * num_classes // count for i in range(count)] if num_classes else None
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    return pipeline(class_labels=labels, batch_size=None if labels else count, generator=generators).images
+    output = pipeline(class_labels=labels, batch_size=None if labels else count, generator=generators)
+    return cast(ImagePipelineOutput, output).images

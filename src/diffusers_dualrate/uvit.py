@@ -11,6 +11,8 @@ depthwise-separable convolutions; all are modulated by the noise-level embedding
 """
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -40,6 +42,13 @@ class NoiseLevelEmbedding(nn.Module):
         angles = log_snr.float()[:, None] * exponents.exp()
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
         return self.linear_2(silu(self.linear_1(features)))
+
+
+def start_at_zero(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
+    """Make a layer's output zero until it has learned."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 class FiLM(nn.Module):
@@ -80,8 +89,7 @@ class UViTResBlock(nn.Module):
         self.norm_2 = group_norm(channels)
         self.film = FiLM(embedding_dim, channels)
         self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_2.weight)
-        nn.init.zeros_(self.conv_2.bias)
+        start_at_zero(self.conv_2)
 
     def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """Map features [B, C, H, W] and embedding [B, E] to features of the same shape."""
@@ -101,8 +109,7 @@ class UViTDepthwiseBlock(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        start_at_zero(self.proj_out)
 
     def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """Map features [B, C, H, W] and embedding [B, E] to features of the same shape."""
@@ -162,9 +169,10 @@ class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = nn.RMSNorm(attention_head_dim, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.to_out = nn.Linear(5 * channels, channels)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
-        self.set_processor(self._default_processor_cls())
+        start_at_zero(self.to_out)
+        self.set_processor(self._default_processor_cls())  # type: ignore[operator] # of the host's mixin
+
+    processor: UViTAttnProcessor
 
     def forward(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Map tokens [B, S, C] to what the block adds to them; `rotation` is (cos, sin), each [S, 1, head_dim/2]."""
@@ -214,14 +222,15 @@ class UViTStage(nn.Module):
     def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
         """Run the blocks; transformer blocks see the map as a sequence in row-major order."""
         height, width = hidden_states.shape[-2:]
-        rotation = ()
+        rotation: tuple[tuple[Tensor, Tensor], ...] = ()
         if self.attends:
             angles = rotary_angles(height, width, self.attention_head_dim, hidden_states.device)
             rotation = ((angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)),)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, embedding, *rotation)
+                checkpoint = cast(Callable[..., Tensor], self._gradient_checkpointing_func)  # which the host has set
+                hidden_states = checkpoint(block, hidden_states, embedding, *rotation)
             else:
                 hidden_states = block(hidden_states, embedding, *rotation)
         if self.attends:
