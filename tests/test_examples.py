@@ -24,13 +24,13 @@ import generate
 import train_classifier
 import train_dual_rate
 import train_single_rate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, plan_refreshes, training
 from diffusers_dualrate.arguments import configure, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.data import load_images
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash, load_dinov2
-from diffusers_dualrate.flops import image_flops, network_flops
+from diffusers_dualrate.flops import image_flops, network_flops, plan_flops
 
 NUM_CLASSES = 8
 
@@ -128,6 +128,22 @@ def test_evaluate_counts_what_a_pair_spares_whose_encoder_denoises(spared, measu
     pair = DualRatePipeline.from_pretrained(spared)
     steps = {"num_inference_steps": 5, "num_context_steps": 2, "encoder_denoises": True}
     assert report["flops"] == image_flops(pair.denoiser, pair.context_encoder, **steps)
+
+
+@pytest.mark.parametrize("default", [{"context_from": 0.5}, {"refresh_steps": [1, 3]}])
+def test_generate_and_evaluate_follow_the_late_plan_of_a_pair(make_networks, models, measure, default):
+    """Mutants: K of the configuration instead of the plan's; every light evaluation priced as one with context."""
+    encoder, denoiser = make_networks(num_classes=NUM_CLASSES, sample_size=16)
+    options = {"num_inference_steps": 4, "num_context_steps": 4, "guidance_scale": 2.0, "context_free": True}
+    pair = DualRatePipeline(denoiser, DualRateScheduler(), encoder, **options, **default)
+    pair.save_pretrained(models / "late")
+    arguments = ["--model", str(models / "late"), "--output", str(models / "picture.png"), "--num_columns", "2"]
+    (row,) = generate.main(generate.parse_args(arguments))
+    expected = plan_flops(denoiser, encoder, plan_refreshes(4, refresh_steps=default.get("refresh_steps", [2, 3])))
+    assert (row.steps, row.heavy, row.light, row.flops) == ((4, 2), 2, 4, 2 * expected)
+    report = measure("--model", models / "late", "--seeds", 0)["samples"][0]
+    assert report["evaluations"] == {"context_encoder": 2, "denoiser": 4} and report["flops"] == expected
+    assert report["num_context_steps"] == 2
 
 
 def test_generate_takes_named_classes_and_steps(models):

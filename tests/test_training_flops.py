@@ -95,14 +95,19 @@ def test_the_cost_of_a_pair_is_what_its_loss_runs(networks, freeze_encoder):
     assert 0.96 < 100 * counted / cost < 1.001
 
 
-def test_following_an_encoder_costs_one_more_evaluation_of_it(networks):
+@pytest.mark.parametrize("context_from", [1.0, 0.5])
+def test_following_an_encoder_costs_one_more_evaluation_of_it_where_it_is_run(networks, context_from):
+    """Mutant: the second evaluation counted for the rows without context, too."""
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(False)).train()
-    arguments = {"context_ages": (1 / 4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": 0.0}
-    arguments |= {"schedule": SCHEDULE, "encoder_prediction": lambda _: torch.zeros(x.shape)}
+    late = 1 - context_from
+    arguments = {"context_ages": (1 / 4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": late}
+    arguments |= {"context_from": context_from, "late": late}
+    arguments |= {"schedule": SCHEDULE, "encoder_prediction": lambda context: torch.zeros(len(context[0]), 3, 8, 8)}
     x, draws = torch.randn(ROWS, 3, 8, 8), losses.draw(0, 0, range(ROWS), (3, 8, 8))
     counted = count(lambda: pair(losses.following_loss, x, LABELS, draws, **arguments).loss)
-    recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.0, "follow_encoder": True})
+    told = {"context_dropout": 0.0, "follow_encoder": True, "context_from": context_from}
+    recipe = PairRecipe(**PRESET["training"] | told)
     cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)
     assert 0.96 < 100 * counted / cost < 1.001
 

@@ -61,6 +61,11 @@ class Choice:
     score: float = math.inf
 
     @property
+    def key(self) -> tuple:
+        """What tells it from others."""
+        return self.num_inference_steps, self.refresh_steps, self.second_order, self.guidance_interval
+
+    @property
     def plan(self) -> RefreshPlan:
         """The plan that it follows. Printed, it is a diagram."""
         if self.refresh_steps is None:
@@ -273,6 +278,36 @@ class _Search:
         priced = [replace(each, cost=self.cost(each), score=math.inf) for each in found if each is not None]
         return [each for each in priced if each.cost <= budget]
 
+    def go(
+        self,
+        criterion: Callable[[Tensor], float],
+        waiting: list[Choice],
+        budget: float,
+        num_trials: int,
+        note: Callable[[], object],
+    ) -> None:
+        """Try those that wait, then what is next to the best that was not yet looked around, and so on."""
+        first, best, begun = len(waiting), math.inf, set()
+        while len(self.tried) < num_trials:
+            if not waiting:
+                others = [choice for key, choice in self.tried.items() if key not in begun]
+                if not others:
+                    return
+                centre = min(others, key=lambda choice: choice.score)
+                begun.add(centre.key)
+                waiting = self.neighbours(centre, budget)
+                continue
+            choice = waiting.pop(0)
+            if choice.key in self.tried:
+                continue
+            choice = replace(choice, score=float(criterion(self.sample(choice))))
+            self.tried[choice.key] = choice
+            note()
+            if choice.score < best:
+                best = choice.score
+                if len(self.tried) > first:
+                    waiting = []  # rather what is next to this one
+
 
 def plan_for(
     pipe: DualRatePipeline,
@@ -329,21 +364,8 @@ def plan_for(
     with pipe.progress_bar(total=num_trials) as progress_bar:
         if criterion is None:
             criterion = _distance_from_long_chain(search)
-        best: Choice | None = None
-        while waiting and len(search.tried) < num_trials:
-            choice = waiting.pop(0)
-            key = choice.num_inference_steps, choice.refresh_steps, choice.second_order, choice.guidance_interval
-            if key in search.tried:
-                continue
-            choice = replace(choice, score=float(criterion(search.sample(choice))))
-            search.tried[key] = choice
-            progress_bar.update()
-            is_better = best is None or choice.score < best.score
-            if best is None or is_better:
-                best = choice
-            if len(search.tried) >= first and (is_better or len(search.tried) == first):
-                waiting = search.neighbours(best, budget)
-    assert best is not None  # the first is tried
+        search.go(criterion, waiting, budget, num_trials, progress_bar.update)
+    best = min(search.tried.values(), key=lambda choice: choice.score)
     machine = (
         None if unit != "milliseconds" else f"{platform.machine()}, {pipe.device}, {torch.get_num_threads()} threads"
     )
