@@ -110,6 +110,22 @@ def fd_local(statistics: FeatureStatistics, reference: FeatureStatistics) -> flo
     return frechet_distance(statistics, reference) / reference.covariance.diagonal().mean().item()
 
 
+def energy_distance(one: Tensor, other: Tensor) -> float:
+    """Energy distance of two laws, 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖: 0 where they are one, more everywhere else.
+
+    Row i of one set may share its randomness with row i of the other: pairs within a row are left out, so that the mean
+    stays that of independent draws, and what both share cancels.
+
+    Args:
+        one: Samples [N, ...], at least two.
+        other: As many of the other law.
+    """
+    one, other = one.flatten(1).double(), other.flatten(1).double()
+    apart = torch.cdist(one, other).fill_diagonal_(0)
+    total = 2 * apart.sum() - torch.cdist(one, one).sum() - torch.cdist(other, other).sum()
+    return (total / (len(one) * (len(one) - 1))).item()
+
+
 def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -1,8 +1,8 @@
 """A budget becomes a plan: how many steps, which of them refresh, of which order, and where guidance acts.
 
 Candidates that cost at most the budget are tried on one set of noises, and the best by a criterion is kept. The criterion
-is, unless another is given, the mean square distance of the samples from those of a long chain with a fresh context at
-every step, along the same noise.
+is, unless another is given, the energy distance of the samples from those of a long chain with a fresh context at every
+step, along the same noise. Image by image the blander would win: steps of first order, and less guidance.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .brownian import BrownianNoise
+from .evaluation import energy_distance
 from .flops import context_flops, network_flops, plan_cost
 from .guidance import Guidance
 from .inputs import make_run
@@ -115,7 +116,7 @@ class Planned:
 class _Search:
     """What all candidates share: the model, its images, and the prices of its evaluations."""
 
-    def __init__(self, pipe: DualRatePipeline, num_images: int, seed: int, batch_size: int, varies_guidance: bool):
+    def __init__(self, pipe: DualRatePipeline, num_images: int, seed: int, batch_size: int):
         config, num_classes = pipe.denoiser.config, pipe.denoiser.config.num_classes
         size = config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -124,7 +125,6 @@ class _Search:
         self.scale = pipe.config.guidance_scale if num_classes else 1.0
         own = pipe.config.guidance_interval
         self.interval = None if own is None else tuple(own)
-        self.varies_guidance = varies_guidance and self.scale > 1
         self.noise = BrownianNoise((num_images, config.in_channels, *size), PLANNING_SEED, seed)
         self._levels: dict[int, list[float]] = {}
         self.tried: dict[tuple, Choice] = {}
@@ -214,7 +214,7 @@ class _Search:
 
     def intervals(self) -> list[tuple[float, float] | None]:
         """Where guidance may act: as the model has it, everywhere, or but for a share of the steps at either end."""
-        if not self.varies_guidance:
+        if self.scale == 1:
             return [self.interval]
         scheduler, found = self.pipe.scheduler, [self.interval, *({None} - {self.interval})]
         for noisy, clean in _UNGUIDED[1:]:
@@ -288,15 +288,14 @@ def plan_for(
     """Choose how a model samples within a budget: N, refreshes, order of the steps, and where guidance acts.
 
     Half of the trials go to even plans of all sizes that use the budget; the others go from the best so far to what
-    differs from it in one thing, so that refreshes may become uneven. Guidance has the model's own scale, and by the distance
-    from a long chain its own interval, too: with less guidance images are blander, and nearer to whatever they are held to.
+    differs from it in one thing, so that refreshes may become uneven. Guidance has the model's own scale.
 
     Args:
         pipe: The model; it stays as it is.
         budget: What an image may cost, guidance included.
         unit: One of `UNITS`. Milliseconds are those of the networks on this machine; the share is of the heavy network alone
             at the model's own N.
-        criterion: Images [B, C, H, W] in about [-1, 1] to a number, the less the better; `None` for the mean square distance
+        criterion: Images [B, C, H, W] in about [-1, 1] to a number, the less the better; `None` for the energy distance
             from a long chain along the same noise.
         num_images: Images that every candidate draws.
         seed: Of their noises.
@@ -308,12 +307,16 @@ def plan_for(
     """
     check_choice("unit", unit, UNITS)
     check_number("budget", budget, above=0)
-    for name, value in (("num_images", num_images), ("num_trials", num_trials), ("batch_size", batch_size)):
-        check_integer(name, value, 1)
+    for name, value, least in (
+        ("num_images", num_images, 2),
+        ("num_trials", num_trials, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        check_integer(name, value, least)
     check_integer("seed", seed, 0, 2**32 - 1)
     if not isinstance(pipe.scheduler, DualRateScheduler):
         raise ValueError(f"A plan is one for DualRateScheduler, and the model has {type(pipe.scheduler).__name__}.")
-    search = _Search(pipe, num_images, seed, batch_size, criterion is not None)
+    search = _Search(pipe, num_images, seed, batch_size)
     search.price(unit)
     waiting = search.first_candidates(budget)
     if not waiting:
@@ -352,7 +355,7 @@ def _distance_from_long_chain(search: _Search) -> Callable[[Tensor], float]:
     refreshes = None if search.pipe.context_encoder is None else tuple(range(_LONG))
     expected = search.sample(Choice(_LONG, refreshes, True, search.interval, 0.0))
 
-    def distance_from_long_chain(images: Tensor) -> float:
-        return (images - expected).square().mean().item()
+    def energy_distance_from_long_chain(images: Tensor) -> float:
+        return energy_distance(images, expected)
 
-    return distance_from_long_chain
+    return energy_distance_from_long_chain
