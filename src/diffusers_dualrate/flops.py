@@ -39,7 +39,9 @@ def network_flops(
         size: Height and width; default: its `sample_size`.
         with_context: Whether a denoiser that takes context is given one.
     """
-    network = cast(UViTDenoiser, getattr(network, "_orig_mod", network))  # what `torch.compile` wrapped
+    network = cast(
+        UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
+    )  # what `torch.compile` wrapped
     height, width = _size(network, size)
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
