@@ -35,7 +35,7 @@ dist: $(VENV)/.dev
 	rm -rf dist && $(PY) -m build --no-isolation --outdir dist && $(PY) -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist src/*.egg-info .pytest_cache .ruff_cache demo.png && find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) .venv-oldest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache demo.png && find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 # Each stamp is written last, so an interrupted step runs again. torch goes first and alone, at its pinned version.
 $(VENV)/.created:

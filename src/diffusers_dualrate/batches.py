@@ -1,8 +1,7 @@
 """The order in which a run sees its images, and how batches are dealt out: functions of seed and position alone."""
 
 import itertools
-from collections.abc import Sequence, Sized
-from typing import cast
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -47,11 +46,11 @@ class DealtBatches(torch.utils.data.Sampler):
         parts: Number of processes times parts of a step.
     """
 
-    def __init__(self, order: Sequence | torch.utils.data.Sampler, batch_size: int, parts: int):
+    def __init__(self, order: Sequence | ShuffledIndices, batch_size: int, parts: int):
         self.order, self.batch_size, self.parts, self.drop_last = order, batch_size, parts, True
 
     def __len__(self) -> int:
-        return len(cast(Sized, self.order)) // (self.batch_size * self.parts) * self.parts
+        return len(self.order) // (self.batch_size * self.parts) * self.parts
 
     def __iter__(self):
         order = iter(self.order)

@@ -39,7 +39,9 @@ def network_flops(
         size: Height and width; default: its `sample_size`.
         with_context: Whether a denoiser that takes context is given one.
     """
-    network = cast(UViTDenoiser, getattr(network, "_orig_mod", network))  # what `torch.compile` wrapped
+    network = cast(
+        UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
+    )  # what `torch.compile` wrapped
     height, width = _size(network, size)
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
@@ -219,9 +221,11 @@ def training_image_flops(
         followed: Whether the denoiser learns what the encoder predicts at t, for which it runs once more.
     """
     total = 3 * target_flops(denoiser, context_encoder, context_dropout=context_dropout)
-    if frozen and context_encoder is not None:
+    if frozen:
+        assert context_encoder is not None  # it is the encoder that is frozen
         total -= (1 - context_dropout) * (2 * network_flops(context_encoder) + context_flops(denoiser))
-    if followed and context_encoder is not None:
+    if followed:
+        assert context_encoder is not None  # it is the encoder that is followed
         total += (1 - context_dropout) * (network_flops(context_encoder) + context_flops(denoiser))
     return total
 

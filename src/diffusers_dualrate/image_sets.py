@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .inventory import ImageSet
 from .losses import seed_of
 from .pipeline import DualRatePipeline
 
@@ -21,7 +22,7 @@ Batch = tuple[range, Tensor, Tensor | None]
 FRESH_SEED = 1_000_003
 
 
-def choose(images, count: int, seed: int) -> list[list[int]]:
+def choose(images: ImageSet, count: int, seed: int) -> list[list[int]]:
     """Images in random order as pairs (repeat, index), the classes in proportion to the data."""
     generator = torch.Generator().manual_seed(seed_of(FRESH_SEED, seed))
     order = torch.randperm(len(images), generator=generator)
@@ -47,7 +48,7 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 def real_batches(
-    images, epoch: int, chosen: Sequence[Sequence[int]], batch_size: int, accelerator: Accelerator
+    images: ImageSet, epoch: int, chosen: Sequence[Sequence[int]], batch_size: int, accelerator: Accelerator
 ) -> Iterator[Batch]:
     """Real images of this process, those chosen, augmented from an epoch on."""
     for positions in batches_of(len(chosen), batch_size, accelerator):

@@ -5,10 +5,11 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sized
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .decoding import local_path, read_file
 from .folders import describe_classes, join_names
@@ -17,14 +18,34 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class DescribedImages(Protocol):
-    """Images that a run learns from, as far as their description goes."""
+_SAMPLED = 256  # rows whose content a fingerprint holds
 
+
+class Images(Protocol):
+    """Images that a run learns from: a set of them, or a stream."""
+
+    height: int
+    width: int
+    channels: int
     num_classes: int | None
     id2label: dict[int, str] | None
 
+    @property
+    def fingerprint(self) -> dict: ...
 
-_SAMPLED = 256  # rows whose content a fingerprint holds
+
+class ImageSet(Images, Protocol):
+    """Images that can be counted, and had by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]: ...
+
+    @property
+    def class_labels(self) -> Tensor | None: ...
+
+    @property
+    def corrupt(self) -> list[str]: ...
 
 
 def fingerprint_rows(
@@ -86,7 +107,7 @@ def _describe_file(path):
     return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
 
 
-def describe_images(images: DescribedImages) -> str:
+def describe_images(images: Images) -> str:
     """In a few lines, what a run learns from: images, classes with their counts, and what is left out and why.
 
     Args:
@@ -99,10 +120,12 @@ def describe_images(images: DescribedImages) -> str:
         if images.num_classes and len(lines) == 1:
             lines.append(f"classes: {join_names(names)}")
         return "\n".join(lines)
+    images = cast(ImageSet, images)
     lines.insert(0, f"images: {len(images):,}, number of classes: {images.num_classes or 'none'}")
     if images.num_classes:
-        counts = torch.bincount(cast(Any, images).class_labels, minlength=images.num_classes).tolist()
+        labels = cast(Tensor, images.class_labels)  # there are classes
+        counts = torch.bincount(labels, minlength=images.num_classes).tolist()
         lines.append(describe_classes(dict(zip(names, counts, strict=True))))
-    if corrupt := cast(Any, images).corrupt:
+    if corrupt := images.corrupt:
         lines.append(f"left out {len(corrupt):,}, corrupt: {join_names(corrupt)}")
     return "\n".join(lines)

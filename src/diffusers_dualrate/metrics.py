@@ -28,6 +28,7 @@ from .evaluation import (
     precision_recall,
 )
 from .image_sets import FRESH_SEED, Batch, batches_of, choose, real_batches
+from .inventory import ImageSet
 from .losses import denoising_loss, draw
 from .pipeline import DualRatePipeline
 from .training import TrainablePair, schedule_of
@@ -116,12 +117,17 @@ def measure_images(
 
 
 def measure_reference(
-    images, extractors: Extractors, count: int, cache_dir: str | Path, batch_size: int, accelerator: Accelerator
+    images: ImageSet | None,
+    extractors: Extractors,
+    count: int,
+    cache_dir: str | Path,
+    batch_size: int,
+    accelerator: Accelerator,
 ) -> Measured:
     """Measure the reference, or read what an earlier run has measured on the very same images and extractors.
 
     Args:
-        images: The data set.
+        images: The data set; `None` where there is nothing to measure.
         extractors: Feature functions; without any nothing is measured.
         count: Number of images.
         cache_dir: Where references are kept.
@@ -130,6 +136,7 @@ def measure_reference(
     """
     if not extractors:
         return Measured({}, {})
+    assert images is not None  # where there are extractors
     chosen = choose(images, count, 0)
     total = 0
     for _, x, _ in real_batches(images, _REFERENCE_EPOCH, chosen, batch_size, accelerator):
@@ -159,7 +166,7 @@ def measure_reference(
     )
 
 
-def make_nearest_judge(on_black, on_white, translation: int) -> Callable[[Tensor, Tensor], Tensor]:
+def make_nearest_judge(on_black: ImageSet, on_white: ImageSet, translation: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Judge of whether the training image nearest to an image, over shifts and backgrounds, carries its class.
 
     Args:
@@ -168,7 +175,9 @@ def make_nearest_judge(on_black, on_white, translation: int) -> Callable[[Tensor
         translation: Largest shift in pixels, in each direction.
     """
     black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (on_black, on_white))
-    return lambda x, labels: on_black.class_labels[nearest_training_image(x, black, white, translation)] == labels
+    classes = on_black.class_labels
+    assert classes is not None  # else there is nothing to judge
+    return lambda x, labels: classes[nearest_training_image(x, black, white, translation)] == labels
 
 
 def count_in_name(count: int) -> str:
@@ -209,7 +218,7 @@ def spread(per_seed: list[dict[str, float]]) -> dict[str, dict]:
 
 def measure_v_loss(
     pipe: DualRatePipeline,
-    images,
+    images: ImageSet,
     count: int,
     num_context_steps: int,
     batch_size: int,

@@ -15,7 +15,7 @@ begin late: rows that stand at a step before the first refresh have come there, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -133,11 +133,10 @@ def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
 
 def _in_order(parts: list[_Part], values: Sequence[Tensor]) -> Tensor:
     """Values of the parts as one batch, each row at its place."""
-    return (
-        values[0]
-        if len(parts) == 1
-        else torch.cat(list(values))[torch.cat([cast(Tensor, part.rows) for part in parts]).argsort()]
-    )
+    if len(parts) == 1:
+        return values[0]
+    rows = torch.cat([cast(Tensor, part.rows) for part in parts])  # none of several parts is a slice
+    return torch.cat(list(values))[rows.argsort()]
 
 
 @torch.no_grad()
@@ -221,6 +220,10 @@ def sample_student(
     return StudentSample(prediction, z_s, log_snr_s)
 
 
+@overload
+def _of(part: _Part, values: Tensor) -> Tensor: ...
+@overload
+def _of(part: _Part, values: None) -> None: ...
 def _of(part: _Part, values: Tensor | None) -> Tensor | None:
     return None if values is None else values[part.rows]
 
@@ -237,8 +240,7 @@ def _reach(
     plan: RefreshPlan,
 ) -> tuple[Tensor, Tensor]:
     """Bring the rows of a part to their step: z_t, without gradient, and the prediction x̃ there, which has it."""
-    x, class_labels = _of(part, x), _of(part, class_labels)
-    noise, n = cast(Tensor, _of(part, noise)), cast(Tensor, _of(part, n))
+    x, class_labels, noise, n = _of(part, x), _of(part, class_labels), _of(part, noise), _of(part, n)
     encode = encode if part.has_context else None
     # The state that the segment begins with has no gradient, and its context has.
     steps: dict[str, Any] = {"class_labels": class_labels, "noise": noise, "log_snrs": log_snrs}
@@ -336,11 +338,11 @@ def grid_denoising_loss(
     eps, eps_tau = draws.noise[:, 0], draws.noise[:, 1]
     z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, column(log_snr_t, x), column(log_snr_tau, x))
     for part in parts:
-        z, level = cast(Tensor, _of(part, z_t)), cast(Tensor, _of(part, log_snr_t))
-        labels, context, level_tau = _of(part, class_labels), None, None
+        z, level, labels = _of(part, z_t), _of(part, log_snr_t), _of(part, class_labels)
+        context = level_tau = None
         if part.has_context:
-            level_tau = cast(Tensor, _of(part, log_snr_tau))
-            context = encode(cast(Tensor, _of(part, z_tau)), level_tau, labels)
+            level_tau = _of(part, log_snr_tau)
+            context = encode(_of(part, z_tau), level_tau, labels)
         predictions.append(_predict(denoise, z, level, labels, context, level_tau))
     prediction = _in_order(parts, predictions)
     weight = column(clipped_weight(log_snr_t, min_variance), x)

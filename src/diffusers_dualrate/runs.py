@@ -61,7 +61,7 @@ from .configuration import FILE, Configuration
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
-from .models import UViTDenoiser
+from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
 from .streams import StreamedImages, Stretch
@@ -235,7 +235,8 @@ class Run:
             accelerator.init_trackers("diffusers-dualrate", config=flags)
         accelerator.print(json.dumps(recipe, indent=2))
         counted = {
-            name: network_flops(cast(UViTDenoiser, network)) for name, network in self.averaged.named_children()
+            name: network_flops(cast(UViTContextEncoder | UViTDenoiser, network))
+            for name, network in self.averaged.named_children()
         }
         for name, network in self.averaged.named_children():
             flops: float = counted[name]

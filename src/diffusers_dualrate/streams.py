@@ -102,7 +102,8 @@ class StreamedImages(ImageReader):
             rows.set_epoch(epoch)
             for values in rows:
                 file, *label = (values[column] for column in self._columns)
-                if label and self.id2label is not None:
+                if label:
+                    assert self.id2label is not None  # where there is a column of classes
                     check_label(label[0], self.id2label, self._columns[1], row)
                 row += 1
                 if (pixels := self.decode(file, row - 1)) is not None:

@@ -121,21 +121,22 @@ def open_images(
     )
 
 
-def check_classes(name: str, pipe: DualRatePipeline, images) -> None:
+def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages) -> None:
     """Refuse a model whose classes are not those of the images, in number, name and order."""
     ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
     if ours != theirs:
         raise ValueError(
             f"{name} has {theirs or 'no'} classes and the data {ours or 'no'}: see --label_column, --num_classes."
         )
-    named = pipe.id2label.keys() & (images.id2label or {}).keys()
-    differing = [i for i in sorted(named) if pipe.id2label[i] != images.id2label[i]]
+    names = images.id2label or {}
+    named = pipe.id2label.keys() & names.keys()
+    differing = [i for i in sorted(named) if pipe.id2label[i] != names[i]]
     if differing:
         i = differing[0]
-        raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {images.id2label[i]!r} in the data.")
+        raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {names[i]!r} in the data.")
 
 
-def open_start(name: str | None, images) -> DualRatePipeline | None:
+def open_start(name: str | None, images: LabelledImages | StreamedImages) -> DualRatePipeline | None:
     """The trained model that a training starts from, in float32, or `None` where none is named.
 
     Raises:

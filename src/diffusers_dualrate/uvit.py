@@ -12,7 +12,6 @@ depthwise-separable convolutions; all are modulated by the noise-level embedding
 
 import math
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -160,6 +159,9 @@ class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = UViTAttnProcessor
     _available_processors = [UViTAttnProcessor]
     _supports_qkv_fusion = False  # the projections are fused in the checkpoint already
+    # Of the host's mixin, whose processors may be others than ours.
+    set_processor: Callable[[Callable], None]
+    processor: Callable[..., Tensor]
 
     def __init__(self, channels: int, attention_head_dim: int, dropout: float):
         super().__init__()
@@ -170,9 +172,7 @@ class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
         self.dropout = nn.Dropout(dropout)
         self.to_out = nn.Linear(5 * channels, channels)
         start_at_zero(self.to_out)
-        self.set_processor(self._default_processor_cls())  # type: ignore[operator] # of the host's mixin
-
-    processor: UViTAttnProcessor
+        self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Map tokens [B, S, C] to what the block adds to them; `rotation` is (cos, sin), each [S, 1, head_dim/2]."""
@@ -197,6 +197,8 @@ class UViTTransformerBlock(nn.Module):
 
 class UViTStage(nn.Module):
     """Equal blocks at one resolution, over feature maps [B, C, H, W]."""
+
+    _gradient_checkpointing_func: Callable[..., Tensor]  # the host sets it where it sets `gradient_checkpointing`
 
     def __init__(
         self,
@@ -229,8 +231,7 @@ class UViTStage(nn.Module):
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                checkpoint = cast(Callable[..., Tensor], self._gradient_checkpointing_func)  # which the host has set
-                hidden_states = checkpoint(block, hidden_states, embedding, *rotation)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, embedding, *rotation)
             else:
                 hidden_states = block(hidden_states, embedding, *rotation)
         if self.attends:
