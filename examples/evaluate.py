@@ -325,7 +325,7 @@ def main(args, open_images=training.open_images):
     accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
-    data = Data(**select(args, Data))
+    data = Data(**{**select(args, Data), "cache_dir": None})  # the flag is that of references
     size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
     fresh = partial(open_images, data, size, channels=channels, seed=FRESH_SEED)  # as no training saw them
     images = floor_images = fresh(augmentation=augmentation, split=args.reference_split)

@@ -1,7 +1,7 @@
 """Sampling at two rates (arXiv 2605.18190): the method itself, without any duty towards the host.
 
-A heavy network looks at the image a few times and hands out what it sees, the context. A light network denoises at every
-step, with the newest context at hand. Images, contexts and velocities are whatever the callables take and return.
+v = g(z_t, t, τ, E(z_τ, τ)): the heavy encoder E runs at K refreshes and hands out features, the context. The light denoiser
+g runs at every step with the newest context. It was trained on contexts of an earlier step τ, and is told τ.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,8 +51,8 @@ def sample_at_two_rates(
     for i, refreshes in enumerate(plan):
         v = None
         if refreshes or not serves(i, state.z, state.context):
-            state.context, v = encode(i, state.z)  # the heavy network, K times
+            state.context, v = encode(i, state.z)  # the heavy network, at refreshes
         if v is None:
-            v = denoise(i, state.z, state.context)  # the light network, N times
+            v = denoise(i, state.z, state.context)  # the light network
         state.z = step(i, v, state.z)
         yield state
