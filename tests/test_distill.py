@@ -196,6 +196,12 @@ def test_refreshes_that_do_not_divide_the_steps_are_refused(root, tmp_path, step
         run(root, tmp_path, *data(root), *options)
 
 
+def test_a_number_of_refreshes_that_is_no_number_is_refused_before_any_model_is_loaded(root, tmp_path):
+    options = ["--override", 'distillation.num_context_steps="two"']
+    with pytest.raises(ValueError, match="num_context_steps must be an integer, got 'two'"):
+        run(root, tmp_path, *data(root), *options, teacher="nowhere")
+
+
 def test_a_single_rate_student_has_no_refreshes_to_divide_its_steps(root, tmp_path):
     options = ["--num_inference_steps", 3, "--max_train_steps", 1, "--student", root / "teacher"]
     assert run(root, tmp_path, *data(root), *options) == 0

@@ -194,6 +194,7 @@ class DistillationRecipe(Recipe):
         check_number("min_variance_share", self.min_variance_share, least=0)
         check_boolean("full_rollout", self.full_rollout)
         check_integer("num_inference_steps", self.num_inference_steps, least=1)
+        check_integer("num_context_steps", self.num_context_steps)
         check_number("context_from", self.context_from, above=0, most=1)
         check_number("guidance_scale", self.guidance_scale, least=1)
 
