@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.flops import image_flops
 from diffusers_dualrate.models import SINGLE_RATE
+from diffusers_dualrate.ranges import check_integer
+from diffusers_dualrate.refreshes import plan_refreshes
 
 
 def parse_args(argv=None):
@@ -74,6 +76,9 @@ def read_clock(device):
 
 
 def main(args):
+    for name in ("batch_size", "num_inference_steps"):
+        check_integer(name, getattr(args, name), least=1)
+    plan_refreshes(args.num_inference_steps, args.num_context_steps)
     on_cpu = args.device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.ranges import check_integer, check_number
 from diffusers_dualrate.records import build
 
 PRESETS = Path(__file__).with_name("presets")
@@ -70,6 +71,12 @@ def measure_accuracy(classifier, images, indices, batch_size, device):
 def main(args, open_images=training.open_images):
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
+    for name in ("max_train_steps", "train_batch_size"):
+        check_integer(name, getattr(args, name), least=1)
+    check_number("learning_rate", args.learning_rate, above=0)
+    check_number("weight_decay", args.weight_decay, least=0)
+    check_integer("seed", args.seed, least=0)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     preset = read_preset(find_preset(args.preset, PRESETS), ("denoiser", "training"))
     images = open_images(
         Data(**select(args, Data)),

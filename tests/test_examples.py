@@ -570,6 +570,36 @@ def test_benchmark_times_an_accelerator_by_the_wall(capsys):
     assert f"wall time on {device}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--max_train_steps", "0"], "max_train_steps must be an integer of at least 1, got 0"),
+        (["--train_batch_size", "-4"], "train_batch_size must be an integer of at least 1, got -4"),
+        (["--learning_rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+        (["--held_out", "1"], "held_out must lie between 0 and 1, got 1.0"),
+    ],
+)
+def test_a_classifier_that_could_not_be_trained_is_refused_before_images_are_read(flags, sentence, tmp_path):
+    arguments = ["--preset", "tiny", "--train_data_dir", "nowhere", "--label_column", "label"]
+    args = train_classifier.parse_args([*arguments, "--output", str(tmp_path / "new/a.safetensors"), *flags])
+    with pytest.raises(ValueError, match=sentence):
+        train_classifier.main(args)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch_size", "0"], "batch_size must be an integer of at least 1, got 0"),
+        (["--num_inference_steps", "-1"], "num_inference_steps must be an integer of at least 1, got -1"),
+        (["--num_context_steps", "99"], "num_context_steps must be between 1 and num_inference_steps=4, got 99"),
+    ],
+)
+def test_a_benchmark_of_what_cannot_be_run_is_refused(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        run_benchmark(*flags)
+
+
 def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_path):
     for i in range(60):
         pixels = np.random.default_rng(i).integers(0, 100, (8, 8, 3), dtype=np.uint8)
