@@ -42,6 +42,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import make_image_grid
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from PIL import Image
 
 from diffusers_dualrate import DualRatePipeline, __version__, training
 from diffusers_dualrate.arguments import select
@@ -62,6 +63,7 @@ from diffusers_dualrate.metrics import (
     spread,
 )
 from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.ranges import check_integer
 from diffusers_dualrate.recipes import DistillationRecipe
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
@@ -230,6 +232,12 @@ def check(args):
     ):
         if min(counts, default=1) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(counts)}.")
+    for seed in args.seeds:
+        check_integer("seeds", seed, least=0)
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"seeds must differ, since equal ones shrink the spread, got {args.seeds}.")
+    if args.grid and Image.registered_extensions().get(Path(args.grid).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--grid must end in a kind of picture, such as .png, got {args.grid!r}.")
     for path in filter(None, (args.output, args.grid)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 

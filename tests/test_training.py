@@ -235,6 +235,20 @@ def test_accumulating_gradients_equals_a_larger_batch(folder, tmp_path):
         torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-5)
 
 
+def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_record_stays(folder, tmp_path):
+    train("single", folder, tmp_path, "--max_train_steps", 3)
+    record = (tmp_path / "configuration.json").read_text()
+    with pytest.raises(ValueError, match="has 3 steps behind it, more than the 2 of this run"):
+        train("single", folder, tmp_path, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "configuration.json").read_text() == record
+    train("single", folder, tmp_path, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+def test_an_empty_output_folder_is_refused_instead_of_the_current_one(folder):
+    with pytest.raises(ValueError, match="--output_dir is empty, and must name a folder"):
+        train("single", folder, "")
+
+
 def test_only_the_newest_checkpoints_are_kept(folder, tmp_path):
     options = ["--checkpointing_steps", 1, "--checkpoints_total_limit"]
     train("single", folder, tmp_path, *options, 3, "--max_train_steps", 3)

@@ -70,6 +70,8 @@ class Claim:
             ) from error
         # Once more: another run may have begun, and ended, since.
         check_folder(self.output_dir, record, resume_from_checkpoint, chosen)
+        newest = find_newest(self.output_dir) if resume_from_checkpoint == "latest" else chosen
+        _check_steps(record, newest)
         # A kill while the record is written again must not take the run with it.
         partial = self.output_dir / f".{FILE}"
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -127,6 +129,17 @@ def check_folder(output_dir: Path, record: dict, resume_from_checkpoint: str | N
             ]
             more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
             raise ValueError(f"{folder} belongs to a run with another configuration: {'; '.join(words)}{more}.")
+
+
+def _check_steps(record: dict, checkpoint: Path | None) -> None:
+    """Refuse a run that has more steps behind it than it is told to take, before its record says something else."""
+    recipe = record.get("training") or record.get("distillation") or {}
+    steps = recipe.get("max_train_steps", 0) + recipe.get("pretraining_steps", 0)
+    if checkpoint is not None and step_of(checkpoint) > steps:
+        raise ValueError(
+            f"{checkpoint} has {step_of(checkpoint)} steps behind it, more than the {steps} of this run: give a larger "
+            "--max_train_steps, or an earlier checkpoint."
+        )
 
 
 def identify(record: dict) -> dict[str, object]:

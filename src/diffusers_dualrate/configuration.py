@@ -185,6 +185,8 @@ class Options:
             check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
         check_integer("validation_steps", self.validation_steps, least=0)
         check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
+        if not self.output_dir:
+            raise ValueError("--output_dir is empty, and must name a folder.")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"--output_dir {self.output_dir!r} is a file, and must be a folder.")
 
