@@ -342,3 +342,10 @@ def test_the_models_guidance_applies_only_where_there_are_classes(make_pipe, wat
     pipe(batch_size=1, num_inference_steps=2, output_type="latent")
     pipe([0], num_inference_steps=2, output_type="latent")
     assert [call.rows for call in calls.denoiser] == [1, 1, 2, 2]
+
+
+def test_images_that_are_not_finite_are_said_to_be_so(make_pipe):
+    pipe = make_pipe()
+    next(pipe.denoiser.parameters()).data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="The images hold NaN or infinity: see weights"):
+        pipe(class_labels=[0], num_inference_steps=2, output_type="np")

@@ -403,6 +403,7 @@ def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pip
 def test_a_start_that_failed_does_not_block_its_folder(folder, tmp_path):
     with pytest.raises(ValueError, match="divisible by 4"):
         train("single", folder, tmp_path, "--resolution", 18)
+    assert not list(tmp_path.iterdir())  # it was refused before the folder was made
     train("single", folder, tmp_path, "--max_train_steps", 1)
 
 

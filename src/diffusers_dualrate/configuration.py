@@ -75,6 +75,13 @@ class Networks:
             ours, theirs = self.denoiser[key], self.context_encoder[key]
             if ours != theirs:
                 raise ValueError(f"{key} must be the same in both networks, got {theirs!r} and {ours!r}.")
+        for network in (self.context_encoder, self.denoiser):
+            size, stride = network["sample_size"], network["patch_size"] * 2 ** (len(network["level_channels"]) - 1)
+            sides = [size] if isinstance(size, int) else list(size)
+            if any(side % stride for side in sides):
+                raise ValueError(
+                    f"sample_size must be divisible by {stride} (patch size times downsampling), got {size}."
+                )
         with torch.device("meta"):  # what a network refuses is refused now, and nothing is allocated
             UViTContextEncoder(**self.context_encoder)
             UViTDenoiser(**self.denoiser)

@@ -331,6 +331,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             latents=latents,
         )
         latents = self._sample(run, noise, callback, tensor_inputs)
+        # Only where the images leave the device anyway: a call never waits for it.
+        if output_type in ("pil", "np") and not latents.isfinite().all():
+            warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=2)
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
