@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-oldest lint format docs dist clean
+.PHONY: demo test test-oldest lint format docs space dist clean
 
 demo: $(VENV)/.train
 	$(PY) examples/generate.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32 --distilled model_cards/dualrate-emoji32-distilled --output demo.png
@@ -30,6 +30,13 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "build/docs/index.html"
+
+# The page of examples/app.py as a Hugging Face Space: it holds package and models, so that it needs neither from elsewhere.
+SPACE := build/space
+space:
+	rm -rf $(SPACE) && mkdir -p $(SPACE) && cp -R examples/space/. examples/app.py src/diffusers_dualrate model_cards $(SPACE)
+	find $(SPACE) -name __pycache__ -prune -exec rm -rf {} +
+	@echo "$(SPACE)"
 
 dist: $(VENV)/.dev
 	rm -rf dist && $(PY) -m build --no-isolation --outdir dist && $(PY) -m twine check --strict dist/*

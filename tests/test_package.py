@@ -62,12 +62,13 @@ def test_the_core_needs_torch_and_diffusers_only(metadata):
     assert metadata["Requires-Python"] == ">=3.11"
 
 
-def test_the_extras_are_train_eval_and_dev_which_holds_both(metadata):
+def test_the_extras_are_train_eval_app_and_dev_which_holds_all(metadata):
     extras = {name: names(requirements(metadata, name)) for name in metadata.get_all("Provides-Extra")}
-    assert set(extras) == {"train", "eval", "dev"}
+    assert set(extras) == {"train", "eval", "app", "dev"}
     assert {"accelerate", "datasets", "pillow"} <= extras["train"]
     assert {"torchmetrics", "transformers", "matplotlib", "scikit-learn"} <= extras["eval"]
-    assert extras["train"] | extras["eval"] | {"pytest", "pytest-xdist", "ruff", "peft"} <= extras["dev"]
+    assert extras["app"] == {"gradio"}
+    assert extras["train"] | extras["eval"] | extras["app"] | {"pytest", "pytest-xdist", "ruff", "peft"} <= extras["dev"]
 
 
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-oldest.txt"])
