@@ -68,7 +68,9 @@ def test_the_extras_are_train_eval_app_and_dev_which_holds_all(metadata):
     assert {"accelerate", "datasets", "pillow"} <= extras["train"]
     assert {"torchmetrics", "transformers", "matplotlib", "scikit-learn"} <= extras["eval"]
     assert extras["app"] == {"gradio"}
-    assert extras["train"] | extras["eval"] | extras["app"] | {"pytest", "pytest-xdist", "ruff", "peft"} <= extras["dev"]
+    assert (
+        extras["train"] | extras["eval"] | extras["app"] | {"pytest", "pytest-xdist", "ruff", "peft"} <= extras["dev"]
+    )
 
 
 @pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-oldest.txt"])
