@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -162,15 +163,19 @@ def _check_guidance(scale: float, interval: tuple[float, float] | None, class_la
 
 
 def check_delivery(
-    output_type: str, callback: Callable | None, tensor_inputs: Sequence[str], known: Sequence[str]
-) -> None:
-    """Check the arguments of a call that say how it hands out what it draws."""
+    output_type: str, callback: Callable | None, tensor_inputs: Sequence[str] | None, known: Sequence[str]
+) -> Sequence[str]:
+    """Check the arguments of a call that say how it hands out what it draws; returns what the callback is given."""
     check_choice("output_type", output_type, OUTPUT_TYPES)
     if not (callback is None or callable(callback)):
         raise ValueError(f"callback_on_step_end must be a function, got {callback!r}.")
-    listed = isinstance(tensor_inputs, (list, tuple)) and all(isinstance(name, str) for name in tensor_inputs)
-    if not (listed and set(tensor_inputs) <= set(known)):
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        tensor_inputs = callback.tensor_inputs
+    names = tensor_inputs or ()
+    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not (listed and set(names) <= set(known)):
         raise ValueError(f"Callbacks may ask for a list of {list(known)}, got {tensor_inputs!r}.")
+    return names
 
 
 def check_components(
@@ -210,6 +215,25 @@ def check_encoder_denoises(
             "encoder_denoises=True needs a context_encoder that hands over its prediction; without one, load the model "
             "with encoder_denoises=False."
         )
+
+
+def describe_unsaid(
+    defaults: SamplingDefaults, given: dict, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None
+) -> str:
+    """What nobody told a pipeline of its use, and the defaults that it takes instead."""
+    used = {"num_context_steps": context_encoder is not None, "guidance_scale": denoiser.config.num_classes}
+    unsaid = ["num_inference_steps", *(name for name, has_use in used.items() if has_use and name not in given)]
+    values = ", ".join(str(getattr(defaults, name)) for name in unsaid)
+    return (
+        f"Nothing says how this model is sampled: {', '.join(unsaid)} are {values}. Give them as arguments, or load the "
+        "whole model by from_pretrained."
+    )
+
+
+def check_images(images: Tensor, output_type: str) -> None:
+    """Say when images are not finite, where they leave the device anyway: a call never waits for it."""
+    if output_type in ("pil", "np") and not images.isfinite().all():
+        warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=4)
 
 
 def make_chain(

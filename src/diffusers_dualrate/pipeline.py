@@ -16,7 +16,15 @@ from torch import Tensor
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
 from .guidance import Guidance
-from .inputs import check_components, check_delivery, check_encoder_denoises, find_label_ids, make_chain
+from .inputs import (
+    check_components,
+    check_delivery,
+    check_encoder_denoises,
+    check_images,
+    describe_unsaid,
+    find_label_ids,
+    make_chain,
+)
 from .models import UViTContextEncoder, UViTDenoiser
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, refuse_pickles
@@ -118,16 +126,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         self._id2label = check_id2label(defaults.id2label, denoiser.config.num_classes)
         names = {str(key): name for key, name in self._id2label.items()} or None
         if not known and num_inference_steps is None:
-            used = {"num_context_steps": context_encoder is not None, "guidance_scale": denoiser.config.num_classes}
-            unsaid = [
-                "num_inference_steps",
-                *(name for name, has_use in used.items() if has_use and name not in given),
-            ]
-            warnings.warn(
-                f"Nothing says how this model is sampled: {', '.join(unsaid)} are {', '.join(str(getattr(defaults, name)) for name in unsaid)}. "
-                "Give them as arguments, or load the whole model by from_pretrained.",
-                stacklevel=2,
-            )
+            warnings.warn(describe_unsaid(defaults, given, denoiser, context_encoder), stacklevel=2)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, context_encoder=context_encoder)
         self.register_to_config(**{name: getattr(defaults, name) for name in NAMES} | {"id2label": names})
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -278,41 +277,31 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 which the pair must have learned. Default: the model's, where N is the model's, too.
             timesteps: Instead of N, the timesteps themselves, falling.
             guidance_scale: Scale of classifier-free guidance, 1 for none; default: the model's where there are classes.
-            guidance_interval: Lowest and highest log-SNR at which guidance acts (arXiv 2404.07724); default: the
-                model's, where it has one.
+            guidance_interval: Lowest and highest log-SNR at which it acts (arXiv 2404.07724); default: the model's.
             batch_size: Number of images where no `class_labels` are given; default 1.
             num_images_per_prompt: Images for each class label.
-            height: Height in pixels; default: the network's `sample_size`.
-            width: Width in pixels; default: the network's `sample_size`.
+            height: Height in pixels; default: that of the network.
+            width: Width in pixels; default: that of the network.
             generator: Source of noise. In a list, one for each image, which then depends on its own seed alone.
             latents: Noise to start from [B, C, height, width] instead of drawing it.
-            output_type: "pil", "np" [B, height, width, C] or "pt" [B, C, height, width], both in [0, 1], or "latent"
-                for the tensor as the scheduler leaves it, about [-1, 1].
+            output_type: "pil"; "np" [B, height, width, C] or "pt" [B, C, height, width], both in [0, 1]; or "latent", the
+                tensor as the scheduler leaves it, about [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` or a plain tuple.
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after each step; the tensors it
                 returns replace the loop's. The pipeline is a shallow copy that belongs to this call, with the scheduler
                 of this call: the callback may set its `_interrupt` or `_guidance_scale`.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: latents, class_labels, context (the
-                projected maps in a tuple, `None` before the first refresh and for a single-rate model).
+                projected maps in a tuple, or `None`).
 
         Raises:
             ValueError: If an argument is out of its range, before anything is computed.
         """
-        callback, tensor_inputs = callback_on_step_end, callback_on_step_end_tensor_inputs or ()
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = callback.tensor_inputs
-        check_delivery(output_type, callback, tensor_inputs, self._callback_tensor_inputs)
+        callback, known = callback_on_step_end, self._callback_tensor_inputs
+        tensor_inputs = check_delivery(output_type, callback, callback_on_step_end_tensor_inputs, known)
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
-        steps = plan_steps(
-            self.scheduler,
-            defaults,
-            num_inference_steps,
-            num_context_steps,
-            refresh_steps=refresh_steps,
-            timesteps=timesteps,
-            is_pair=self.context_encoder is not None,
-            device=device,
-        )
+        n, k, is_pair = num_inference_steps, num_context_steps, self.context_encoder is not None
+        named: dict[str, Any] = {"refresh_steps": refresh_steps, "timesteps": timesteps}
+        steps = plan_steps(self.scheduler, defaults, n, k, **named, is_pair=is_pair, device=device)
         chain, noise = make_chain(
             self.denoiser,
             self.context_encoder,
@@ -330,9 +319,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             latents=latents,
         )
         latents = self._sample(chain, noise, callback, tensor_inputs)
-        # Only where the images leave the device anyway: a call never waits for it.
-        if output_type in ("pil", "np") and not latents.isfinite().all():
-            warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=2)
+        check_images(latents, output_type)
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
