@@ -18,7 +18,7 @@ from .scheduler import DualRateScheduler
 class ChainSteps(NamedTuple):
     """The steps of one chain.
 
-    Args:
+    Attributes:
         scheduler: The chain's own scheduler, with its steps set.
         plan: Which steps refresh: none for a single-rate model, and before the first one no step sees a context.
         log_snrs: Log-SNR [N] of each step, on the CPU.
