@@ -17,12 +17,20 @@ from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser, training
 from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, following_loss, seed_of
+from diffusers_dualrate.losses import (
+    ContextTimes,
+    FollowingTimes,
+    denoising_loss,
+    draw,
+    drop_labels,
+    following_loss,
+    seed_of,
+)
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
 
-# Of the rows that follow the encoder: those at the end of a deterministic step, and of those with a lag even in log-SNR.
-FOLLOWING_SHARES = {"deterministic": 0.5, "even_in_log_snr": 0.25}
+# Shares of the rows that follow the encoder: those after a deterministic step, and of them those even in log-SNR.
+FOLLOWING_SHARES = {"num_deterministic": 0.5, "num_even_in_log_snr": 0.25}
 
 
 def parse_args(argv=None):
@@ -118,6 +126,17 @@ def main(args, open_images=training.open_images):
     return train(run, pair, averaged, pipeline)
 
 
+def context_times(run, part):
+    """Which rows of a part see a context, and how old it is."""
+    recipe, above = run.recipe, run.recipe.share_above
+    shares = {"num_above": above, "num_without": recipe.share_without_context}
+    if recipe.follow_encoder:
+        shares |= {name: above + (1 - above) * share for name, share in FOLLOWING_SHARES.items()}
+    counts = {name: run.count_of_first(part, share) for name, share in shares.items()}
+    times = FollowingTimes if recipe.follow_encoder else ContextTimes
+    return times(recipe.context_ages, 1 - above, **counts)
+
+
 def train(run, pair, averaged, pipeline):
     """The loop of a run."""
     accelerator, recipe, seed = run.accelerator, run.recipe, run.options.seed
@@ -128,12 +147,8 @@ def train(run, pair, averaged, pipeline):
     ema.to(accelerator.device)
     run.load(ema)
 
-    schedule = training.schedule_of(pipeline.scheduler)
-    late = recipe.share_above
-    loss_function, shares = denoising_loss, {"context_dropout": recipe.share_without_context}
-    if recipe.follow_encoder:
-        loss_function = following_loss
-        shares = {name: late + (1 - late) * share for name, share in FOLLOWING_SHARES.items()}
+    schedule = training.schedule_of(pipeline.scheduler, recipe.bias)
+    loss_function = following_loss if recipe.follow_encoder else denoising_loss
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
@@ -149,12 +164,7 @@ def train(run, pair, averaged, pipeline):
                     class_labels,
                     draws,
                     schedule=schedule,
-                    bias=recipe.bias,
-                    context_ages=recipe.context_ages,
-                    encoder_prediction=averaged.denoiser.handed_over_prediction,
-                    context_from=1 - late,
-                    late=run.share_of_first(part, late),
-                    **{name: run.share_of_first(part, share) for name, share in shares.items()},
+                    contexts=context_times(run, part),
                 )
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())

@@ -81,7 +81,7 @@ def train(run, network, averaged, pipeline):
     ema.to(accelerator.device)
     run.load(ema)
 
-    schedule = training.schedule_of(pipeline.scheduler)
+    schedule = training.schedule_of(pipeline.scheduler, recipe.bias)
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
@@ -97,7 +97,6 @@ def train(run, network, averaged, pipeline):
                     class_labels,
                     draws,
                     schedule=schedule,
-                    bias=recipe.bias,
                 )
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())

@@ -63,7 +63,7 @@ def main(args, open_images=open_any):
         device
     )
     scheduler = training.make_scheduler(configuration)
-    schedule = training.schedule_of(scheduler)
+    schedule = training.schedule_of(scheduler, recipe.bias)
     optimizer = training.make_optimizer(unet.parameters(), recipe)
     lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
     batch_size, steps = recipe.train_batch_size, recipe.max_train_steps
@@ -78,7 +78,7 @@ def main(args, open_images=open_any):
         x, class_labels = batch["pixel_values"], batch.get("class_labels")
         draws = draw(seed, step, range(len(x)), x.shape[1:], device)
         class_labels = drop_labels(class_labels, draws, recipe.label_dropout, images.num_classes)
-        result = denoising_loss(denoise, None, x, class_labels, draws, schedule=schedule, bias=recipe.bias)
+        result = denoising_loss(denoise, None, x, class_labels, draws, schedule=schedule)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
         if not norm.isfinite():

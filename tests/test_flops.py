@@ -19,7 +19,7 @@ from diffusers_dualrate.flops import (
     target_flops,
     training_image_flops,
 )
-from diffusers_dualrate.losses import Schedule, denoising_loss, draw
+from diffusers_dualrate.losses import ContextTimes, Schedule, denoising_loss, draw
 from diffusers_dualrate.training import TrainablePair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,8 +208,9 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
     schedule = Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         TrainablePair(denoiser, context_encoder)(
-            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule, bias=0.0, context_dropout=dropout
-        )
+            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule,
+            contexts=ContextTimes(num_without=round(8 * dropout)),
+        )  # fmt: skip
     cost = target_flops(denoiser, context_encoder, context_dropout=dropout)
     assert counter.get_total_flops() == pytest.approx(8 * cost, rel=1e-3)
     alone = denoiser.from_config({**denoiser.config, "context_channels": None})

@@ -174,7 +174,7 @@ def learn(loss_of, pipe):
     networks = [network for network in (pipe.denoiser, pipe.context_encoder) if network is not None]
     pair = TrainablePair(*networks)
     pair.zero_grad()
-    loss = loss_of(pair, schedule_of(pipe.scheduler))
+    loss = loss_of(pair, schedule_of(pipe.scheduler, bias=1.0))
     loss.backward()
     norms = [
         torch.stack([w.grad.square().sum() for w in network.parameters() if w.grad is not None]).sum().sqrt().item()
@@ -197,14 +197,13 @@ def denoise_jointly(pair, schedule, **options):
     x, class_labels = emoji()
     draws = losses.draw(11, 7, range(8), x.shape[1:])
     class_labels = losses.drop_labels(class_labels, draws, 0.3, 98)
-    result = pair(losses.denoising_loss, x, class_labels, draws, schedule=schedule, bias=1.0, **options)
+    result = pair(losses.denoising_loss, x, class_labels, draws, schedule=schedule, **options)
     return result.loss + result.v_loss.sum()
 
 
 def learn_jointly(name):
     pipe = load(name)
-    options = {"context_ages": (1 / 2, 1 / 4), "context_dropout": 0.25} if pipe.context_encoder else {}
-    options |= {"encoder_prediction": pipe.denoiser.handed_over_prediction} if pipe.context_encoder else {}
+    options = {"contexts": losses.ContextTimes((1 / 2, 1 / 4), num_without=2)} if pipe.context_encoder else {}
     return learn(lambda *args: denoise_jointly(*args, **options), pipe)
 
 
@@ -217,11 +216,7 @@ def follow(pair, schedule):
         losses.drop_labels(class_labels, draws, 0.3, 98),
         draws,
         schedule=schedule,
-        bias=1.0,
-        context_ages=(1 / 4,),
-        deterministic=0.5,
-        even_in_log_snr=0.25,
-        encoder_prediction=pair.denoiser.handed_over_prediction,
+        contexts=losses.FollowingTimes((1 / 4,), num_even_in_log_snr=2, num_deterministic=4),
     ).loss
 
 

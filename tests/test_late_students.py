@@ -78,7 +78,7 @@ def test_rows_before_the_first_refresh_are_judged_without_context_and_the_others
     def encode(z, log_snr, class_labels):
         assert torch.isin(log_snr, refreshes).all()
         encoded.append(len(z))
-        return (encoder_gain * z,)
+        return (encoder_gain * z,), None
 
     q = torch.full((len(rows),), 0.4, dtype=torch.float64)
     loss, _ = student_loss(
@@ -129,7 +129,7 @@ def test_denoising_on_the_grid_sees_contexts_behind_the_first_refresh_alone():
 
     def encode(z, log_snr, class_labels):
         assert torch.equal(log_snr, refreshes[[0] * 12 + [1] * 12])
-        return (z,)
+        return (z,), None
 
     loss = grid_denoising_loss(
         linear_network(GRID, gains, context_gains), encode, std * x, None, draws, log_snr=cosine_log_snr,

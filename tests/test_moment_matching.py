@@ -251,7 +251,7 @@ def test_a_pair_is_judged_where_its_own_rollout_arrives_and_the_gradient_starts_
 
     def encode(z, log_snr, class_labels):
         assert torch.isin(log_snr, refreshes).all()
-        return (encoder_gain * z,)
+        return (encoder_gain * z,), None
 
     student = linear_network(GRID, gains, context_gains)
     q = torch.full((len(rows),), 0.4, dtype=torch.float64)
@@ -291,7 +291,7 @@ class Scale(torch.nn.Module):
 
     def encode(self, z, log_snr, class_labels):
         self.calls.append(torch.is_grad_enabled())
-        return (self.weight * z,)
+        return (self.weight * z,), None
 
 
 @pytest.mark.parametrize("from_noise", [False, True])
@@ -330,7 +330,7 @@ def test_a_rollout_over_the_whole_grid_is_the_sampler():
     steps = {"refreshes": scheduler.refreshes_context[:-1]}
     start, last = torch.zeros(3, dtype=torch.long), torch.full((3,), N - 1)
     last[1] = 5
-    found = roll_out(student, lambda z, *_: (z,), noise[:, 0], None, noise, levels, start, last, **steps)
+    found = roll_out(student, lambda z, *_: ((z,), None), noise[:, 0], None, noise, levels, start, last, **steps)
 
     z = noise[:, 0].float()
     for i, t in enumerate(scheduler.timesteps[:-1]):
@@ -448,7 +448,7 @@ def test_denoising_on_the_grid_has_its_minimum_at_the_best_gain_and_ignores_the_
 
     def encode(z, log_snr, class_labels):
         assert torch.equal(log_snr, refreshes[[0] * 16 + [1] * 16])
-        return (z,)
+        return (z,), None
 
     loss = grid_denoising_loss(
         linear_network(GRID, gains, context_gains), encode, std * x, None, draws, log_snr=cosine_log_snr,

@@ -235,6 +235,21 @@ def test_accumulating_gradients_equals_a_larger_batch(folder, tmp_path):
         torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("parts", "size"), [(1, 8), (2, 8), (4, 12), (1, 7)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.4, 0.5, 1.0])
+def test_a_share_of_a_batch_is_the_same_rows_however_the_batch_is_cut(parts, size, share):
+    """Kills: floor for round; rounded in each part by itself; the last rows for the first."""
+    run = SimpleNamespace(recipe=SimpleNamespace(train_batch_size=size), rows=lambda part: range(part, size, parts))
+    chosen = [row for part in range(parts) for row in run.rows(part)[: Run.count_of_first(run, part, share)]]
+    assert sorted(chosen) == list(range(round(share * size)))
+
+
+@pytest.mark.parametrize(("flag", "share"), [("--context_dropout", 0.01), ("--context_dropout", 0.06)])
+def test_a_share_that_no_row_of_a_batch_makes_up_is_refused(folder, tmp_path, flag, share):
+    with pytest.raises(ValueError, match=f"A share of {share} of 8 images is none: use larger batches, or 0"):
+        train("dual", folder, tmp_path, flag, share)
+
+
 def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_record_stays(folder, tmp_path):
     train("single", folder, tmp_path, "--max_train_steps", 3)
     record = (tmp_path / "configuration.json").read_text()
@@ -710,7 +725,6 @@ def test_both_networks_learn_through_one_forward(make_networks):
         torch.zeros(4, dtype=torch.long),
         draw(0, 0, range(4), x.shape[1:]),
         schedule=training.schedule_of(scheduler),
-        bias=0.0,
     )
     result.loss.backward()
     assert all(parameter.grad is not None for parameter in pair.parameters())

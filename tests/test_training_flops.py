@@ -88,7 +88,7 @@ def test_the_cost_of_a_pair_is_what_its_loss_runs(networks, freeze_encoder):
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(not freeze_encoder)).train()
     draws = losses.draw(0, 0, range(ROWS), (3, 8, 8))
-    more = {"schedule": SCHEDULE, "bias": 0.0, "context_dropout": 0.5}
+    more = {"schedule": SCHEDULE, "contexts": losses.ContextTimes(num_without=ROWS // 2)}
     counted = count(lambda: pair(losses.denoising_loss, torch.randn(ROWS, 3, 8, 8), LABELS, draws, **more).loss)
     recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.5, "freeze_encoder": freeze_encoder})
     cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)
@@ -100,12 +100,13 @@ def test_following_an_encoder_costs_one_more_evaluation_of_it_where_it_is_run(ne
     """Mutant: the second evaluation counted for the rows without context, too."""
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(False)).train()
-    late = 1 - context_from
-    arguments = {"context_ages": (1 / 4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": late}
-    arguments |= {"context_from": context_from, "late": late}
-    arguments |= {"schedule": SCHEDULE, "encoder_prediction": lambda context: torch.zeros(len(context[0]), 3, 8, 8)}
+    late = round((1 - context_from) * ROWS)
+    contexts = losses.FollowingTimes((1 / 4,), context_from, late, late, late, num_deterministic=1)
+    denoise, encode = pair.denoise, lambda *args: (pair.encode(*args)[0], torch.zeros(len(args[0]), 3, 8, 8))
     x, draws = torch.randn(ROWS, 3, 8, 8), losses.draw(0, 0, range(ROWS), (3, 8, 8))
-    counted = count(lambda: pair(losses.following_loss, x, LABELS, draws, **arguments).loss)
+    counted = count(
+        lambda: losses.following_loss(denoise, encode, x, LABELS, draws, schedule=SCHEDULE, contexts=contexts).loss
+    )
     told = {"context_dropout": 0.0, "follow_encoder": True, "context_from": context_from}
     recipe = PairRecipe(**PRESET["training"] | told)
     cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)

@@ -170,7 +170,7 @@ def roll_out(
     for i, now in enumerate(refreshes):
         n = (first + i).clamp(max=len(log_snrs) - 2)
         if encode is not None and now:
-            context, context_log_snr = encode(z, log_snrs[n], class_labels), log_snrs[n]
+            (context, _), context_log_snr = encode(z, log_snrs[n], class_labels), log_snrs[n]
         x = _predict(denoise, z, log_snrs[n], class_labels, context, context_log_snr)
         moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], noise[torch.arange(len(z)), n + 1])
         z = torch.where(column(first + i < last, z), moved, z)
@@ -251,11 +251,11 @@ def _reach(
         z_tau = diffusion.add_noise(x, noise[:, 0], column(log_snrs[part.begin], x))
     context = context_log_snr = None
     if encode is not None:
-        context, context_log_snr = encode(z_tau, log_snrs[part.begin], class_labels), log_snrs[part.begin]
+        (context, _), context_log_snr = encode(z_tau, log_snrs[part.begin], class_labels), log_snrs[part.begin]
 
     # From there to t without gradient; the prediction at t has it, for denoiser and encoder.
     refreshes = [i == 0 for i in range(part.length - 1)]
-    keep = None if encode is None else lambda *_: context
+    keep = None if encode is None else lambda *_: (context, None)
     z_t = roll_out(denoise, keep, z_tau, first=part.begin, last=n, refreshes=refreshes, **steps)
     return z_t, _predict(denoise, z_t, log_snrs[n], class_labels, context, context_log_snr)
 
@@ -342,7 +342,7 @@ def grid_denoising_loss(
         context = level_tau = None
         if part.has_context:
             level_tau = _of(part, log_snr_tau)
-            context = encode(_of(part, z_tau), level_tau, labels)
+            context, _ = encode(_of(part, z_tau), level_tau, labels)
         predictions.append(_predict(denoise, z, level, labels, context, level_tau))
     prediction = _in_order(parts, predictions)
     weight = column(clipped_weight(log_snr_t, min_variance), x)

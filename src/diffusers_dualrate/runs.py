@@ -169,19 +169,19 @@ class Run:
         first = part * self.accelerator.num_processes + self.accelerator.process_index
         return range(first, self.recipe.train_batch_size, self.parts)
 
-    def share_of_first(self, part: int, share: float) -> float:
-        """Share of the rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
+    def count_of_first(self, part: int, share: float) -> int:
+        """Number of rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
 
         So a split of the batch falls on the same images however the batch is dealt out.
 
         Raises:
             ValueError: If a share above 0 comes to no row.
         """
-        size, rows = self.recipe.train_batch_size, self.rows(part)
+        size = self.recipe.train_batch_size
         first = round(share * size)
         if first == 0 < share:
             raise ValueError(f"A share of {share} of {size} images is none: use larger batches, or 0.")
-        return sum(row < first for row in rows) / len(rows)
+        return sum(row < first for row in self.rows(part))
 
     @contextlib.contextmanager
     def watch(self, ema: EMAModel, averaged: TrainablePair, pipeline: DualRatePipeline) -> Iterator[None]:

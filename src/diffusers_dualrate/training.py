@@ -50,10 +50,13 @@ class TrainablePair(nn.Module):
         encode = None if self.context_encoder is None else self.encode
         return loss_function(self.denoise, encode, *args, **kwargs)
 
-    def encode(self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
-        """Projected context of z_τ."""
+    def encode(
+        self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Projected context of z_τ, and the encoder's own prediction x̂ where it hands one over."""
         assert self.context_encoder is not None  # else nobody is handed this method
-        return self.denoiser.project_context(self.context_encoder(z, log_snr, class_labels).context)
+        context = self.denoiser.project_context(self.context_encoder(z, log_snr, class_labels).context)
+        return context, self.denoiser.handed_over_prediction(context)
 
     def denoise(self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None, context, context_log_snr) -> Tensor:
         """Velocity predicted from z_t and, where there is one, the projected context."""
@@ -191,8 +194,8 @@ def make_scheduler(configuration: Configuration) -> DualRateScheduler:
     return DualRateScheduler(**configuration.networks.scheduler, second_order=configuration.sampling.second_order)
 
 
-def schedule_of(scheduler: DualRateScheduler) -> Schedule:
-    """The noise schedule as a function of time in [0, 1], as losses take it."""
+def schedule_of(scheduler: DualRateScheduler, bias: float = 0.0) -> Schedule:
+    """The noise schedule as a function of time in [0, 1], as losses take it, with the bias of their weight."""
 
     def log_snr(t: Tensor) -> Tensor:
         return scheduler.log_snr(t * scheduler.config.num_train_timesteps)
@@ -200,7 +203,7 @@ def schedule_of(scheduler: DualRateScheduler) -> Schedule:
     def log_snr_rate(t: Tensor) -> Tensor:
         return scheduler.log_snr_rate(t * scheduler.config.num_train_timesteps)
 
-    return Schedule(log_snr, log_snr_rate)
+    return Schedule(log_snr, log_snr_rate, bias)
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
