@@ -25,10 +25,12 @@ from diffusers_dualrate.checkpoints import tell_last_good_state
 from diffusers_dualrate.configuration import Networks
 from diffusers_dualrate.losses import seed_of
 from diffusers_dualrate.moment_matching import (
+    Chain,
+    Grid,
+    Judges,
     auxiliary_loss,
     draw_on_grid,
     grid_denoising_loss,
-    grid_log_snr,
     roll_out,
     student_loss,
 )
@@ -181,11 +183,11 @@ class VarianceCheck:
         run: Whose networks are checked; it ends where the student has collapsed.
         teacher: Pipeline of the teacher.
         guidance_scale: Its guidance.
-        log_snr: The noise schedule, t [B] → λ_t.
+        grid: The student's steps.
     """
 
-    def __init__(self, run, teacher, guidance_scale, log_snr):
-        recipe, seed, device = run.recipe, run.options.seed, run.accelerator.device
+    def __init__(self, run, teacher, guidance_scale, grid):
+        seed, device = run.options.seed, run.accelerator.device
         labels = torch.arange(PROBES) % run.images.num_classes if run.images.num_classes else None
         teacher.set_progress_bar_config(disable=True)
         from_teacher = teacher(
@@ -197,12 +199,9 @@ class VarianceCheck:
             output_type="latent",
         ).images
         self.shape, self._teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
-        self._run, self._labels = run, None if labels is None else labels.to(device)
-        n = recipe.num_inference_steps
-        self._noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, n, device).noise
-        self._log_snrs = grid_log_snr(log_snr, n, self._noise)
-        start = torch.zeros(PROBES, dtype=torch.long, device=device)
-        self._ends = {"first": start, "last": start + n, "refreshes": recipe.plan}
+        noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, len(grid.plan), device).noise
+        self._run, self._plan = run, grid.plan
+        self._chain = Chain(None if labels is None else labels.to(device), noise, grid.log_snrs(noise))
 
     def is_due(self, step):
         """Whether the step just done is looked at: before what it finds is logged, or kept in a checkpoint."""
@@ -215,7 +214,10 @@ class VarianceCheck:
         """Note the share of the teacher's variance that the student's samples have, and end the run if it is too small."""
         run = self._run
         networks.eval()  # without dropout, so that all processes find the same
-        samples = networks(roll_out, self._noise[:, 0], self._labels, self._noise, self._log_snrs, **self._ends)
+        noise = self._chain.noise[:, 0]
+        first = torch.zeros(PROBES, dtype=torch.long, device=noise.device)
+        last = first + len(self._plan)
+        samples = networks(roll_out, noise, self._chain, first, last, refreshes=self._plan)
         networks.train()
         share = samples.var(0).mean() / self._teacher_variance
         run.note(variance_share=share)
@@ -287,14 +289,11 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
     ema.to(accelerator.device)
     run.load(ema)
 
-    n = recipe.num_inference_steps
-    log_snr = training.schedule_of(pipeline.scheduler).log_snr
-    steps = {name: getattr(recipe, name) for name in ("num_inference_steps", "num_context_steps", "context_from")}
-    steps |= {"log_snr": log_snr, "min_variance": recipe.min_variance}
+    grid = Grid(training.schedule_of(pipeline.scheduler).log_snr, recipe.plan)
     guidance_scale = recipe.guidance_scale if run.images.num_classes else 1.0
     teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
-    judges = {"auxiliary": trained.predict_midpoint, "teacher": make_teacher(teacher, guidance_scale)}
-    variance_check = VarianceCheck(run, teacher, guidance_scale, log_snr)
+    judges = Judges(trained.predict_midpoint, make_teacher(teacher, guidance_scale), recipe.min_variance)
+    variance_check = VarianceCheck(run, teacher, guidance_scale, grid)
 
     # What a new encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
     known = teacher.denoiser.state_dict().keys() if is_new else ()
@@ -305,7 +304,7 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
             start = None if recipe.full_rollout else x
-            draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, n, accelerator.device)
+            draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, len(grid.plan), accelerator.device)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe.pretraining_steps
             # The auxiliary comes first: while it equals the teacher it has nothing to tell the student.
@@ -318,13 +317,14 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
             # What has no part in a step's loss has no gradient, so that clip and optimizer pass over it.
             with accelerator.accumulate(networks):
                 if is_pretraining:
-                    loss = networks(grid_denoising_loss, x, class_labels, draws, **steps)
+                    learned = {"grid": grid, "min_variance": recipe.min_variance}
+                    loss = networks(grid_denoising_loss, x, class_labels, draws, **learned)
                     run.note(loss=loss)
                 elif is_auxiliary_step:
-                    loss = networks(auxiliary_loss, start, class_labels, draws, **judges, **steps)
+                    loss = networks(auxiliary_loss, start, class_labels, draws, grid=grid, judges=judges)
                     run.note(auxiliary=loss)
                 else:
-                    loss, distance = networks(student_loss, start, class_labels, draws, **judges, **steps)
+                    loss, distance = networks(student_loss, start, class_labels, draws, grid=grid, judges=judges)
                     run.note(student=loss, distance=distance)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -22,6 +22,7 @@ from conftest import PRESET, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, losses, moment_matching
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.refreshes import plan_segments
 from diffusers_dualrate.training import TrainablePair, schedule_of
 
 MODELS = Path(__file__).parents[1] / "model_cards"
@@ -230,11 +231,13 @@ def distil(function, learner, *, rolls_out=False):
 
     def loss_of(_, schedule):
         x, class_labels = emoji()
-        steps = {"log_snr": schedule.log_snr, "num_inference_steps": 8, "num_context_steps": 2, "min_variance": 0.02}
-        judges = {"auxiliary": auxiliary, "teacher": teacher}
-        judges = {} if function is moment_matching.grid_denoising_loss else judges
+        told = {"grid": moment_matching.Grid(schedule.log_snr, plan_segments(8, 2))}
+        if function is moment_matching.grid_denoising_loss:
+            told |= {"min_variance": 0.02}
+        else:
+            told |= {"judges": moment_matching.Judges(auxiliary, teacher, 0.02)}
         draws = moment_matching.draw_on_grid(13, 9, range(8), x.shape[1:], 8)
-        loss = student(function, None if rolls_out else x, class_labels, draws, **judges, **steps)
+        loss = student(function, None if rolls_out else x, class_labels, draws, **told)
         return sum(loss) if isinstance(loss, tuple) else loss
 
     return learn(loss_of, load(learner))

@@ -17,7 +17,7 @@ from distill import Distillation
 
 ROWS, N, K = 2, 6, 2
 SCHEDULE = losses.Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
-STEPS = {"log_snr": SCHEDULE.log_snr, "num_inference_steps": N, "num_context_steps": K, "min_variance": 0.02}
+STEPS = {"num_inference_steps": N, "num_context_steps": K}
 LABELS = torch.zeros(ROWS).long()
 
 
@@ -67,18 +67,19 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
     x = torch.randn(ROWS, 3, 8, 8)
     draws = moment_matching.draw_on_grid(0, 0, range(ROWS), x.shape[1:], N)
     draws.uniforms[:, 0] = torch.tensor([0.1, 0.9])  # a row before the first late context, and one behind it
-    judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
     arguments = [None if full_rollout else x, LABELS, draws]
-    told = {name: value for name, value in steps.items() if name != "log_snr"}
-    recipe = make_recipe(**told, full_rollout=full_rollout, guidance_scale=scale)
+    recipe = make_recipe(**steps, full_rollout=full_rollout, guidance_scale=scale)
+    grid = moment_matching.Grid(SCHEDULE.log_snr, recipe.plan)
+    told = {"grid": grid, "judges": moment_matching.Judges(trained.predict_midpoint, predict_teacher, 0.02)}
     cost = distillation_image_flops(denoiser, encoder, teacher, recipe)
     counted = {
-        "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **judges, **steps)),
-        "student": count(lambda: trained(moment_matching.student_loss, *arguments, **judges, **steps)[0]),
+        "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **told)),
+        "student": count(lambda: trained(moment_matching.student_loss, *arguments, **told)[0]),
     }
     if is_pair:
         encoder.requires_grad_(False)
-        counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **steps))
+        told = {"grid": grid, "min_variance": 0.02}
+        counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **told))
     for phase, flops in counted.items():
         assert 0.985 < flops / cost[phase] < 1.001, (phase, flops / cost[phase])
 
