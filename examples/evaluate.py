@@ -44,7 +44,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 
-from diffusers_dualrate import DualRatePipeline, __version__, training
+from diffusers_dualrate import DualRatePipeline, __version__, sources
 from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
@@ -251,7 +251,7 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     paths = compared | {Path(path).name: path for path in args.rivals}
     rivals = {name: DualRatePipeline.from_pretrained(path).to(accelerator.device) for name, path in paths.items()}
     for name, path in paths.items():
-        training.check_classes(path, rivals[name], images)
+        sources.check_classes(path, rivals[name], images)
         measured = read_record(path, "evaluation.json") or {}
         is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
         if path in args.rivals and not is_alike:
@@ -319,7 +319,7 @@ def make_judges(classifier, images, fresh, augmentation, args, accelerator):
     return judges
 
 
-def main(args, open_images=training.open_images):
+def main(args, open_images=sources.open_images):
     check(args)
     accelerator = Accelerator()
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
@@ -340,7 +340,7 @@ def main(args, open_images=training.open_images):
     if args.floor_split:
         floor_images = fresh(augmentation=augmentation, split=args.floor_split)
     plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
-    training.check_classes(args.model, pipe, images)
+    sources.check_classes(args.model, pipe, images)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     steps = choose_steps(args, pipe)

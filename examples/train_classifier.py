@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import training
 from diffusers_dualrate.arguments import find_preset, read_preset, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
@@ -23,6 +22,7 @@ from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import check_integer, check_number
 from diffusers_dualrate.records import build
+from diffusers_dualrate.sources import open_images
 
 PRESETS = Path(__file__).with_name("presets")
 
@@ -68,7 +68,7 @@ def measure_accuracy(classifier, images, indices, batch_size, device):
     return right / len(indices)
 
 
-def main(args, open_images=training.open_images):
+def main(args, open_images=open_images):
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
     for name in ("max_train_steps", "train_batch_size"):

@@ -18,10 +18,11 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import training
 from diffusers_dualrate.arguments import argument_parser, configure
 from diffusers_dualrate.batches import ShuffledIndices
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
+from diffusers_dualrate.optimization import make_lr_scheduler, make_optimizer
+from diffusers_dualrate.pair import schedule_of
 from diffusers_dualrate.records import read_json
 
 from . import EXAMPLES
@@ -62,10 +63,10 @@ def main(args, open_images=open_any):
     unet = UNet2DModel(**shape, num_class_embeds=None if images.num_classes is None else images.num_classes + 1).to(
         device
     )
-    scheduler = training.make_scheduler(configuration)
-    schedule = training.schedule_of(scheduler, recipe.bias)
-    optimizer = training.make_optimizer(unet.parameters(), recipe)
-    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
+    scheduler = configuration.make_scheduler()
+    schedule = schedule_of(scheduler, recipe.bias)
+    optimizer = make_optimizer(unet.parameters(), recipe)
+    lr_scheduler = make_lr_scheduler(optimizer, recipe)
     batch_size, steps = recipe.train_batch_size, recipe.max_train_steps
     loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), seed, 0, steps * batch_size))
     ema = EMAModel(unet.parameters(), decay=recipe.ema_decay)

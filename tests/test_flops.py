@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import PRESET
 from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.flops import (
     block_multiply_adds,
@@ -20,7 +21,8 @@ from diffusers_dualrate.flops import (
     training_image_flops,
 )
 from diffusers_dualrate.losses import ContextTimes, Schedule, denoising_loss, draw
-from diffusers_dualrate.training import TrainablePair
+from diffusers_dualrate.pair import TrainablePair
+from diffusers_dualrate.recipes import PairRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -234,5 +236,6 @@ def test_the_table_of_training_costs_is_what_the_presets_cost():
                 type(network).from_config({**network.config, "prediction_hand_over": True})
                 for network in (context_encoder, denoiser)
             )
-        share = training_image_flops(light, encoder, frozen=True, followed=True) / (3 * alone)
+        recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.0, "follow_encoder": True})
+        share = training_image_flops(light, encoder, recipe) / (3 * alone)
         assert f"{share:.2f}" == following, preset

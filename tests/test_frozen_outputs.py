@@ -22,8 +22,8 @@ from conftest import PRESET, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, losses, moment_matching
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.refreshes import plan_segments
-from diffusers_dualrate.training import TrainablePair, schedule_of
 
 MODELS = Path(__file__).parents[1] / "model_cards"
 PAIR, SINGLE, STUDENT = "dualrate-emoji32", "single-rate-emoji32", "dualrate-emoji32-distilled"

@@ -12,9 +12,9 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextE
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
 from diffusers_dualrate.guidance import Context, GuidedRun
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.refreshes import plan_refreshes
 from diffusers_dualrate.scheduler import log_snr_of_steps
-from diffusers_dualrate.training import TrainablePair, schedule_of
 
 
 @pytest.fixture

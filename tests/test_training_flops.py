@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import PRESET
 from diffusers_dualrate import losses, moment_matching
 from diffusers_dualrate.flops import distillation_image_flops, training_flops
+from diffusers_dualrate.pair import TrainablePair
 from diffusers_dualrate.recipes import DistillationRecipe, PairRecipe
-from diffusers_dualrate.training import TrainablePair
 from distill import Distillation
 
 ROWS, N, K = 2, 6, 2

@@ -226,7 +226,7 @@ class Configuration:
 
     @property
     def image_options(self) -> dict:
-        """How the images are made: arguments of `training.open_images` beside the data."""
+        """How the images are made: arguments of `sources.open_images` beside the data."""
         network = self.networks.denoiser
         return {
             "resolution": network["sample_size"],
@@ -242,6 +242,10 @@ class Configuration:
     def with_recipe(self, **changes) -> Self:
         """The same with other values in the recipe."""
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
+
+    def make_scheduler(self) -> DualRateScheduler:
+        """The scheduler that a trained model is saved with."""
+        return DualRateScheduler(**self.networks.scheduler, second_order=self.sampling.second_order)
 
     def divide_batch(self, num_processes: int) -> Self:
         """The same for a number of processes: the global batch follows from what each process takes, where that is given.

@@ -16,15 +16,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .models import UViTContextEncoder, UViTDenoiser
+from .network import sides_of
 from .pipeline import DualRatePipeline
-from .recipes import DistillationRecipe, Recipe
+from .recipes import DistillationRecipe, PairRecipe, Recipe, SingleRateRecipe
 from .refreshes import RefreshPlan, plan_refreshes
 from .uvit import UViTStage
-
-
-def _size(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None) -> tuple[int, int]:
-    size = network.config.sample_size if size is None else size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def network_flops(
@@ -42,7 +38,7 @@ def network_flops(
     network = cast(
         UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
     )  # what `torch.compile` wrapped
-    height, width = _size(network, size)
+    height, width = sides_of(size or network.config.sample_size)
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
         sample = torch.empty(1, network.config.in_channels, height, width)
@@ -79,7 +75,7 @@ def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
 
 def context_flops(denoiser: UViTDenoiser, size: tuple[int, int] | None = None) -> int:
     """FLOPs of projecting one context for one image, which the denoiser does once per refresh."""
-    height, width = _size(denoiser, size)
+    height, width = sides_of(size or denoiser.config.sample_size)
     total, side = 0, denoiser.config.patch_size
     for projection in cast(Iterable[nn.Conv2d], denoiser.context_proj):
         total += 2 * projection.in_channels * projection.out_channels * (height // side) * (width // side)
@@ -140,7 +136,7 @@ def plan_flops(
         encoder_denoises: As for [`image_flops`].
         size: Height and width; default: the denoiser's `sample_size`.
     """
-    size = _size(denoiser, size)
+    size = sides_of(size or denoiser.config.sample_size)
     light = opening = network_flops(denoiser, size)
     heavy = 0
     if context_encoder is not None:
@@ -179,54 +175,43 @@ def plan_cost(
 
 
 def target_flops(
-    denoiser: UViTDenoiser,
-    context_encoder: UViTContextEncoder | None = None,
-    *,
-    context_dropout: float = 0.0,
-    size: tuple[int, int] | None = None,
+    denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None = None, *, context_dropout: float = 0.0
 ) -> float:
-    """FLOPs of a forward pass in training for each denoising target, a noisy image at one t; a whole step is thrice that.
+    """FLOPs of the forward passes in training for each denoising target, a noisy image at one t.
 
-    Rows that see no context, a share p, spare the encoder, so it is L + (1 − p)(H + projection).
+    Rows without context, a share p, spare the encoder, so it is L + (1 − p)(H + projection).
 
     Args:
         denoiser: The network that sees every target.
         context_encoder: The network that makes the contexts; `None` for a single-rate model.
         context_dropout: Share p of the rows of a batch that see no context.
-        size: Height and width; default: the denoiser's `sample_size`.
     """
-    size = _size(denoiser, size)
-    light = network_flops(denoiser, size)
+    light = network_flops(denoiser)
     if context_encoder is None:
         return light
-    heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
-    return light + heavy * (1 - context_dropout)
+    return light + (network_flops(context_encoder) + context_flops(denoiser)) * (1 - context_dropout)
 
 
 def training_image_flops(
-    denoiser: UViTDenoiser,
-    context_encoder: UViTContextEncoder | None = None,
-    *,
-    context_dropout: float = 0.0,
-    frozen: bool = False,
-    followed: bool = False,
+    denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None, recipe: SingleRateRecipe
 ) -> float:
-    """FLOPs of training for each denoising target, forwards and backwards, a backward pass being two forward ones.
+    """FLOPs of training for each denoising target, forwards and backwards. A backward pass costs two forward ones.
+
+    A frozen encoder learns only what it hands over, so it runs forwards only. One that is followed runs once more, at t.
 
     Args:
         denoiser: The network that sees every target.
         context_encoder: The network that makes the contexts; `None` for a single-rate model.
-        context_dropout: Share p of the rows of a batch that see no context.
-        frozen: Whether the encoder learns nothing but what it hands over, so that it runs forwards only.
-        followed: Whether the denoiser learns what the encoder predicts at t, for which it runs once more.
+        recipe: How they are trained.
     """
-    total = 3 * target_flops(denoiser, context_encoder, context_dropout=context_dropout)
-    if frozen:
-        assert context_encoder is not None  # it is the encoder that is frozen
-        total -= (1 - context_dropout) * (2 * network_flops(context_encoder) + context_flops(denoiser))
-    if followed:
-        assert context_encoder is not None  # it is the encoder that is followed
-        total += (1 - context_dropout) * (network_flops(context_encoder) + context_flops(denoiser))
+    paired = 1 - recipe.share_without_context
+    total = 3 * target_flops(denoiser, context_encoder, context_dropout=recipe.share_without_context)
+    if isinstance(recipe, PairRecipe):
+        assert context_encoder is not None  # it is a pair that has this recipe
+        if recipe.is_frozen:
+            total -= paired * (2 * network_flops(context_encoder) + context_flops(denoiser))
+        if recipe.follow_encoder:
+            total += paired * (network_flops(context_encoder) + context_flops(denoiser))
     return total
 
 
@@ -276,8 +261,8 @@ def training_flops(
 ) -> int | None:
     """FLOPs of a model's own training, without those of what it started from; `None` where they are not known.
 
-    They are those of the networks, a backward pass being two forward ones, one for the weights and one for what the network
-    was given; at a frozen network it stops. Losses, checks and the optimiser are left out.
+    Only the networks count; losses, checks and the optimiser are left out. A backward pass costs two forward ones: one for
+    the weights, one for what the network was given. It stops at a frozen network.
 
     Args:
         pipe: The model.
@@ -285,8 +270,9 @@ def training_flops(
         images_seen: Images that it was trained on.
         teacher: Pipeline of the teacher, for a student.
     """
-    if not isinstance(recipe, DistillationRecipe):
-        return round(training_image_flops(pipe.denoiser, pipe.context_encoder, **recipe.encoder_costs) * images_seen)
+    if isinstance(recipe, SingleRateRecipe):
+        return round(training_image_flops(pipe.denoiser, pipe.context_encoder, recipe) * images_seen)
+    assert isinstance(recipe, DistillationRecipe)
     if teacher is None:
         return None
     each = distillation_image_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
@@ -300,7 +286,7 @@ def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[
         network: Either network.
         size: Height and width; default: its `sample_size`.
     """
-    config, (height, width) = network.config, _size(network, size)
+    config, (height, width) = network.config, sides_of(size or network.config.sample_size)
 
     def stage_cost(stage: nn.Module, level: int) -> int:
         assert isinstance(stage, UViTStage)

@@ -30,8 +30,8 @@ from .evaluation import (
 from .image_sets import FRESH_SEED, Batch, batches_of, choose, real_batches
 from .inventory import ImageSet
 from .losses import ContextTimes, denoising_loss, draw
+from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
-from .training import TrainablePair, schedule_of
 
 Extractors = dict[str, Callable[[Tensor], Tensor]]
 """Feature functions by name: images [B, C, H, W] in [-1, 1] to features [B, D]."""

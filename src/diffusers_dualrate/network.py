@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -142,6 +143,12 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         elif class_labels is not None:
             raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
         return embedding
+
+
+def sides_of(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of images, given as the side of a square or as both."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
 
 
 def _check_config(config) -> None:

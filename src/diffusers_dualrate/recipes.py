@@ -72,11 +72,6 @@ class Recipe:
         """Share of rows that see no context, where there is one."""
         return 0.0
 
-    @property
-    def encoder_costs(self) -> dict:
-        """What `flops.training_image_flops` must know of the encoder's part in a step."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
 class SingleRateRecipe(Recipe):
@@ -147,14 +142,6 @@ class PairRecipe(SingleRateRecipe):
     def is_frozen(self) -> bool:
         """Whether the encoder keeps what it knows."""
         return self.freeze_encoder or self.follow_encoder
-
-    @property
-    def encoder_costs(self) -> dict:
-        return {
-            "context_dropout": self.share_without_context,
-            "frozen": self.is_frozen,
-            "followed": self.follow_encoder,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)

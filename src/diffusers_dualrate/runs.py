@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from diffusers import ImagePipelineOutput
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
@@ -62,12 +63,15 @@ from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .models import UViTContextEncoder, UViTDenoiser
+from .pair import TrainablePair
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
+from .recipes import SingleRateRecipe
+from .sources import fingerprint_of
 from .streams import StreamedImages, Stretch
-from .training import TrainablePair, fingerprint_of, sample_images
 
 LOGGING_STEPS = 50
+SAMPLES = 32
 
 
 def _leave_signals(worker: int) -> None:
@@ -244,13 +248,8 @@ class Run:
                 flops += context_flops(self.averaged.denoiser)
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
-        # Distillation has costs of its own.
-        if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            flops = training_image_flops(
-                self.averaged.denoiser,
-                self.averaged.context_encoder,
-                **self.recipe.encoder_costs,
-            )
+        if isinstance(self.recipe, SingleRateRecipe):  # distillation has costs of its own
+            flops = training_image_flops(self.averaged.denoiser, self.averaged.context_encoder, self.recipe)
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(describe_images(images))
         accelerator.print(
@@ -311,7 +310,7 @@ class Run:
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
         if self.options.validation_steps and self.step % self.options.validation_steps == 0:
-            self._draw()
+            self._sample()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
@@ -332,15 +331,21 @@ class Run:
         for parameter, shadow in zip(self.averaged.parameters(), self.ema.shadow_params, strict=True):
             parameter.data.copy_(gather(shadow))
 
-    def _draw(self):
+    def _sample(self):
+        """Draws a grid of samples with the pipeline's own N and K; classes and seeds are the same at every call."""
         self._update_averaged()
         if not self.accelerator.is_main_process:
             return
-        images = sample_images(self.pipeline.to(self.accelerator.device))
+        num_classes = self.pipeline.denoiser.config.num_classes
+        labels = [i * num_classes // SAMPLES for i in range(SAMPLES)] if num_classes else None
+        generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+        pipeline = self.pipeline.to(self.accelerator.device)
+        output = pipeline(class_labels=labels, batch_size=None if labels else SAMPLES, generator=generators)
+        images = cast(ImagePipelineOutput, output).images
         self.pipeline.to("cpu")
         path = self.output_dir / "samples" / f"{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_image_grid(images, rows=4, cols=8).save(path)
+        make_image_grid(images, rows=SAMPLES // 8, cols=8).save(path)
         array = np.stack([np.asarray(image.convert("RGB")) for image in images])
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not every tracker of Accelerate's takes images
