@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.batches import ShuffledIndices
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
 from diffusers_dualrate.optimization import make_lr_scheduler, make_optimizer
 from diffusers_dualrate.pair import schedule_of
 from diffusers_dualrate.records import read_json
+from diffusers_dualrate.streams import ShuffledIndices
 
 from . import EXAMPLES
 from .letters import open_images as open_any

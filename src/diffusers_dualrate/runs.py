@@ -47,7 +47,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .batches import DealtBatches, ShuffledIndices
 from .checkpoints import (
     gather,
     keep_newest,
@@ -68,7 +67,7 @@ from .pipeline import DualRatePipeline
 from .processes import choose_threads
 from .recipes import SingleRateRecipe
 from .sources import fingerprint_of
-from .streams import StreamedImages, Stretch
+from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
 LOGGING_STEPS = 50
 SAMPLES = 32
