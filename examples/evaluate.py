@@ -215,11 +215,6 @@ def read_records(model):
     return read_record(model, FILE), read_record(model, "training.json")
 
 
-def configuration_of(told):
-    """The content of a configuration.json, typed."""
-    return Configuration.from_json({name: value for name, value in told.items() if name != "found"})
-
-
 def check(args):
     """Refuse, before anything is read, what could not be measured; make the folders that are written to."""
     for name in ("num_samples", "num_reference"):
@@ -270,7 +265,7 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     for found, model in [(report, pipe), *((report["rivals"][name], rival) for name, rival in rivals.items())]:
         found["training_flops"] = None
         if found["configuration"] is not None and found["training"] is not None:
-            configuration = configuration_of(found["configuration"])
+            configuration = Configuration.from_json(found["configuration"])
             teacher = by_name.get(Path(configuration.start.teacher or "").name)
             images_seen = found["training"]["images_seen"]
             found["training_flops"] = training_flops(model, configuration.recipe, images_seen, teacher)
@@ -329,7 +324,7 @@ def main(args, open_images=sources.open_images):
             f"{args.model} has no {FILE}: its images count as not augmented, and no card can be made of this.",
             stacklevel=2,
         )
-    augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
+    augmentation = Augmentation() if told is None else Configuration.from_json(told).recipe.augmentation
     accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
@@ -371,8 +366,8 @@ def main(args, open_images=sources.open_images):
     compared = take_up_rivals(report, pipe, images, args, accelerator)
 
     k = steps["num_context_steps"]
-    if told is not None and isinstance(configuration_of(told).recipe, DistillationRecipe):
-        report["images_by_phase"] = configuration_of(told).recipe.images_by_phase
+    if told is not None and isinstance(Configuration.from_json(told).recipe, DistillationRecipe):
+        report["images_by_phase"] = Configuration.from_json(told).recipe.images_by_phase
     else:
         report["v_loss"] = measure_v_losses(pipe, compared, floor_images, k, args, accelerator)
     extractors = own | published

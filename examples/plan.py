@@ -67,8 +67,7 @@ def make_criterion(args, pipe, accelerator):
     told = Path(args.model, FILE)
     augmentation = Augmentation()
     if told.is_file():
-        values = {name: value for name, value in read_json(told).items() if name != "found"}
-        augmentation = Configuration.from_json(values).recipe.augmentation
+        augmentation = Configuration.from_json(read_json(told)).recipe.augmentation
     config = pipe.denoiser.config
     options = {"channels": config.in_channels, "augmentation": augmentation, "seed": FRESH_SEED}
     images = sources.open_images(Data(**select(args, Data)), config.sample_size, **options)

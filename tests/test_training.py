@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, claims, data, optimization, pair, sources
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, optimization, pair, run_folder, sources
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.configuration import Configuration, Data
@@ -392,7 +392,7 @@ def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
 
 
 def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder, tmp_path, at_loss, monkeypatch):
-    monkeypatch.setattr(claims, "_PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.1)
     caught = []
 
     def start_again(result):

@@ -15,6 +15,7 @@ import torch
 
 from .decoding import MAX_IMAGE_PIXELS
 from .models import UViTContextEncoder, UViTDenoiser
+from .network import sides_of
 from .pipeline import DualRatePipeline
 from .ranges import check_boolean, check_integer, check_number
 from .recipes import RECIPES, Recipe
@@ -22,6 +23,12 @@ from .records import build, fill_in
 from .scheduler import DualRateScheduler
 
 FILE = "configuration.json"
+PARTS_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "found")
+"""What the file holds beside the sections of a preset: what a run was told, and what it found."""
+
+# What makes a run this one, by the sections of the file; in options and data nothing but these.
+_IDENTIFYING_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
+_IDENTIFYING_DATA = ("image_column", "label_column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +82,22 @@ class Networks:
             ours, theirs = self.denoiser[key], self.context_encoder[key]
             if ours != theirs:
                 raise ValueError(f"{key} must be the same in both networks, got {theirs!r} and {ours!r}.")
-        for network in (self.context_encoder, self.denoiser):
-            size, stride = network["sample_size"], network["patch_size"] * 2 ** (len(network["level_channels"]) - 1)
-            sides = [size] if isinstance(size, int) else list(size)
-            if any(side % stride for side in sides):
+        for network in self._make():
+            if any(side % network.stride for side in sides_of(network.config.sample_size)):
                 raise ValueError(
-                    f"sample_size must be divisible by {stride} (patch size times downsampling), got {size}."
+                    f"sample_size must be divisible by {network.stride} (patch size times downsampling), "
+                    f"got {network.config.sample_size}."
                 )
-        with torch.device("meta"):  # what a network refuses is refused now, and nothing is allocated
-            UViTContextEncoder(**self.context_encoder)
-            UViTDenoiser(**self.denoiser)
         DualRateScheduler(**self.scheduler)
+
+    def _make(self) -> tuple[UViTContextEncoder, UViTDenoiser]:
+        """Both networks without weights: what a network refuses is refused, and nothing is allocated."""
+        with torch.device("meta"):
+            return UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
 
     def check_pair(self) -> None:
         """Refuse networks that do not fit each other."""
-        with torch.device("meta"):
-            encoder, denoiser = UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
+        encoder, denoiser = self._make()
         DualRatePipeline(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
     def with_classes(self, num_classes: int | None) -> Self:
@@ -280,12 +287,12 @@ class Configuration:
 
     @classmethod
     def from_json(cls, content: dict) -> Self:
-        """What `to_json` made, and nothing else.
+        """What `to_json` made; what a run found beside it is passed over.
 
         Raises:
             ValueError: If a part is missing, unknown or out of its range.
         """
-        content = dict(content)
+        content = told_in(content)
         kind = next((RECIPES[name] for name in RECIPES if content.get("script") == name), None)
         if kind is None:
             raise ValueError(f"script must be one of {', '.join(RECIPES)}, got {content.get('script')!r}.")
@@ -295,6 +302,41 @@ class Configuration:
         networks = {field.name: content.pop(field.name, {}) for field in dataclasses.fields(Networks)}
         made["networks"] = build(Networks, "networks", networks)
         return build(cls, FILE, content | made | {"overrides": tuple(content.get("overrides", ()))})
+
+
+def make_record(configuration: Configuration, images: dict, models: dict[str, str]) -> dict:
+    """The content of configuration.json: what a run was told, and what it found at its start.
+
+    Args:
+        configuration: What it was told.
+        images: Fingerprint of the images.
+        models: Fingerprints of the trained models that it starts or learns from, by the flags that name them.
+    """
+    return configuration.to_json() | {"found": {"images": images, "models": models}}
+
+
+def told_in(record: dict) -> dict:
+    """What a run was told, of the content of its configuration.json."""
+    return {name: value for name, value in record.items() if name != "found"}
+
+
+def identify(record: dict) -> dict[str, object]:
+    """What makes a run this one, from the content of its configuration.json, by dotted names.
+
+    It holds the content of data and models, not their paths. It leaves out how long the run is.
+    """
+    networks, data = ("context_encoder", "denoiser", "scheduler", "training", "distillation"), record.get("data", {})
+    picked = {name: record.get(name, {}) for name in networks}
+    picked["options"] = {name: record.get("options", {}).get(name) for name in _IDENTIFYING_OPTIONS}
+    picked["data"] = {name: data.get(name) for name in _IDENTIFYING_DATA}
+    picked["data"]["shuffle_buffer"] = data.get("shuffle_buffer") if data.get("streaming") else None
+    picked["start"] = {"network": record.get("start", {}).get("network")}
+    found = record.get("found", {})
+    picked["images"], picked["found"] = found.get("images") or {}, {"models": found.get("models")}
+    flat = {"script": record.get("script")}
+    for section, values in picked.items():
+        flat |= {f"{section}.{name}": value for name, value in values.items() if name != "max_train_steps"}
+    return flat
 
 
 def _without_folders(value: object) -> object:

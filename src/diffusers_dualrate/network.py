@@ -106,6 +106,11 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
             self.disable_cache()
             raise ValueError(f"{name} acts on no module of this network as it is configured.")
 
+    @property
+    def stride(self) -> int:
+        """What height and width must be divisible by: the patch size times downsampling."""
+        return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
+
     def _make_output(self) -> None:
         config = self.config
         self.norm_out = group_norm(config.level_channels[0])

@@ -56,8 +56,7 @@ from .checkpoints import (
     step_of,
     tell_last_good_state,
 )
-from .claims import Claim
-from .configuration import FILE, Configuration
+from .configuration import FILE, Configuration, make_record
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
@@ -66,6 +65,7 @@ from .pair import TrainablePair
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
 from .recipes import SingleRateRecipe
+from .run_folder import RunFolder
 from .sources import fingerprint_of
 from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
@@ -122,8 +122,10 @@ class Run:
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._count = None if isinstance(images, StreamedImages) else len(images)
         known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
-        self._claim = Claim(accelerator, self.output_dir, self._record(known), self.options.resume_from_checkpoint)
-        self.checkpoint = self._claim.checkpoint
+        precision = dataclasses.replace(self.options, mixed_precision=accelerator.mixed_precision)
+        record = make_record(dataclasses.replace(self.configuration, options=precision), images.fingerprint, known)
+        self._folder = RunFolder(accelerator, self.output_dir, record, self.options.resume_from_checkpoint)
+        self.checkpoint = self._folder.checkpoint
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         # How far a stream has been read; other sets need no memory of it.
         self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
@@ -135,12 +137,6 @@ class Run:
             # Before training, so that a missing right is known at once.
             name = self.options.hub_model_id or self.output_dir.resolve().name
             self._repo_id = create_repo(name, exist_ok=True).repo_id
-
-    def _record(self, models):
-        """What configuration.json holds: what the run was told, and what it found at the start."""
-        precision = dataclasses.replace(self.options, mixed_precision=self.accelerator.mixed_precision)
-        told = dataclasses.replace(self.configuration, options=precision).to_json()
-        return told | {"found": {"images": self.images.fingerprint, "models": models}}
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
@@ -161,7 +157,7 @@ class Run:
             try:
                 load_checkpoint(self.accelerator, ema, self.checkpoint)
             except ValueError:
-                self._claim.release()
+                self._folder.release()
                 raise
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -222,7 +218,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._progress.close()
-            self._claim.release()
+            self._folder.release()
         for tracker in self.accelerator.trackers:  # not `end_training`, which destroys the group: see processes.py
             tracker.finish()
 

@@ -1,7 +1,7 @@
-"""Whose an output folder is: one run at a time, always the same run.
+"""The output folder of a run: it belongs to one run, and only one process group works in it at a time.
 
-The folder's configuration.json says which run it holds. A lock, held while that run lives, keeps a second start out; the
-system frees it however the run ends.
+The folder's configuration.json says which run it holds. A lock keeps out a second start while that run lives. The system
+frees the lock however the run ends.
 """
 
 import json
@@ -12,21 +12,17 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from .checkpoints import find_damage, find_newest, is_checkpoint, keep_newest, list_checkpoints, set_aside, step_of
-from .configuration import FILE
+from .configuration import FILE, identify
 from .records import read_json
 
 _LOCK = ".lock"
 _PATIENCE = 10.0  # seconds: the data workers of a run that was killed end within five, and hold its lock until then
 
-# What makes a run this one, by the sections of configuration.json; in options and data nothing but these.
-_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
-_DATA = ("image_column", "label_column")
 
+class RunFolder:
+    """The output folder of one run, locked while the run lives; made by all processes together.
 
-class Claim:
-    """A folder made this run's own, and the checkpoint to go on from; made by all processes together.
-
-    A folder without checkpoint or model holds nothing that could be lost, so a start that failed does not block it.
+    A folder without checkpoint or model holds nothing that could be lost. So a start that failed does not block it.
 
     Args:
         accelerator: Its processes agree on the checkpoint.
@@ -140,25 +136,6 @@ def _check_steps(record: dict, checkpoint: Path | None) -> None:
             f"{checkpoint} has {step_of(checkpoint)} steps behind it, more than the {steps} of this run: give a larger "
             "--max_train_steps, or an earlier checkpoint."
         )
-
-
-def identify(record: dict) -> dict[str, object]:
-    """What makes a run this one, from the content of its configuration.json, by dotted names.
-
-    Where data and models lie is no part of that, only what they hold; nor is how long the run is.
-    """
-    networks = ("context_encoder", "denoiser", "scheduler", "training", "distillation", "found")
-    picked = {name: record.get(name, {}) for name in networks}
-    picked["options"] = {name: record.get("options", {}).get(name) for name in _OPTIONS}
-    data = record.get("data", {})
-    picked["data"] = {name: data.get(name) for name in _DATA}
-    picked["data"]["shuffle_buffer"] = data.get("shuffle_buffer") if data.get("streaming") else None
-    picked["start"] = {"network": record.get("start", {}).get("network")}
-    flat = {"script": record.get("script")}
-    for section, values in picked.items():
-        flat |= {f"{section}.{name}": value for name, value in values.items() if name != "max_train_steps"}
-    found = flat.pop("found.images", None) or {}
-    return flat | {f"images.{name}": value for name, value in found.items()}
 
 
 def _shorten(value: object) -> str:
