@@ -3,11 +3,12 @@
     accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 \\
         --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
 
-Without `--student` a Dual-Rate student is made: its encoder starts from the teacher and, frozen, lets a new denoiser learn
-by denoising first, for `pretraining_steps`. With it the student starts from a trained model: a pair, or a single-rate model
-such as the teacher itself. With `--full_rollout` as well no data is needed. Then steps of an auxiliary and of the student
-alternate, `max_train_steps` in all. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA
-weights and the student's N and K.
+Without `--student` a new Dual-Rate student is made. Its encoder starts from the teacher. For `pretraining_steps` that
+encoder is frozen, and a new denoiser learns by plain denoising. With `--student` the student starts from a trained model:
+a pair, or a single-rate model such as the teacher itself. With `--full_rollout` as well no data is needed.
+
+Then steps of an auxiliary and of the student alternate, `max_train_steps` in all. The result is a folder that
+`DualRatePipeline.from_pretrained` loads, holding the EMA weights and the student's N and K.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from diffusers_dualrate.checkpoints import tell_last_good_state
 from diffusers_dualrate.configuration import Configuration, Networks
 from diffusers_dualrate.losses import Denoise, seed_of
 from diffusers_dualrate.moment_matching import (
-    Chain,
     Grid,
     Judges,
+    Rollout,
     auxiliary_loss,
     draw_on_grid,
     grid_denoising_loss,
@@ -223,7 +224,7 @@ class VarianceCheck:
         self.shape, self._teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
         noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, len(grid.plan), device).noise
         self._run, self._plan = run, grid.plan
-        self._chain = Chain(None if labels is None else labels.to(device), noise, grid.log_snrs(noise))
+        self._rollout = Rollout(None if labels is None else labels.to(device), noise, grid.log_snrs(noise))
 
     def is_due(self, step: int) -> bool:
         """Whether the step just done is checked: it is logged, or kept in a checkpoint."""
@@ -236,10 +237,10 @@ class VarianceCheck:
         """Note the student's variance as a share of the teacher's; refuse to go on where it is too small."""
         run = self._run
         networks.eval()  # without dropout, so that all processes find the same
-        noise = self._chain.noise[:, 0]
+        noise = self._rollout.noise[:, 0]
         first = torch.zeros(PROBES, dtype=torch.long, device=noise.device)
         last = first + len(self._plan)
-        samples = networks(roll_out, noise, self._chain, first, last, refreshes=self._plan)
+        samples = networks(roll_out, noise, self._rollout, first, last, refreshes=self._plan)
         networks.train()
         share = samples.var(0).mean() / self._teacher_variance
         run.note(variance_share=share)
@@ -324,7 +325,7 @@ def train(
     judges = Judges(predict_midpoint, guide_teacher(teacher, guidance_scale), recipe.min_variance)
     variance_check = VarianceCheck(run, teacher, guidance_scale, grid)
 
-    # What a new encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
+    # Weights that a new encoder has from the teacher stay fixed in pretraining; what is new in it learns at once.
     known = teacher.denoiser.state_dict().keys() if is_new else ()
     encoder = accelerator.unwrap_model(networks).context_encoder
     waiting = [parameter for name, parameter in encoder.named_parameters() if name in known] if known else []
@@ -336,14 +337,14 @@ def train(
             draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, len(grid.plan), accelerator.device)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe.pretraining_steps
-            # The auxiliary comes first: while it equals the teacher it has nothing to tell the student.
+            # The auxiliary comes first: while it equals the teacher, the student's gradient is zero.
             is_auxiliary_step = not is_pretraining and (step - recipe.pretraining_steps) % 2 == 0
             for parameter in waiting:
                 parameter.requires_grad_(not is_pretraining)
             if waiting:
                 encoder.train(not is_pretraining)  # it stays as it is, without dropout
 
-            # What has no part in a step's loss has no gradient, so that clip and optimizer pass over it.
+            # A network that has no part in the loss has no gradient, so clip and optimizer pass over it.
             with accelerator.accumulate(networks):
                 if is_pretraining:
                     learned = {"grid": grid, "min_variance": recipe.min_variance}

@@ -8,8 +8,8 @@ import torch
 from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
-    Chain,
     Judges,
+    Rollout,
     draw_on_grid,
     grid_denoising_loss,
     roll_out,
@@ -160,7 +160,7 @@ def test_a_rollout_without_an_encoder_takes_a_late_plan_for_none():
     start, network = torch.zeros(3).long(), Scale(0.5)
     plans = plan_segments(4, 1, 0.5), plan_segments(4, 4)
     ends = [
-        roll_out(network.denoise, None, noise[:, 0], Chain(None, noise, levels), start, start + 4, refreshes=plan)
+        roll_out(network.denoise, None, noise[:, 0], Rollout(None, noise, levels), start, start + 4, refreshes=plan)
         for plan in plans
     ]
     assert torch.equal(*ends)

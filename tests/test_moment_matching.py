@@ -8,10 +8,10 @@ import torch
 from diffusers_dualrate import DualRateScheduler, moment_matching
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
-    Chain,
     Grid,
     GridDraws,
     Judges,
+    Rollout,
     auxiliary_loss,
     draw_on_grid,
     grid_denoising_loss,
@@ -337,8 +337,8 @@ def test_a_rollout_over_the_whole_grid_is_the_sampler():
     steps = {"refreshes": scheduler.refreshes_context[:-1]}
     start, last = torch.zeros(3, dtype=torch.long), torch.full((3,), N - 1)
     last[1] = 5
-    chain = Chain(None, noise, levels)
-    found = roll_out(student, lambda z, *_: ((z,), None), noise[:, 0], chain, start, last, **steps)
+    rollout = Rollout(None, noise, levels)
+    found = roll_out(student, lambda z, *_: ((z,), None), noise[:, 0], rollout, start, last, **steps)
 
     z = noise[:, 0].float()
     for i, t in enumerate(scheduler.timesteps[:-1]):

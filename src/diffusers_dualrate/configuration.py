@@ -1,15 +1,16 @@
-"""What a run is: networks, recipe, sampling, data and options, checked as a whole before anything is touched.
+"""What a run is told: networks, recipe, sampling, data and options, checked as a whole before anything is touched.
 
 A `Configuration` is made once, of a preset, overrides and flags (`arguments.py`). It is written beside the model as
-configuration.json, and whatever comes later reads it there: going on, evaluation, card. Its sections are those of a
-preset, so a run can be repeated by `--preset configuration.json`. What happened in a run is another record, training.json.
+configuration.json, together with what the run found at its start. Resuming, evaluation and card read it there. Its
+sections are those of a preset, so `--preset configuration.json` repeats a run. What happened in a run is another record,
+training.json.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -33,7 +34,7 @@ _IDENTIFYING_DATA = ("image_column", "label_column")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a model samples unless it is told otherwise: saved with it.
+    """How a model samples by default. It is saved with the model.
 
     Args:
         num_inference_steps: N.
@@ -60,9 +61,9 @@ class Networks:
     """Arguments of both networks and of the scheduler, each with every default filled in.
 
     Args:
-        context_encoder: Of [`UViTContextEncoder`], also the shape of the heavy network alone.
-        denoiser: Of [`UViTDenoiser`], also the shape of the light network alone.
-        scheduler: Of [`DualRateScheduler`].
+        context_encoder: Arguments of [`UViTContextEncoder`]. A heavy network that is trained alone has its shape.
+        denoiser: Arguments of [`UViTDenoiser`]. A light network that is trained alone has its shape.
+        scheduler: Arguments of [`DualRateScheduler`].
     """
 
     context_encoder: dict
@@ -246,7 +247,7 @@ class Configuration:
         """The same for the number of classes that the images have."""
         return dataclasses.replace(self, networks=self.networks.with_classes(num_classes))
 
-    def with_recipe(self, **changes) -> Self:
+    def with_recipe(self, **changes: Any) -> Self:
         """The same with other values in the recipe."""
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
 
@@ -255,7 +256,7 @@ class Configuration:
         return DualRateScheduler(**self.networks.scheduler, second_order=self.sampling.second_order)
 
     def divide_batch(self, num_processes: int) -> Self:
-        """The same for a number of processes: the global batch follows from what each process takes, where that is given.
+        """The same for a number of processes. Where each process is given its images, the global batch follows.
 
         Raises:
             ValueError: If the batch cannot be divided, or a process would see no context.
@@ -278,7 +279,7 @@ class Configuration:
         return divided
 
     def to_json(self) -> dict:
-        """The sections of a preset, resolved, and beside them what the run was told."""
+        """The sections of a preset with every default filled in, and beside them the flags."""
         content = dataclasses.asdict(self)
         networks, recipe = content.pop("networks"), content.pop("recipe")
         for part in ("start", "data", "options"):  # where a machine keeps its files is nobody's business

@@ -89,7 +89,7 @@ def read_labels(
     return np.array([numbers[value] for value in values], dtype=np.int64), dict(enumerate(map(str, names)))
 
 
-def name_classes(feature, label_column: str, num_classes: int | None) -> dict[int, str]:
+def name_classes(feature: object, label_column: str, num_classes: int | None) -> dict[int, str]:
     """Name of each class: those of a `ClassLabel`, else the numbers up to `num_classes`.
 
     Raises:
@@ -115,9 +115,9 @@ def check_label(value: int | None, id2label: dict[int, str], label_column: str, 
 def fingerprint_rows(
     files: "Dataset", column: str, labels: np.ndarray | None, id2label: dict[int, str] | None
 ) -> dict[str, list[str] | int | str | None]:
-    """Names of the `classes`, number of `images`, and a hash of their `rows`; no path and no time enters.
+    """Names of the `classes`, number of `images`, and a hash of their `rows`. No path and no time enters.
 
-    The hash is of all labels, of names and sizes of all files, and of the content of 256 rows, evenly spread.
+    The hash takes all labels, the names and sizes of all files, and the content of 256 rows, evenly spread.
 
     Args:
         files: The rows, undecoded.
@@ -136,7 +136,7 @@ def fingerprint_rows(
 
 
 def fingerprint_first_rows(rows: Iterable[tuple], id2label: dict[int, str] | None) -> dict:
-    """The same of a stream, as far as it is known: no number of images, and a hash of the first rows alone.
+    """The same of a stream: the number of images is not known, and the hash is of the first rows alone.
 
     Args:
         rows: For each row the undecoded image and, if there are any, the label.
@@ -164,15 +164,15 @@ def _hash_content(file: dict | None) -> bytes:
     return hashlib.sha256(content or b"").digest()
 
 
-def _describe_file(path):
-    """Name and size of a local file, without its folder; of others the name."""
+def _describe_file(path: str | None) -> list[str | int | None]:
+    """Name of a file without its folder, and its size if it is local."""
     local = local_path(path)
     size = os.stat(local).st_size if local is not None and os.path.isfile(local) else None
     return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
 
 
 def describe_images(images: Images) -> str:
-    """In a few lines, what a run learns from: images, classes with their counts, and what is left out and why.
+    """Describe a set of images in a few lines: images, classes with their counts, what is left out and why.
 
     Args:
         images: `LabelledImages`, `StreamedImages`, or a data set with the same attributes.

@@ -105,7 +105,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
-    """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
+    """Draw the randomness of some rows of a global batch. Each row depends on (seed, step, row) alone.
 
     Args:
         seed: Seed of the run.
@@ -125,7 +125,7 @@ def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """Values of the rows [B] in the shape [B, 1, ...] that broadcasts against `like`."""
+    """Reshape values [B] of the rows to [B, 1, ...], which broadcasts against `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -138,9 +138,9 @@ def lags(uniforms: Tensor, context_ages: Sequence[float]) -> Tensor:
 def window_times(uniforms: Tensor, contexts: ContextTimes) -> tuple[Tensor, Tensor]:
     """Times (t, τ) of a noisy image and of the older one that its context comes from.
 
-    The largest age a is one of `context_ages`, and τ = min(c, t + U(0, a)). With a = 1/K and c = 1 these are the times of
-    sampling with K refreshes on a uniform grid whose offset is random. Near t = 1 the two differ. The first segment of
-    a sampler always sees τ = 1; here its lag is drawn like any other.
+    The largest age a is one of `context_ages`, and τ = min(c, t + U(0, a)). A sampler with K refreshes on a uniform grid
+    meets these times if a = 1/K, c = 1 and the grid's offset is random. Near t = 1 the two differ: a sampler's first
+    segment always sees τ = 1.
 
     In the first `num_above` rows t is uniform on [c, 1], and τ at most 1. In the others t is uniform on [0, c].
 

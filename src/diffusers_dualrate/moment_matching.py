@@ -48,7 +48,7 @@ def draw_on_grid(
     num_inference_steps: int,
     device: torch.device | str = "cpu",
 ) -> GridDraws:
-    """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
+    """Draw the randomness of some rows of a global batch. Each row depends on (seed, step, row) alone.
 
     Args:
         seed: Seed of the run.
@@ -82,8 +82,8 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """What a student's ancestral chains need at every step.
+class Rollout:
+    """What a student's ancestral steps need beside the networks, for each row of a batch.
 
     Args:
         class_labels: [B] integers, or `None`.
@@ -95,10 +95,10 @@ class Chain:
     noise: Tensor
     log_snrs: Tensor
 
-    def of_rows(self, rows: Tensor | slice) -> "Chain":
-        """The chains of some rows."""
+    def of_rows(self, rows: Tensor | slice) -> "Rollout":
+        """The same of some rows."""
         labels = None if self.class_labels is None else self.class_labels[rows]
-        return Chain(labels, self.noise[rows], self.log_snrs)
+        return Rollout(labels, self.noise[rows], self.log_snrs)
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class Judges:
 
 @dataclass(frozen=True)
 class StudentSample:
-    """What the student predicts at one of its steps, and the noisy image that teacher and auxiliary judge it by.
+    """The student's prediction at one of its steps, and the noisy image at which teacher and auxiliary judge it.
 
     Args:
-        x: Predicted clean image x̃ [B, C, H, W], with gradient where that is on.
+        x: Predicted clean image x̃ [B, C, H, W]. It has a gradient unless gradients are off.
         z_s: Noisy image drawn from q(z_s | z_t, x̃) [B, C, H, W], without gradient.
         log_snr_s: λ_s [B].
     """
@@ -155,12 +155,12 @@ def _draw_posterior(z: Tensor, x: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, 
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of a batch that stand before the first refresh, or those that stand behind it.
+    """The rows of a batch whose step lies before the first refresh, or the rows whose step does not.
 
     Args:
-        rows: Which they are.
-        begin: First step of each one's segment [rows].
-        length: Steps of a segment.
+        rows: Numbers of the rows in the batch.
+        begin: First step of the segment that each row is in [rows].
+        length: Number of steps in a segment.
         furthest: First step of the last segment.
         has_context: Whether a segment begins with a refresh.
     """
@@ -173,7 +173,7 @@ class _Part:
 
 
 def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
-    """The parts of a batch whose rows stand at steps n [B], those that have any rows."""
+    """The parts of a batch whose rows are at steps n [B]. A part without rows is left out."""
     alone, length = plan.num_steps_alone, len(plan.until_next(plan.num_steps_alone))
     furthest = len(plan) - length
     if alone == 0:
@@ -188,7 +188,7 @@ def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
 
 
 def _in_order(parts: list[_Part], values: Sequence[Tensor]) -> Tensor:
-    """Values of the parts as one batch, each row at its place."""
+    """Join the values of the parts into one batch, in the order of its rows."""
     if len(parts) == 1:
         return values[0]
     rows = torch.cat([cast(Tensor, part.rows) for part in parts])  # none of several parts is a slice
@@ -200,7 +200,7 @@ def roll_out(
     denoise: Denoise,
     encode: Encode | None,
     z: Tensor,
-    chain: Chain,
+    rollout: Rollout,
     first: Tensor,
     last: Tensor,
     *,
@@ -212,20 +212,20 @@ def roll_out(
         denoise: (z_t, λ_t, labels, context, λ_τ) → v̂.
         encode: (z_τ, λ_τ, labels) → context and x̂; `None` for a single-rate student.
         z: Noisy images at step `first` [B, C, H, W].
-        chain: Labels, noise and log-SNRs.
-        first: Step n that each row stands at [B].
-        last: Step that each row goes to [B].
-        refreshes: Whether each step from there on refreshes the context. It has as many entries as the furthest row takes
-            steps; rows that have arrived wait.
+        rollout: Labels, noise and log-SNRs.
+        first: Step n that each row starts at [B].
+        last: Step that each row ends at [B].
+        refreshes: Whether each step, counted from `first`, refreshes the context. The loop takes as many steps as there
+            are entries. A row that has reached its last step stays as it is.
     """
     context = context_log_snr = None
-    labels, log_snrs = chain.class_labels, chain.log_snrs
+    labels, log_snrs = rollout.class_labels, rollout.log_snrs
     for i, now in enumerate(refreshes):
         n = (first + i).clamp(max=len(log_snrs) - 2)
         if encode is not None and now:
             (context, _), context_log_snr = encode(z, log_snrs[n], labels), log_snrs[n]
         x = _predict(denoise, z, log_snrs[n], labels, context, context_log_snr)
-        moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], chain.noise[torch.arange(len(z)), n + 1])
+        moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], rollout.noise[torch.arange(len(z)), n + 1])
         z = torch.where(column(first + i < last, z), moved, z)
     # Before 2.11 torch's autocast kept weights that it cast here, without gradient, for the prediction with gradient.
     torch.clear_autocast_cache()
@@ -252,14 +252,14 @@ def sample_student(
         draws: Randomness of the step.
         grid: The student's steps. Rows before the first refresh give the encoder no gradient.
     """
-    chain = Chain(class_labels, draws.noise, grid.log_snrs(draws.noise))
-    log_snrs, steps = chain.log_snrs, len(grid.plan)
+    rollout = Rollout(class_labels, draws.noise, grid.log_snrs(draws.noise))
+    log_snrs, steps = rollout.log_snrs, len(grid.plan)
     n = (draws.uniforms[:, 0] * steps).long()
     # Rounding may put an s next to t on its other side.
     log_snr_s = grid.log_snr(1 - (n + draws.uniforms[:, 1]) / steps).maximum(log_snrs[n])
 
     parts = _parts_of(n, grid.plan)
-    reached = [_reach(denoise, encode, part, x, chain, n, grid.plan) for part in parts]
+    reached = [_reach(denoise, encode, part, x, rollout, n, grid.plan) for part in parts]
     z_t, prediction = (_in_order(parts, values) for values in zip(*reached, strict=True))
     noise = draws.noise[torch.arange(len(n)), n + 1]
     z_s = _draw_posterior(z_t, prediction.detach(), log_snrs[n], log_snr_s, noise)
@@ -271,19 +271,21 @@ def _reach(
     encode: Encode | None,
     part: _Part,
     x: Tensor | None,
-    chain: Chain,
+    rollout: Rollout,
     n: Tensor,
     plan: RefreshPlan,
 ) -> tuple[Tensor, Tensor]:
-    """Bring the rows of a part to their step: z_t, without gradient, and the prediction x̃ there, which has it."""
-    chain, n, encode = chain.of_rows(part.rows), n[part.rows], encode if part.has_context else None
-    begin, labels = chain.log_snrs[part.begin], chain.class_labels
+    """Bring the rows of a part to their step. Returns z_t, without gradient, and the prediction x̃, with gradient."""
+    rollout, n, encode = rollout.of_rows(part.rows), n[part.rows], encode if part.has_context else None
+    begin, labels = rollout.log_snrs[part.begin], rollout.class_labels
     # The state that the segment begins with has no gradient, and its context has.
     if x is None:
         start = torch.zeros_like(n)
-        z_tau = roll_out(denoise, encode, chain.noise[:, 0], chain, start, part.begin, refreshes=plan[: part.furthest])
+        z_tau = roll_out(
+            denoise, encode, rollout.noise[:, 0], rollout, start, part.begin, refreshes=plan[: part.furthest]
+        )
     else:
-        z_tau = diffusion.add_noise(x[part.rows], chain.noise[:, 0], column(begin, x))
+        z_tau = diffusion.add_noise(x[part.rows], rollout.noise[:, 0], column(begin, x))
     context = context_log_snr = None
     if encode is not None:
         (context, _), context_log_snr = encode(z_tau, begin, labels), begin
@@ -291,8 +293,8 @@ def _reach(
     # From there to t without gradient; the prediction at t has it, for denoiser and encoder.
     refreshes = [i == 0 for i in range(part.length - 1)]
     keep = None if encode is None else lambda *_: (context, None)
-    z_t = roll_out(denoise, keep, z_tau, chain, part.begin, n, refreshes=refreshes)
-    return z_t, _predict(denoise, z_t, chain.log_snrs[n], labels, context, context_log_snr)
+    z_t = roll_out(denoise, keep, z_tau, rollout, part.begin, n, refreshes=refreshes)
+    return z_t, _predict(denoise, z_t, rollout.log_snrs[n], labels, context, context_log_snr)
 
 
 def auxiliary_loss(

@@ -16,7 +16,7 @@ from .configuration import FILE, identify
 from .records import read_json
 
 _LOCK = ".lock"
-_PATIENCE = 10.0  # seconds: the data workers of a run that was killed end within five, and hold its lock until then
+_PATIENCE = 10.0  # seconds: the data workers of a killed run end within five, and hold its lock until then
 
 
 class RunFolder:
@@ -27,7 +27,7 @@ class RunFolder:
     Args:
         accelerator: Its processes agree on the checkpoint.
         output_dir: The run's folder.
-        record: What the run was told and found, the content of its configuration.json.
+        record: The content of its configuration.json: what the run was told, and what it found.
         resume_from_checkpoint: A checkpoint's name in the folder, or its path, or "latest", or `None`.
 
     Attributes:
@@ -64,16 +64,16 @@ class RunFolder:
             raise ValueError(
                 f"{self.output_dir} holds a run that is alive: wait for its end, or give another --output_dir."
             ) from error
-        # Once more: another run may have begun, and ended, since.
+        # Checked again: another run may have begun, and ended, since.
         check_folder(self.output_dir, record, resume_from_checkpoint, chosen)
         newest = find_newest(self.output_dir) if resume_from_checkpoint == "latest" else chosen
-        _check_steps(record, newest)
+        _check_steps_taken(record, newest)
         # A kill while the record is written again must not take the run with it.
         partial = self.output_dir / f".{FILE}"
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.output_dir / FILE)
         if chosen is not None:
-            # Else newer ones would count as the newest, and those still to come be removed before them.
+            # Otherwise a newer checkpoint would count as the newest, and outlive those that this run makes.
             for newer in list_checkpoints(self.output_dir):
                 if step_of(newer) > step_of(chosen):
                     set_aside(newer, "abandoned")
@@ -84,7 +84,7 @@ class RunFolder:
 
 
 def find_named(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint that is named, sound; `None` where none or the newest is asked for.
+    """The named checkpoint, if it is sound; `None` where none or the latest is asked for.
 
     Raises:
         ValueError: If there is none of that name, or it is damaged.
@@ -101,7 +101,7 @@ def find_named(output_dir: Path, resume_from_checkpoint: str | None) -> Path | N
 
 
 def check_folder(output_dir: Path, record: dict, resume_from_checkpoint: str | None, chosen: Path | None) -> None:
-    """Refuse a folder that holds another run, or this one where it is not to be resumed; nothing is changed."""
+    """Refuse a folder that holds another run, or this one without being told to resume it. Changes nothing."""
     checkpoints, holds_model = list_checkpoints(output_dir), (output_dir / "model_index.json").exists()
     holds_run = bool(checkpoints) or holds_model
     if holds_run and not resume_from_checkpoint:
@@ -127,8 +127,8 @@ def check_folder(output_dir: Path, record: dict, resume_from_checkpoint: str | N
             raise ValueError(f"{folder} belongs to a run with another configuration: {'; '.join(words)}{more}.")
 
 
-def _check_steps(record: dict, checkpoint: Path | None) -> None:
-    """Refuse a run that has more steps behind it than it is told to take, before its record says something else."""
+def _check_steps_taken(record: dict, checkpoint: Path | None) -> None:
+    """Refuse a run that has taken more steps than it is now told to take."""
     recipe = record.get("training") or record.get("distillation") or {}
     steps = recipe.get("max_train_steps", 0) + recipe.get("pretraining_steps", 0)
     if checkpoint is not None and step_of(checkpoint) > steps:

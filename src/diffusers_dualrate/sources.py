@@ -29,7 +29,7 @@ def open_images(
         data: Which images, and how they are read.
         resolution: Side or (height, width) in pixels.
         channels: 3 for colour, 1 for grey.
-        augmentation: What may happen to them.
+        augmentation: What may happen to the images.
         seed: Seed of the augmentation and of a stream's shuffle.
         split: Which part of the data set.
 
@@ -64,7 +64,7 @@ def open_images(
 
 
 def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages) -> None:
-    """Refuse a model whose classes are not those of the images, in number, name and order."""
+    """Refuse a model whose classes differ from those of the images in number, name or order."""
     ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
     if ours != theirs:
         raise ValueError(
@@ -116,7 +116,7 @@ def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
 
 
 def fingerprint_of(model: DualRatePipeline) -> str:
-    """A short digest of a model's weights, the same wherever it lies."""
+    """A short digest of a model's weights, which does not depend on its path."""
     digest = hashlib.blake2b(digest_size=16)
     for network in filter(None, (model.context_encoder, model.denoiser)):
         for name, weight in sorted(network.state_dict().items()):
