@@ -115,6 +115,7 @@ def test_the_table_says_what_the_design_rests_on():
         "augmentation",
         "decoding",
         "folders",
+        "guidance",
         "checkpoints",
         "processes",
         "evaluation",

@@ -15,9 +15,8 @@ from typing import Any, Self
 import torch
 
 from .decoding import MAX_IMAGE_PIXELS
+from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
-from .network import sides_of
-from .pipeline import DualRatePipeline
 from .ranges import check_boolean, check_integer, check_number
 from .recipes import RECIPES, Recipe
 from .records import build, fill_in
@@ -84,7 +83,7 @@ class Networks:
             if ours != theirs:
                 raise ValueError(f"{key} must be the same in both networks, got {theirs!r} and {ours!r}.")
         for network in self._make():
-            if any(side % network.stride for side in sides_of(network.config.sample_size)):
+            if any(side % network.stride for side in network.image_size):
                 raise ValueError(
                     f"sample_size must be divisible by {network.stride} (patch size times downsampling), "
                     f"got {network.config.sample_size}."
@@ -99,7 +98,7 @@ class Networks:
     def check_pair(self) -> None:
         """Refuse networks that do not fit each other."""
         encoder, denoiser = self._make()
-        DualRatePipeline(denoiser, DualRateScheduler(**self.scheduler), encoder)
+        check_components(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for another number of classes."""

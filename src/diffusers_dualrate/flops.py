@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .models import UViTContextEncoder, UViTDenoiser
-from .network import sides_of
 from .pipeline import DualRatePipeline
 from .recipes import DistillationRecipe, PairRecipe, Recipe, SingleRateRecipe
 from .refreshes import RefreshPlan, plan_refreshes
@@ -36,7 +35,7 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
     network = cast(
         UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
     )  # what `torch.compile` wrapped
-    height, width = sides_of(network.config.sample_size)
+    height, width = network.image_size
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
         sample = torch.empty(1, network.config.in_channels, height, width)
@@ -73,7 +72,7 @@ def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
 
 def context_flops(denoiser: UViTDenoiser) -> int:
     """FLOPs of projecting the context of one image; the denoiser does so once per refresh."""
-    height, width = sides_of(denoiser.config.sample_size)
+    height, width = denoiser.image_size
     total, side = 0, denoiser.config.patch_size
     for projection in cast(Iterable[nn.Conv2d], denoiser.context_proj):
         total += 2 * projection.in_channels * projection.out_channels * (height // side) * (width // side)
@@ -276,7 +275,7 @@ def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser) -> int:
     Args:
         network: Either network.
     """
-    config, (height, width) = network.config, sides_of(network.config.sample_size)
+    config, (height, width) = network.config, network.image_size
 
     def stage_cost(stage: nn.Module, level: int) -> int:
         assert isinstance(stage, UViTStage)

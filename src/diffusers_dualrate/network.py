@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -30,6 +29,17 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
     _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def stride(self) -> int:
+        """What height and width must be divisible by: the patch size times downsampling."""
+        return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
@@ -106,11 +116,6 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
             self.disable_cache()
             raise ValueError(f"{name} acts on no module of this network as it is configured.")
 
-    @property
-    def stride(self) -> int:
-        """What height and width must be divisible by: the patch size times downsampling."""
-        return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
-
     def _make_output(self) -> None:
         config = self.config
         self.norm_out = group_norm(config.level_channels[0])
@@ -148,12 +153,6 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         elif class_labels is not None:
             raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
         return embedding
-
-
-def sides_of(sample_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of images, given as the side of a square or as both."""
-    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    return height, width
 
 
 def _check_config(config) -> None:

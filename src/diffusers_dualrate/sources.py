@@ -9,7 +9,6 @@ from diffusers import ModelMixin
 from .augmentation import Augmentation
 from .configuration import Data
 from .data import LabelledImages, load_images
-from .network import sides_of
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
 
@@ -90,7 +89,7 @@ def open_start(name: str | None, images: LabelledImages | StreamedImages) -> Dua
     check_classes(name, pipeline, images)
     config = pipeline.denoiser.config
     for key, theirs, ours in (
-        ("sample_size", sides_of(config.sample_size), (images.height, images.width)),
+        ("sample_size", pipeline.denoiser.image_size, (images.height, images.width)),
         ("in_channels", config.in_channels, images.channels),
     ):
         if theirs != ours:
