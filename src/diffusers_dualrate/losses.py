@@ -52,8 +52,8 @@ class ContextTimes:
         context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly (repeat a
             value to draw it more often); its context is then up to that old. 0 is a fresh context.
         context_from: Time c of the first context; 1 is the noisy end.
-        num_above: Number of rows, the first, whose times lie above c.
-        num_without: Number of rows, the first, that see no context. It includes the rows above c.
+        num_above: Number of leading rows whose times lie above c.
+        num_without: Number of leading rows that see no context. It includes the rows above c.
     """
 
     context_ages: Sequence[float] = (1.0,)
@@ -70,10 +70,9 @@ class FollowingTimes(ContextTimes):
     """The same for a denoiser that follows its encoder, and how a row's z_t comes from its z_τ.
 
     Args:
-        num_even_in_log_snr: Number of rows, the first, that count as even in log-SNR. Their lag is uniform in log-SNR
-            instead of time, like the steps of solvers that are even in log-SNR.
-        num_deterministic: Number of rows, the first, that count as deterministic. Their z_t is a DDIM step from z_τ.
-            Rows without context come before both kinds, and are of neither.
+        num_even_in_log_snr: Number of leading rows whose lag is uniform in log-SNR instead of time, like the steps of some
+            solvers. It includes the rows without context, which have no lag.
+        num_deterministic: Number of leading rows whose z_t is a DDIM step from z_τ. It includes those of both other kinds.
     """
 
     num_even_in_log_snr: int = 0
