@@ -43,7 +43,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 
-from diffusers_dualrate import DualRatePipeline, __version__, training
+from diffusers_dualrate import DualRatePipeline, __version__, sources
 from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
@@ -213,11 +213,6 @@ def read_records(model):
     return read_record(model, FILE), read_record(model, "training.json")
 
 
-def configuration_of(told):
-    """The content of a configuration.json, typed."""
-    return Configuration.from_json({name: value for name, value in told.items() if name != "found"})
-
-
 def check(args):
     """Refuse, before anything is read, what could not be measured; make the folders that are written to."""
     for name in ("num_samples", "num_reference"):
@@ -249,7 +244,7 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     paths = compared | {Path(path).name: path for path in args.rivals}
     rivals = {name: DualRatePipeline.from_pretrained(path).to(accelerator.device) for name, path in paths.items()}
     for name, path in paths.items():
-        training.check_classes(path, rivals[name], images)
+        sources.check_classes(path, rivals[name], images)
         measured = read_record(path, "evaluation.json") or {}
         is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
         if path in args.rivals and not is_alike:
@@ -268,7 +263,7 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     for found, model in [(report, pipe), *((report["rivals"][name], rival) for name, rival in rivals.items())]:
         found["training_flops"] = None
         if found["configuration"] is not None and found["training"] is not None:
-            configuration = configuration_of(found["configuration"])
+            configuration = Configuration.from_json(found["configuration"])
             teacher = by_name.get(Path(configuration.start.teacher or "").name)
             images_seen = found["training"]["images_seen"]
             found["training_flops"] = training_flops(model, configuration.recipe, images_seen, teacher)
@@ -317,7 +312,7 @@ def make_judges(classifier, images, fresh, augmentation, args, accelerator):
     return judges
 
 
-def main(args, open_images=training.open_images):
+def main(args, open_images=sources.open_images):
     check(args)
     accelerator = Accelerator()
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
@@ -327,7 +322,7 @@ def main(args, open_images=training.open_images):
             f"{args.model} has no {FILE}: its images count as not augmented, and no card can be made of this.",
             stacklevel=2,
         )
-    augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
+    augmentation = Augmentation() if told is None else Configuration.from_json(told).recipe.augmentation
     accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
@@ -338,7 +333,7 @@ def main(args, open_images=training.open_images):
     if args.floor_split:
         floor_images = fresh(augmentation=augmentation, split=args.floor_split)
     plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
-    training.check_classes(args.model, pipe, images)
+    sources.check_classes(args.model, pipe, images)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     steps = choose_steps(args, pipe)
@@ -369,8 +364,8 @@ def main(args, open_images=training.open_images):
     compared = take_up_rivals(report, pipe, images, args, accelerator)
 
     k = steps["num_context_steps"]
-    if told is not None and isinstance(configuration_of(told).recipe, DistillationRecipe):
-        report["images_by_phase"] = configuration_of(told).recipe.images_by_phase
+    if told is not None and isinstance(Configuration.from_json(told).recipe, DistillationRecipe):
+        report["images_by_phase"] = Configuration.from_json(told).recipe.images_by_phase
     else:
         report["v_loss"] = measure_v_losses(pipe, compared, floor_images, k, args, accelerator)
     extractors = own | published

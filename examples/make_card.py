@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from diffusers_dualrate.configuration import FILE, Configuration
+from diffusers_dualrate.configuration import FILE, Configuration, told_in
 from diffusers_dualrate.records import read_json
 
 TEMPLATE, PRESETS = Path(__file__).with_name("card_template.md"), Path(__file__).with_name("presets")
@@ -96,7 +96,7 @@ def sample_rows(evaluation, title, columns):
 
 def told_to(evaluation):
     """All that the training was told, without what it found by itself."""
-    return {name: value for name, value in evaluation["configuration"].items() if name != "found"}
+    return told_in(evaluation["configuration"])
 
 
 def describe_images(evaluation):

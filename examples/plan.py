@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from diffusers_dualrate import DualRatePipeline, evaluation, training
+from diffusers_dualrate import DualRatePipeline, evaluation, sources
 from diffusers_dualrate.arguments import add_data_flags, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
@@ -67,12 +67,11 @@ def make_criterion(args, pipe, accelerator):
     told = Path(args.model, FILE)
     augmentation = Augmentation()
     if told.is_file():
-        values = {name: value for name, value in read_json(told).items() if name != "found"}
-        augmentation = Configuration.from_json(values).recipe.augmentation
+        augmentation = Configuration.from_json(read_json(told)).recipe.augmentation
     config = pipe.denoiser.config
     options = {"channels": config.in_channels, "augmentation": augmentation, "seed": FRESH_SEED}
-    images = training.open_images(Data(**select(args, Data)), config.sample_size, **options)
-    training.check_classes(args.model, pipe, images)
+    images = sources.open_images(Data(**select(args, Data)), config.sample_size, **options)
+    sources.check_classes(args.model, pipe, images)
     classifier, extractors, _ = load_extractors(args.classifier, None, False, accelerator.device)
     check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     cache = args.cache_dir or Path.home() / ".cache" / "diffusers-dualrate"

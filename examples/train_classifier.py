@@ -8,26 +8,29 @@ minutes on one CPU core.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import training
 from diffusers_dualrate.arguments import find_preset, read_preset, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
+from diffusers_dualrate.data import LabelledImages
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import check_integer, check_number
 from diffusers_dualrate.records import build
+from diffusers_dualrate.sources import open_images
 
 PRESETS = Path(__file__).with_name("presets")
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset", required=True, help="Preset, or configuration.json, of the models that will be measured."
@@ -52,15 +55,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def fetch(images, epoch, indices):
+def fetch(images: LabelledImages, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The images [B, C, H, W] and labels [B] at some indices, as augmented in an epoch."""
     items = [images[epoch, index] for index in indices]
-    return (torch.stack([item[key] for item in items]) for key in ("pixel_values", "class_labels"))
+    return torch.stack([item["pixel_values"] for item in items]), torch.stack([item["class_labels"] for item in items])
 
 
 @torch.no_grad()
-def measure_accuracy(classifier, images, indices, batch_size, device):
-    """Share of images whose class is recognised; their augmentation is that of epoch 0, which training does not see."""
+def measure_accuracy(
+    classifier: ImageClassifier, images: LabelledImages, indices: Sequence[int], batch_size: int, device: str
+) -> float:
+    """Share of images whose class is recognised, augmented as in epoch 0, which training does not see."""
     right = 0
     for first in range(0, len(indices), batch_size):
         x, labels = fetch(images, 0, indices[first : first + batch_size])
@@ -68,7 +73,7 @@ def measure_accuracy(classifier, images, indices, batch_size, device):
     return right / len(indices)
 
 
-def main(args, open_images=training.open_images):
+def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[str, float]:
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
     for name in ("max_train_steps", "train_batch_size"):

@@ -15,8 +15,8 @@ from PIL import Image
 
 from diffusers_dualrate import data
 from diffusers_dualrate.augmentation import Augmentation
-from diffusers_dualrate.batches import DealtBatches, ShuffledIndices
 from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.streams import DealtBatches, ShuffledIndices
 
 EMOJI32 = Path(__file__).parents[1] / "examples" / "data" / "emoji32"
 EVERYTHING = Augmentation(translation=3, scale=(0.8, 1.2), background=(0, 255), flip=True)

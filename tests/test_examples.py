@@ -24,7 +24,7 @@ import generate
 import train_classifier
 import train_dual_rate
 import train_single_rate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, plan_refreshes, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, plan_refreshes, sources
 from diffusers_dualrate.arguments import configure, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
@@ -221,7 +221,7 @@ def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypat
 def open_images(args, size, augmentation, **options):
     """The images that flags name, as an evaluation opens them."""
     data = Data(**select(args, Data))
-    return training.open_images(data, size, augmentation=augmentation, seed=image_sets.FRESH_SEED, **options)
+    return sources.open_images(data, size, augmentation=augmentation, seed=image_sets.FRESH_SEED, **options)
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
     flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
     images = SimpleNamespace(num_classes=8, channels=3)
     monkeypatch.setattr(evaluate, "main", partial(evaluate.main, open_images=lambda *_, **__: images))
-    monkeypatch.setattr(evaluate.training, "check_classes", lambda *_: None)
+    monkeypatch.setattr(evaluate.sources, "check_classes", lambda *_: None)
     with pytest.raises(ValueError, match=sentence):
         measure(*flags)
 
@@ -378,14 +378,14 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
 def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     names = {i: f"class {i}" for i in range(NUM_CLASSES)}
-    training.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
+    sources.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
     for num_classes, id2label, sentence in (
         (None, None, "pair has 8 classes and the data no: see --label_column"),
         (9, names | {8: "class 8"}, "pair has 8 classes and the data 9"),
         (8, names | {3: "class 4", 4: "class 3"}, "Class 3 is 'class 3' in pair and 'class 4' in the data"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            training.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
+            sources.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
 
 
 def test_classes_are_chosen_in_proportion_to_the_data():

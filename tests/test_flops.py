@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import PRESET
 from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.flops import (
     block_multiply_adds,
@@ -19,8 +20,9 @@ from diffusers_dualrate.flops import (
     target_flops,
     training_image_flops,
 )
-from diffusers_dualrate.losses import Schedule, denoising_loss, draw
-from diffusers_dualrate.training import TrainablePair
+from diffusers_dualrate.losses import ContextTimes, Schedule, denoising_loss, draw
+from diffusers_dualrate.pair import TrainablePair
+from diffusers_dualrate.recipes import PairRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,13 +110,14 @@ def flops_by_hand(config, out_channels=None, context_channels=None, size=None, n
 def test_the_count_of_a_network_equals_a_count_by_hand(preset, size):
     """Kills: attention counted as 0; a batch of two; the size ignored or turned over; training graphs counted."""
     alone = {"prediction_hand_over": False}  # what it adds is counted in the tests of the hand-over
+    alone |= {} if size is None else {"sample_size": size}
     context_encoder, denoiser = (type(network)(**{**network.config, **alone}) for network in load(preset))
     heavy = flops_by_hand(context_encoder.config, context_channels=context_encoder.context_channels, size=size)
-    assert network_flops(context_encoder, size) == heavy
+    assert network_flops(context_encoder) == heavy
     light = flops_by_hand(denoiser.config, out_channels=3, size=size, noise_levels=2)  # of z_t and of z_τ
-    assert network_flops(denoiser, size) == light
+    assert network_flops(denoiser) == light
     single = UViTDenoiser(**{**denoiser.config, "context_channels": None})
-    assert network_flops(single, size) == flops_by_hand(denoiser.config, out_channels=3, size=size)
+    assert network_flops(single) == flops_by_hand(denoiser.config, out_channels=3, size=size)
 
 
 def denoiser_context(denoiser):
@@ -140,7 +143,8 @@ def test_the_cost_of_projecting_a_context_is_what_projecting_one_runs(size):
         context = context_encoder(torch.empty(1, 3, height, width), 0.0).context
         with FlopCounterMode(display=False) as counter:
             denoiser.project_context(context)
-    assert context_flops(denoiser, size) == counter.get_total_flops() > 0
+    sized = denoiser if size is None else denoiser.from_config({**denoiser.config, "sample_size": size})
+    assert context_flops(sized) == counter.get_total_flops() > 0
 
 
 def test_an_image_costs_its_light_steps_and_refreshes_twice_under_guidance():
@@ -150,16 +154,14 @@ def test_an_image_costs_its_light_steps_and_refreshes_twice_under_guidance():
     projection = context_flops(denoiser)
     cost = image_flops(denoiser, context_encoder, num_inference_steps=10, num_context_steps=3)
     assert cost == 10 * light + 3 * heavy + 3 * projection
-    for options in ({}, {"size": (32, 32)}):
+    large = [network.from_config({**network.config, "sample_size": 32}) for network in (denoiser, context_encoder)]
+    for networks in ((denoiser, context_encoder), large):
         plain, guided = (
-            image_flops(
-                denoiser, context_encoder, num_inference_steps=10, num_context_steps=3, guided=guided, **options
-            )
+            image_flops(*networks, num_inference_steps=10, num_context_steps=3, guided=guided)
             for guided in (False, True)
         )
         assert guided == 2 * plain
-    larger = image_flops(denoiser, context_encoder, num_inference_steps=10, num_context_steps=3, size=(32, 32))
-    assert larger > 4 * cost
+    assert plain > 4 * cost
     assert image_flops(denoiser, num_inference_steps=10, num_context_steps=3) == 10 * light
 
 
@@ -208,8 +210,9 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
     schedule = Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         TrainablePair(denoiser, context_encoder)(
-            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule, bias=0.0, context_dropout=dropout
-        )
+            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule,
+            contexts=ContextTimes(num_without=round(8 * dropout)),
+        )  # fmt: skip
     cost = target_flops(denoiser, context_encoder, context_dropout=dropout)
     assert counter.get_total_flops() == pytest.approx(8 * cost, rel=1e-3)
     alone = denoiser.from_config({**denoiser.config, "context_channels": None})
@@ -233,5 +236,6 @@ def test_the_table_of_training_costs_is_what_the_presets_cost():
                 type(network).from_config({**network.config, "prediction_hand_over": True})
                 for network in (context_encoder, denoiser)
             )
-        share = training_image_flops(light, encoder, frozen=True, followed=True) / (3 * alone)
+        recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.0, "follow_encoder": True})
+        share = training_image_flops(light, encoder, recipe) / (3 * alone)
         assert f"{share:.2f}" == following, preset

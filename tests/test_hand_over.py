@@ -12,9 +12,9 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextE
 from diffusers_dualrate.chain import Chain, Context
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.refreshes import plan_refreshes
 from diffusers_dualrate.steps import ChainSteps, log_snr_of_steps
-from diffusers_dualrate.training import TrainablePair, schedule_of
 
 
 @pytest.fixture
@@ -55,17 +55,17 @@ def test_the_encoder_learns_its_prediction_from_a_loss_of_its_own(make_pair):
     x, labels = torch.randn(8, 3, 8, 8).clamp(-1, 1), torch.zeros(8, dtype=torch.long)
     schedule = schedule_of(DualRateScheduler())
 
-    def loss(prediction):
+    def loss(encode):
         draws = draw(0, 0, range(8), x.shape[1:])
-        return pair(denoising_loss, x, labels, draws, schedule=schedule, bias=0.0, encoder_prediction=prediction)
+        return denoising_loss(pair.denoise, encode, x, labels, draws, schedule=schedule)
 
-    without, beside = loss(None), loss(denoiser.handed_over_prediction)
+    without, beside = loss(lambda *args: (pair.encode(*args)[0], None)), loss(pair.encode)
     torch.testing.assert_close(without.v_loss, beside.v_loss)
     # Independently: the encoder as a single-rate network at τ, under the same weight.
     times = draw(0, 0, range(8), x.shape[1:])
-    from diffusers_dualrate.losses import coupled_pair, sigmoid_weight, window_times
+    from diffusers_dualrate.losses import ContextTimes, coupled_pair, sigmoid_weight, window_times
 
-    t, tau = window_times(times.uniforms[:, :3], (1,))
+    t, tau = window_times(times.uniforms[:, :3], ContextTimes((1,)))
     lambda_t, lambda_tau = (schedule.log_snr(time)[:, None, None, None] for time in (t, tau))
     _, z_tau = coupled_pair(x, times.eps, times.eps_tau, lambda_t, lambda_tau)
     x_hat = encoder(z_tau, lambda_tau.flatten(), labels).context[-2]

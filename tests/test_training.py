@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, claims, data, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, optimization, pair, run_folder, sources
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.configuration import Configuration, Data
@@ -113,8 +113,8 @@ def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course
         **{"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6, "train_batch_size": 1},
         **{"bias": 0.0, "label_dropout": 0.0},
     )
-    optimizer = training.make_optimizer([weight], recipe)
-    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
+    optimizer = optimization.make_optimizer([weight], recipe)
+    lr_scheduler = optimization.make_lr_scheduler(optimizer, recipe)
     expected = 2.0
     for rate in (0, 0.05, 0.1, 0.075, 0.05, 0.025, 0):
         weight.grad = torch.tensor([3.0], dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course
         assert weight.item() == pytest.approx(expected, abs=1e-7)
     assert optimizer.defaults["betas"] == (0.5, 0.8) and optimizer.defaults["eps"] == 1e-8
     other = dataclasses.replace(recipe, adam_epsilon=1e-4)
-    assert training.make_optimizer([weight], other).defaults["eps"] == 1e-4
+    assert optimization.make_optimizer([weight], other).defaults["eps"] == 1e-4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -233,6 +233,21 @@ def test_accumulating_gradients_equals_a_larger_batch(folder, tmp_path):
     assert large.keys() == parts.keys()
     for key in large:
         torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("parts", "size"), [(1, 8), (2, 8), (4, 12), (1, 7)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.4, 0.5, 1.0])
+def test_a_share_of_a_batch_is_the_same_rows_however_the_batch_is_cut(parts, size, share):
+    """Kills: floor for round; rounded in each part by itself; the last rows for the first."""
+    run = SimpleNamespace(recipe=SimpleNamespace(train_batch_size=size), rows=lambda part: range(part, size, parts))
+    chosen = [row for part in range(parts) for row in run.rows(part)[: Run.count_of_first(run, part, share)]]
+    assert sorted(chosen) == list(range(round(share * size)))
+
+
+@pytest.mark.parametrize(("flag", "share"), [("--context_dropout", 0.01), ("--context_dropout", 0.06)])
+def test_a_share_that_no_row_of_a_batch_makes_up_is_refused(folder, tmp_path, flag, share):
+    with pytest.raises(ValueError, match=f"A share of {share} of 8 images is none: use larger batches, or 0"):
+        train("dual", folder, tmp_path, flag, share)
 
 
 def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_record_stays(folder, tmp_path):
@@ -377,7 +392,7 @@ def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
 
 
 def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder, tmp_path, at_loss, monkeypatch):
-    monkeypatch.setattr(claims, "_PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.1)
     caught = []
 
     def start_again(result):
@@ -394,10 +409,10 @@ def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder
 
 def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pipe):
     pipe = make_pipe(num_classes=3)
-    training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
-    training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
+    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
+    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
     with pytest.raises(ValueError, match="3 classes and the data 4"):
-        training.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
+        sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
 
 
 def test_a_start_that_failed_does_not_block_its_folder(folder, tmp_path):
@@ -702,15 +717,14 @@ def test_contexts_that_begin_late_make_a_step_cheaper_by_whole_rows(folder, tmp_
 def test_both_networks_learn_through_one_forward(make_networks):
     encoder, denoiser = make_networks(sample_size=16)
     scheduler = DualRateScheduler()
-    pair = training.TrainablePair(denoiser, encoder)
+    networks = pair.TrainablePair(denoiser, encoder)
     x = torch.rand(4, 3, 16, 16)
-    result = pair(
+    result = networks(
         denoising_loss,
         x,
         torch.zeros(4, dtype=torch.long),
         draw(0, 0, range(4), x.shape[1:]),
-        schedule=training.schedule_of(scheduler),
-        bias=0.0,
+        schedule=pair.schedule_of(scheduler),
     )
     result.loss.backward()
-    assert all(parameter.grad is not None for parameter in pair.parameters())
+    assert all(parameter.grad is not None for parameter in networks.parameters())

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from .configuration import Configuration, Data, Networks, Options, Sampling, Start
+from .configuration import PARTS_OF_A_RUN, Configuration, Data, Networks, Options, Sampling, Start
 from .folders import check_output_dir
 from .ranges import check_choice, check_integer
 from .recipes import LR_SCHEDULERS, RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
 from .records import build, read_json
 
 _SECTIONS = ("context_encoder", "denoiser", "scheduler", "training", "sampling", "distillation")
-_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "found")
 
 
 def argument_parser(description: str, *, presets: Path) -> argparse.ArgumentParser:
@@ -188,7 +187,7 @@ def read_preset(path: Path, needed: tuple[str, ...]) -> dict:
     sections = read_json(path)
     if missing := sorted(set(needed) - sections.keys()):
         raise ValueError(f"The preset {path} lacks {', '.join(missing)}.")
-    if unknown := sorted(sections.keys() - {*_SECTIONS, *_OF_A_RUN}):
+    if unknown := sorted(sections.keys() - {*_SECTIONS, *PARTS_OF_A_RUN}):
         raise ValueError(f"The preset {path} has an unknown part {unknown[0]!r}; it may have {', '.join(_SECTIONS)}.")
     for name in set(_SECTIONS) & sections.keys():
         if not isinstance(sections[name], dict):

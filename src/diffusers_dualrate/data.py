@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from . import folders
 from .augmentation import Augmentation
 from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
-from .inventory import fingerprint_rows
-from .labels import check_num_classes, read_labels
+from .inventory import check_num_classes, fingerprint_rows, read_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -36,6 +36,11 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
+    @property
+    def stride(self) -> int:
+        """What height and width must be divisible by: the patch size times downsampling."""
+        return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load weights from safetensors files; pickled weights are refused. Takes what the host's method takes.

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from diffusers import ImagePipelineOutput
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
@@ -46,7 +47,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .batches import DealtBatches, ShuffledIndices
 from .checkpoints import (
     gather,
     keep_newest,
@@ -56,18 +56,21 @@ from .checkpoints import (
     step_of,
     tell_last_good_state,
 )
-from .claims import Claim
-from .configuration import FILE, Configuration
+from .configuration import FILE, Configuration, make_record
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .models import UViTContextEncoder, UViTDenoiser
+from .pair import TrainablePair
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
-from .streams import StreamedImages, Stretch
-from .training import TrainablePair, fingerprint_of, sample_images
+from .recipes import SingleRateRecipe
+from .run_folder import RunFolder
+from .sources import fingerprint_of
+from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
 LOGGING_STEPS = 50
+SAMPLES = 32
 
 
 def _leave_signals(worker: int) -> None:
@@ -119,8 +122,10 @@ class Run:
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._count = None if isinstance(images, StreamedImages) else len(images)
         known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
-        self._claim = Claim(accelerator, self.output_dir, self._record(known), self.options.resume_from_checkpoint)
-        self.checkpoint = self._claim.checkpoint
+        precision = dataclasses.replace(self.options, mixed_precision=accelerator.mixed_precision)
+        record = make_record(dataclasses.replace(self.configuration, options=precision), images.fingerprint, known)
+        self._folder = RunFolder(accelerator, self.output_dir, record, self.options.resume_from_checkpoint)
+        self.checkpoint = self._folder.checkpoint
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         # How far a stream has been read; other sets need no memory of it.
         self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
@@ -132,12 +137,6 @@ class Run:
             # Before training, so that a missing right is known at once.
             name = self.options.hub_model_id or self.output_dir.resolve().name
             self._repo_id = create_repo(name, exist_ok=True).repo_id
-
-    def _record(self, models):
-        """What configuration.json holds: what the run was told, and what it found at the start."""
-        precision = dataclasses.replace(self.options, mixed_precision=self.accelerator.mixed_precision)
-        told = dataclasses.replace(self.configuration, options=precision).to_json()
-        return told | {"found": {"images": self.images.fingerprint, "models": models}}
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
@@ -158,7 +157,7 @@ class Run:
             try:
                 load_checkpoint(self.accelerator, ema, self.checkpoint)
             except ValueError:
-                self._claim.release()
+                self._folder.release()
                 raise
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -169,19 +168,19 @@ class Run:
         first = part * self.accelerator.num_processes + self.accelerator.process_index
         return range(first, self.recipe.train_batch_size, self.parts)
 
-    def share_of_first(self, part: int, share: float) -> float:
-        """Share of the rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
+    def count_of_first(self, part: int, share: float) -> int:
+        """Number of rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
 
         So a split of the batch falls on the same images however the batch is dealt out.
 
         Raises:
             ValueError: If a share above 0 comes to no row.
         """
-        size, rows = self.recipe.train_batch_size, self.rows(part)
+        size = self.recipe.train_batch_size
         first = round(share * size)
         if first == 0 < share:
             raise ValueError(f"A share of {share} of {size} images is none: use larger batches, or 0.")
-        return sum(row < first for row in rows) / len(rows)
+        return sum(row < first for row in self.rows(part))
 
     @contextlib.contextmanager
     def watch(self, ema: EMAModel, averaged: TrainablePair, pipeline: DualRatePipeline) -> Iterator[None]:
@@ -219,7 +218,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._progress.close()
-            self._claim.release()
+            self._folder.release()
         for tracker in self.accelerator.trackers:  # not `end_training`, which destroys the group: see processes.py
             tracker.finish()
 
@@ -244,13 +243,8 @@ class Run:
                 flops += context_flops(self.averaged.denoiser)
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
-        # Distillation has costs of its own.
-        if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            flops = training_image_flops(
-                self.averaged.denoiser,
-                self.averaged.context_encoder,
-                **self.recipe.encoder_costs,
-            )
+        if isinstance(self.recipe, SingleRateRecipe):  # distillation has costs of its own
+            flops = training_image_flops(self.averaged.denoiser, self.averaged.context_encoder, self.recipe)
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(describe_images(images))
         accelerator.print(
@@ -311,7 +305,7 @@ class Run:
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
         if self.options.validation_steps and self.step % self.options.validation_steps == 0:
-            self._draw()
+            self._sample()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
@@ -332,15 +326,21 @@ class Run:
         for parameter, shadow in zip(self.averaged.parameters(), self.ema.shadow_params, strict=True):
             parameter.data.copy_(gather(shadow))
 
-    def _draw(self):
+    def _sample(self):
+        """Draws a grid of samples with the pipeline's own N and K; classes and seeds are the same at every call."""
         self._update_averaged()
         if not self.accelerator.is_main_process:
             return
-        images = sample_images(self.pipeline.to(self.accelerator.device))
+        num_classes = self.pipeline.denoiser.config.num_classes
+        labels = [i * num_classes // SAMPLES for i in range(SAMPLES)] if num_classes else None
+        generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+        pipeline = self.pipeline.to(self.accelerator.device)
+        output = pipeline(class_labels=labels, batch_size=None if labels else SAMPLES, generator=generators)
+        images = cast(ImagePipelineOutput, output).images
         self.pipeline.to("cpu")
         path = self.output_dir / "samples" / f"{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_image_grid(images, rows=4, cols=8).save(path)
+        make_image_grid(images, rows=SAMPLES // 8, cols=8).save(path)
         array = np.stack([np.asarray(image.convert("RGB")) for image in images])
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not every tracker of Accelerate's takes images
