@@ -63,7 +63,7 @@ from diffusers_dualrate.metrics import (
     spread,
 )
 from diffusers_dualrate.processes import choose_threads, run_script
-from diffusers_dualrate.ranges import check_integer
+from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.steps import make_dpm_solver
 
@@ -236,7 +236,10 @@ def check(args):
         raise ValueError(f"seeds must differ, since equal ones shrink the spread, got {args.seeds}.")
     if args.grid and Image.registered_extensions().get(Path(args.grid).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--grid must end in a kind of picture, such as .png, got {args.grid!r}.")
-    for path in filter(None, (args.output, args.grid)):
+    for flag, path in (("--output", args.output), ("--grid", args.grid)):
+        if path is None:
+            continue
+        check_output(flag, path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 

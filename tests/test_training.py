@@ -358,6 +358,7 @@ def test_a_run_says_what_it_learns_from(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "images: 12, number of classes: 2" in printed and "classes: 'cat' 6, 'dog' 6" in printed
     assert "left out 1" in printed and "notes.txt" in printed
+    assert "steps 0 to 1, each of 8 images, on 1 process\n" in printed
 
 
 def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
@@ -453,6 +454,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
     assert find_damage(tmp_path / "checkpoint-2") is None
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none(folder, tmp_path, at_loss):
+    at_loss("dual", 2, lambda result: result.loss.mul_(float("nan")))
+    with pytest.raises(ValueError, match="^The training diverged at step 1; no checkpoint had been saved\\.$"):
+        train("dual", folder, tmp_path)
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, at_loss):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -494,8 +501,8 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--checkpoints_total_limit", 0], "checkpoints_total_limit must be an integer of at least 1, got 0"),
         (["--max_train_steps", 0], "max_train_steps must be an integer of at least 1, got 0"),
         (["--max_train_steps", -1], "max_train_steps must be an integer of at least 1, got -1"),
-        (["--learning_rate", 0], "learning_rate must be a finite number above 0, got 0.0"),
-        (["--learning_rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+        (["--learning_rate", 0], r"learning_rate must be a finite number in \(0, 1\], got 0.0"),
+        (["--learning_rate", "nan"], r"learning_rate must be a finite number in \(0, 1\], got nan"),
         (["--ema_decay", 1.5], r"ema_decay must be a finite number in \[0, 1\), got 1.5"),
         (["--max_grad_norm", -1], "max_grad_norm must be a finite number above 0, got -1.0"),
         (["--lr_warmup_steps", -3], "lr_warmup_steps must be an integer of at least 0, got -3"),
@@ -520,7 +527,28 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--override", "denoiser.sample_size=8"], "sample_size must be the same in both networks, got 16 and 8"),
         (["--override", 'training.augmentation={"zoom":2}'], "augmentation has no value 'zoom'; it has background"),
         (["--preset", "nowhere"], "--preset 'nowhere' is neither a file nor one of digits8, emoji32, "),
-        (["--output_dir", __file__], "test_training.py' is a file, and must be a folder"),
+        (["--output_dir", __file__], "--output_dir must be a folder, but '.*test_training.py' is none"),
+        (["--output_dir", f"{__file__}/run"], "--output_dir is '.*/run', but '.*test_training.py' is no folder"),
+        (["--output_dir", "/proc/run"], "--output_dir is '/proc/run', which cannot be written"),
+        (["--dataset_name", "digits"], "--dataset_name digits and --train_data_dir .* give one of them"),
+        (["--hub_model_id", "org/name"], "--hub_model_id org/name has no effect without --push_to_hub"),
+        (["--push_to_hub"], "--push_to_hub needs the Hub, but HF_HUB_OFFLINE is set"),
+        (["--push_to_hub", "--hub_model_id", "no name"], "Repo id must use alphanumeric"),
+        (["--learning_rate", 1e30], r"learning_rate must be a finite number in \(0, 1\], got 1e\+30"),
+        (
+            ["--override", "training.context_from=0.5"],
+            r"'training.context_from=0.5' names no value of the preset .*tiny.json\.$",
+        ),
+        (
+            ["--override", "training.num_inference_steps=2"],
+            "did you mean --num_inference_steps or sampling.num_inference_steps",
+        ),
+        (["--override", "distillation.ema_decay=0.5"], "did you mean --ema_decay or training.ema_decay"),
+        (["--override", "training.learnign_rate=0.5"], "did you mean training.learning_rate"),
+        (
+            ["--override", "training.ema_decay=0.5", "--ema_decay", 0.9],
+            "--ema_decay 0.9 and the override 'training.ema_decay=0.5' set one value twice",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path, options, message, at_loss):
@@ -534,6 +562,11 @@ def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path,
     ("options", "message"),
     [
         (["--num_context_steps", 99], r"num_context_steps must be an integer in \[1, 4\], got 99"),
+        (["--override", "training.context_from=0.5"], "names no value of the preset .*; did you mean --context_from"),
+        (
+            ["--override", "training.num_context_steps=2"],
+            "did you mean --num_context_steps or sampling.num_context_steps",
+        ),
         (["--override", "sampling.num_context_steps=99"], r"num_context_steps must be an integer in \[1, 4\], got 99"),
         (["--context_dropout", 2], r"context_dropout must be a finite number in \[0, 1\], got 2.0"),
         (["--context_dropout", -0.1], r"context_dropout must be a finite number in \[0, 1\], got -0.1"),

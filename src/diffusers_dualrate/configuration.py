@@ -138,6 +138,11 @@ class Data:
     dataloader_num_workers: int = 0
 
     def __post_init__(self):
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir} are two sources of images: "
+                "give one of them."
+            )
         check_integer("shuffle_buffer", self.shuffle_buffer, least=1)
         check_integer("max_image_pixels", self.max_image_pixels, least=1)
         check_integer("dataloader_num_workers", self.dataloader_num_workers, least=0)
@@ -192,10 +197,13 @@ class Options:
             check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
         check_integer("validation_steps", self.validation_steps, least=0)
         check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
-        if not self.output_dir:
-            raise ValueError("--output_dir is empty, and must name a folder.")
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise ValueError(f"--output_dir {self.output_dir!r} is a file, and must be a folder.")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
+
+    @property
+    def repository(self) -> str:
+        """Where the model is published, if it is: the output folder's own name where no other is given."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
 @dataclass(frozen=True, kw_only=True)

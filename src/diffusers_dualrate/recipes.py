@@ -50,7 +50,7 @@ class Recipe:
     """Which part of a preset holds it."""
 
     def __post_init__(self):
-        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("learning_rate", self.learning_rate, above=0, most=1)
         check_integer("lr_warmup_steps", self.lr_warmup_steps, least=0)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             check_number(name, getattr(self, name), least=0, below=1)
@@ -189,7 +189,7 @@ class DistillationRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         check_integer("pretraining_steps", self.pretraining_steps, least=0)
-        check_number("pretraining_learning_rate", self.pretraining_learning_rate, above=0)
+        check_number("pretraining_learning_rate", self.pretraining_learning_rate, above=0, most=1)
         check_number("min_variance", self.min_variance, above=0)
         check_number("min_variance_share", self.min_variance_share, least=0)
         check_boolean("full_rollout", self.full_rollout)
