@@ -21,7 +21,7 @@ from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
-from diffusers_dualrate.ranges import check_integer, check_number
+from diffusers_dualrate.ranges import check_integer, check_number, check_output
 from diffusers_dualrate.records import build
 
 PRESETS = Path(__file__).with_name("presets")
@@ -73,10 +73,12 @@ def main(args, open_images=training.open_images):
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
     for name in ("max_train_steps", "train_batch_size"):
         check_integer(name, getattr(args, name), least=1)
-    check_number("learning_rate", args.learning_rate, above=0)
+    check_number("learning_rate", args.learning_rate, above=0, most=1)
     check_number("weight_decay", args.weight_decay, least=0)
-    check_integer("seed", args.seed, least=0)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    check_integer("seed", args.seed, least=0, most=2**63 - 1)
+    if Path(args.output).suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors, got {args.output!r}.")
+    check_output("--output", args.output)
     preset = read_preset(find_preset(args.preset, PRESETS), ("denoiser", "training"))
     images = open_images(
         Data(**select(args, Data)),
@@ -111,6 +113,8 @@ def main(args, open_images=training.open_images):
         x, labels = fetch(images, step, [seen[row] for row in rows])
         loss = cross_entropy(classifier(x.to(device)), labels.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
+        if not loss.isfinite():
+            raise ValueError(f"The training diverged at step {step}, and no file is written: lower --learning_rate.")
         loss.backward()
         optimizer.step()
         lr_scheduler.step()
@@ -121,6 +125,7 @@ def main(args, open_images=training.open_images):
     accuracy = measure_accuracy(classifier, images, held_out, args.train_batch_size, device)
     recipe = ("held_out", "max_train_steps", "train_batch_size", "learning_rate", "weight_decay", "seed")
     facts = {"held_out_images": num_held_out, "held_out_accuracy": accuracy}
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     classifier.cpu().save(args.output, **facts, **{name: getattr(args, name) for name in recipe})
     print(f"accuracy on {num_held_out:,} images held out: {accuracy:.1%}")
     print(f"{args.output}: SHA-256 {file_hash(args.output)}")
