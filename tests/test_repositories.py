@@ -156,5 +156,6 @@ def test_publishing_where_nothing_can_be_is_refused_with_the_reason_and_nothing_
             check()
         assert not hub.repositories
     monkeypatch.setenv("HF_TOKEN", "hf_loopback")
-    with pytest.raises(ValueError, match="--push_to_hub needs the Hub at .*, which cannot be used: .*refused"):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
+    with pytest.raises(ValueError, match="--push_to_hub needs the Hub at .*:1, which cannot be used: .*refused"):
         check()

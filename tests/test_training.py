@@ -491,7 +491,10 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--label_column", "kind"], "no column 'kind'"),
         (["--num_classes", 1], "has the label 1 in the column 'label', outside of the 1 classes"),
         (["--num_classes", 1, "--streaming"], "column 'label' names 2 classes, more than the 1 given"),
-        (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
+        (
+            ["--gradient_accumulation_steps", 3],
+            "train_batch_size 8 is not divisible by 3: processes times parts of a step, 1 x 3",
+        ),
         (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
         (["--override", "distillation.guidance_scale=3"], "'distillation.guidance_scale=3' has no effect here: this "),
         (["--num_classes", 2, "--label_column", ""], "--num_classes 2 needs --label_column"),

@@ -264,8 +264,8 @@ class Configuration:
         size, dropped = divided.recipe.train_batch_size, divided.recipe.share_without_context
         if size % parts:
             raise ValueError(
-                f"The preset's train_batch_size {size} is not divisible by {num_processes} processes times "
-                f"{self.options.gradient_accumulation_steps} parts of a step."
+                f"The preset's train_batch_size {size} is not divisible by {parts}: processes times parts of a step, "
+                f"{num_processes} x {self.options.gradient_accumulation_steps}."
             )
         if num_processes > 1 and size - parts < round(dropped * size) < size:
             raise ValueError(
