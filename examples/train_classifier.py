@@ -21,7 +21,7 @@ from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
-from diffusers_dualrate.ranges import check_integer, check_number, check_output
+from diffusers_dualrate.ranges import LONGEST_SIDE, MOST_AT_ONCE, check_integer, check_number, check_output
 from diffusers_dualrate.records import build
 
 PRESETS = Path(__file__).with_name("presets")
@@ -71,8 +71,10 @@ def measure_accuracy(classifier, images, indices, batch_size, device):
 def main(args, open_images=training.open_images):
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
-    for name in ("max_train_steps", "train_batch_size"):
-        check_integer(name, getattr(args, name), least=1)
+    check_integer("max_train_steps", args.max_train_steps, least=1)
+    check_integer("train_batch_size", args.train_batch_size, 1, MOST_AT_ONCE)
+    if args.resolution is not None:
+        check_integer("resolution", args.resolution, 1, LONGEST_SIDE)
     check_number("learning_rate", args.learning_rate, above=0, most=1)
     check_number("weight_decay", args.weight_decay, least=0)
     check_integer("seed", args.seed, least=0, most=2**63 - 1)

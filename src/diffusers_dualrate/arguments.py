@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .configuration import Configuration, Data, Networks, Options, Sampling, Start
 from .folders import check_output_dir
-from .ranges import check_choice, check_integer, check_output
+from .ranges import LONGEST_SIDE, check_choice, check_integer, check_output
 from .recipes import LR_SCHEDULERS, RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
 from .records import build, read_json
 from .repositories import check_hub
@@ -124,7 +124,7 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     kind, path = RECIPES[script], find_preset(args.preset, args.presets)
     sections = read_preset(path, (*_SECTIONS[:3], kind.section))
     if args.resolution is not None:  # first, since an override names one value
-        resize(sections, check_integer("resolution", args.resolution, least=1))
+        resize(sections, check_integer("resolution", args.resolution, 1, LONGEST_SIDE))
     followed = {*_SECTIONS[:3], kind.section} | (set() if kind is DistillationRecipe else {"sampling"})
     settable = _fields(kind) | _fields(Sampling)
     flags = {name: value for name, value in vars(args).items() if name in settable}

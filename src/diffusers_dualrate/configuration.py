@@ -16,12 +16,13 @@ import torch
 from .decoding import MAX_IMAGE_PIXELS
 from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
-from .ranges import check_boolean, check_integer, check_number
+from .ranges import MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .recipes import RECIPES, Recipe
 from .records import build, fill_in
 from .scheduler import DualRateScheduler
 
 FILE = "configuration.json"
+_MOST_WORKERS = 1024  # more processes than a machine starts for one that trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +146,9 @@ class Data:
             )
         check_integer("shuffle_buffer", self.shuffle_buffer, least=1)
         check_integer("max_image_pixels", self.max_image_pixels, least=1)
-        check_integer("dataloader_num_workers", self.dataloader_num_workers, least=0)
+        check_integer("dataloader_num_workers", self.dataloader_num_workers, 0, _MOST_WORKERS)
         if self.num_classes is not None:
-            check_integer("num_classes", self.num_classes, least=1)
+            check_integer("num_classes", self.num_classes, 1, MOST_AT_ONCE)
             if not self.label_column:
                 raise ValueError(f"--num_classes {self.num_classes} needs --label_column, which names the classes.")
         if self.streaming and self.dataloader_num_workers > 1:
@@ -190,7 +191,7 @@ class Options:
 
     def __post_init__(self):
         if self.images_per_process is not None:
-            check_integer("train_batch_size", self.images_per_process, least=1)
+            check_integer("train_batch_size", self.images_per_process, 1, MOST_AT_ONCE)
         check_integer("seed", self.seed, least=0, most=2**32 - 1)
         check_integer("checkpointing_steps", self.checkpointing_steps, least=1)
         if self.checkpoints_total_limit is not None:

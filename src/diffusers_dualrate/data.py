@@ -116,8 +116,10 @@ def _ask_datasets(source, *args, **options):
 
     try:
         return load_dataset(*args, **options)
-    except (FileNotFoundError, DatasetGenerationError) as error:
-        raise ValueError(f"The data set {str(source)!r} cannot be opened: {error.__cause__ or error}") from error
+    except (OSError, DatasetGenerationError) as error:  # missing, out of reach, or broken
+        said = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        missing = "" if Path(source).exists() else "there is no such folder, and on the Hub: "
+        raise ValueError(f"The data set {str(source)!r} cannot be opened: {missing}{said}") from error
 
 
 def _load_saved(name, split):

@@ -17,15 +17,14 @@ from .chain import Chain
 from .defaults import SamplingDefaults, check_id2label, check_interval
 from .guidance import Guidance
 from .models import UViTContextEncoder, UViTDenoiser
-from .ranges import check_choice, check_integer, check_number
+from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Beyond this factor of the trained size the networks have seen nothing like the image.
 _FAR = 2
-# What a call may hold: sides far beyond any model's, and no more values than a tensor's 32-bit index counts.
-_LONGEST_SIDE, _MOST_VALUES = 2**14, 2**31 - 1
+_MOST_VALUES = 2**31 - 1  # of the images of a call: a tensor's 32-bit index counts no more
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -
     config = denoiser.config
     trained = denoiser.image_size
     stride = config.patch_size * 2 ** (len(config.level_channels) - 1)
-    height = trained[0] if height is None else check_integer("height", height, 1, _LONGEST_SIDE)
-    width = trained[1] if width is None else check_integer("width", width, 1, _LONGEST_SIDE)
+    height = trained[0] if height is None else check_integer("height", height, 1, LONGEST_SIDE)
+    width = trained[1] if width is None else check_integer("width", width, 1, LONGEST_SIDE)
     if height % stride or width % stride:
         raise ValueError(f"height and width must be divisible by {stride}, got {height} and {width}.")
     ratios = [side / other for side, other in zip((height, width), trained, strict=True)]

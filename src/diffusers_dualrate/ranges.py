@@ -13,6 +13,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+LONGEST_SIDE = 2**14
+"""Longest side of an image in pixels: no model's images are nearly as large, and no memory holds one's features."""
+MOST_AT_ONCE = 2**20
+"""Most images of a training step, or classes of a model."""
+
 
 def check_integer(name: str, value: int, least: int | None = None, most: int | None = None) -> int:
     """Refuse what is no integer, or one below `least` or above `most`.

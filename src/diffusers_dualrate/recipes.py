@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .augmentation import Augmentation
-from .ranges import check_boolean, check_choice, check_integer, check_number
+from .ranges import MOST_AT_ONCE, check_boolean, check_choice, check_integer, check_number
 from .records import build
 from .refreshes import RefreshPlan, plan_segments
 
@@ -57,7 +57,7 @@ class Recipe:
         check_number("adam_epsilon", self.adam_epsilon, above=0)
         check_number("adam_weight_decay", self.adam_weight_decay, least=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
-        check_integer("train_batch_size", self.train_batch_size, least=1)
+        check_integer("train_batch_size", self.train_batch_size, 1, MOST_AT_ONCE)
         check_integer("max_train_steps", self.max_train_steps, least=1)
         if isinstance(self.augmentation, Mapping):
             object.__setattr__(self, "augmentation", build(Augmentation, "augmentation", self.augmentation))
