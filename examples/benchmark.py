@@ -105,11 +105,12 @@ def main(args):
     scheduler = DualRateScheduler(**networks.scheduler)
     heavy = UViTDenoiser(**{**networks.context_encoder, **SINGLE_RATE}).eval()
     encoder, denoiser = UViTContextEncoder(**networks.context_encoder), UViTDenoiser(**networks.denoiser)
-    arms = {
-        "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval()),
-        "single-rate": DualRatePipeline(heavy, scheduler),
-    }
     n, k = args.num_inference_steps, args.num_context_steps
+    defaults = {"num_inference_steps": n, "guidance_scale": 1.0}
+    arms = {
+        "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval(), num_context_steps=k, **defaults),
+        "single-rate": DualRatePipeline(heavy, scheduler, **defaults),
+    }
     steps = {"dual-rate": {"num_context_steps": k}, "single-rate": {}}
     expected = {"dual-rate": n + k, "single-rate": n}
     watches, flops = {}, {}

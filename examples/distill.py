@@ -259,7 +259,7 @@ def main(args, open_images=training.open_images):
     images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
     configuration = configuration.with_classes(images.num_classes)
     preset = {**configuration.networks.denoiser, **configuration.networks.scheduler}
-    check_fit(teacher, preset=preset, data={"num_classes": images.num_classes})
+    check_fit(teacher, data={"num_classes": images.num_classes}, preset=preset)
     training.check_classes(args.teacher, teacher, images)
 
     # One seed for the weights; the randomness of a step comes from (seed, step, row).

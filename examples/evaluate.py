@@ -236,11 +236,12 @@ def check(args):
         raise ValueError(f"seeds must differ, since equal ones shrink the spread, got {args.seeds}.")
     if args.grid and Image.registered_extensions().get(Path(args.grid).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--grid must end in a kind of picture, such as .png, got {args.grid!r}.")
+    if args.classifier or args.dinov2 or args.inception:  # what the reference shows them is kept there
+        check_output("--cache_dir", str(args.cache_dir), is_folder=True)
     for flag, path in (("--output", args.output), ("--grid", args.grid)):
-        if path is None:
-            continue
-        check_output(flag, path)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if path is not None:
+            check_output(flag, path)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def take_up_rivals(report, pipe, images, args, accelerator):

@@ -214,7 +214,7 @@ def main(args):
     draw(rows, names, args).save(args.output)
 
     print(
-        f"\n{len(rows[0].images)} images in each row of the picture. Per image, where guidance above 1 evaluates both branches:\n"
+        f"\nImages in each row of the picture: {len(rows[0].images)}. Per image, where guidance above 1 evaluates both branches:\n"
     )
     print(f"{'':28}{'N':>5}{'K':>5}{'guidance':>10}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
     for row in rows:

@@ -56,6 +56,8 @@ def parse_args(argv=None):
 def check(args):
     """Refuse, before anything is computed, what could not be kept or judged."""
     check_output("--output", args.output, is_folder=True)
+    if args.cache_dir is not None:
+        check_output("--cache_dir", args.cache_dir, is_folder=True)
     output = Path(args.output)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output must be a new or an empty folder, and {args.output!r} holds something.")
@@ -129,7 +131,7 @@ def main(args):
     print(f"\n{choice.plan}\n")
     print(f"{order} order, guidance {'at all steps' if interval is None else f'at log-SNR {interval}'}")
     print(f"{choice.cost:.4g} of {args.budget:g} {args.unit}, {planned.criterion} {choice.score:.4g}")
-    print(f"Tried {len(planned.tried)} plans. The model is in {Path(args.output).resolve()}.")
+    print(f"Plans tried: {len(planned.tried)}. The model is in {Path(args.output).resolve()}.")
     return planned
 
 

@@ -255,7 +255,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_values(root, tmp_path,
 def test_a_pair_is_no_teacher_and_unlabelled_images_do_not_fit_one_with_classes(root, tmp_path):
     with pytest.raises(ValueError, match="must be a single-rate model"):
         run(root, tmp_path, *data(root), teacher="pair")
-    with pytest.raises(ValueError, match="num_classes is 2 in the teacher and None in the "):
+    with pytest.raises(ValueError, match="num_classes is 2 in the teacher and None in the data"):
         run(root, tmp_path, "--train_data_dir", root / "images", "--cache_dir", root / "cache")
 
 

@@ -373,6 +373,8 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
         (["--solver_steps", 4, 0], "solver_steps must be at least 1, got 0"),
         (["--seeds", 0, 0], "seeds must differ, since equal ones shrink the spread"),
         (["--seeds", -3], "seeds must be an integer of at least 0, got -3"),
+        (["--grid", "/proc/x.png"], "--grid is '/proc/x.png', which cannot be written"),
+        (["--classifier", "few.safetensors", "--cache_dir", "/proc/x"], "--cache_dir is '/proc/x', which cannot be"),
         (["--grid", "x.foo"], "--grid must end in a kind of picture"),
         (["--classifier", "grey.safetensors"], "classifier .*grey.safetensors has in_channels 1, and the data 3"),
         (["--classifier", "few.safetensors"], "classifier .*few.safetensors has num_classes 5, and the data 8"),
@@ -396,8 +398,8 @@ def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):
     names = {i: f"class {i}" for i in range(NUM_CLASSES)}
     training.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
     for num_classes, id2label, sentence in (
-        (None, None, "pair has 8 classes and the data no: see --label_column"),
-        (9, names | {8: "class 8"}, "pair has 8 classes and the data 9"),
+        (None, None, "pair has 8 classes, and the data has none: see --label_column"),
+        (9, names | {8: "class 8"}, "pair has 8 classes, and the data has 9"),
         (8, names | {3: "class 4", 4: "class 3"}, "Class 3 is 'class 3' in pair and 'class 4' in the data"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,6 +245,17 @@ def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_rec
     train("single", folder, tmp_path, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
 
 
+def test_a_warm_up_as_long_as_the_training_is_told_of(folder, tmp_path):
+    script = train_single_rate
+    for steps, is_short in ((5, True), (6, False)):
+        told = arguments(folder, tmp_path, "--lr_warmup_steps", 5, "--max_train_steps", steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            configure(script.parse_args(told), "train_single_rate")
+        said = "lr_warmup_steps is 5 and max_train_steps 5: the learning rate never reaches its peak."
+        assert [str(warning.message) for warning in caught] == [said] * is_short
+
+
 def test_an_empty_output_folder_is_refused_instead_of_the_current_one(folder):
     with pytest.raises(ValueError, match="--output_dir is empty, and must name a folder"):
         train("single", folder, "")
@@ -397,7 +409,7 @@ def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pip
     pipe = make_pipe(num_classes=3)
     training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
     training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
-    with pytest.raises(ValueError, match="3 classes and the data 4"):
+    with pytest.raises(ValueError, match="3 classes, and the data has 4"):
         training.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
 
 
@@ -532,6 +544,7 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--report_to", "wandb"], "The tracker 'wandb' is not installed: pip install wandb"),
         (["--report_to", "paper"], "report_to must be one of 'all', 'aim', "),
         (["--num_inference_steps", 0], "num_inference_steps must be an integer of at least 1, got 0"),
+        (["--guidance_scale", 3, "--label_column", ""], "--guidance_scale 3.0 needs classes: give --label_column"),
         (["--guidance_scale", 0.5], "guidance_scale must be a finite number of at least 1, got 0.5"),
         (["--num_context_steps", 2], "--num_context_steps 2 is for a pair: this is one network"),
         (["--override", "training.label_dropout=2"], r"label_dropout must be a finite number in \[0, 1\], got 2"),
@@ -543,6 +556,7 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--preset", "nowhere"], "--preset 'nowhere' is neither a file nor one of digits8, emoji32, "),
         (["--output_dir", __file__], "--output_dir must be a folder, but '.*test_training.py' is none"),
         (["--output_dir", f"{__file__}/run"], "--output_dir is '.*/run', but '.*test_training.py' is no folder"),
+        (["--cache_dir", f"{__file__}/run"], "--cache_dir is '.*/run', but '.*test_training.py' is no folder"),
         (["--output_dir", "/proc/run"], "--output_dir is '/proc/run', which cannot be written"),
         (["--dataset_name", "digits"], "--dataset_name digits and --train_data_dir .* give one of them"),
         (["--hub_model_id", "org/name"], "--hub_model_id org/name has no effect without --push_to_hub"),

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import warnings
 from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -139,7 +140,11 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     recipe = recipe | given(args, _fields(kind) - {"train_batch_size"})
     if kind is not DistillationRecipe:  # a student samples as it was distilled
         sampling = sampling | given(args, _fields(Sampling))
-    check_output("--output_dir", args.output_dir, is_folder=True)
+        if (args.guidance_scale or 1) > 1 and not args.label_column:
+            raise ValueError(f"--guidance_scale {args.guidance_scale} needs classes: give --label_column.")
+    for flag, folder in (("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir)):
+        if folder is not None:
+            check_output(flag, folder, is_folder=True)
     check_output_dir(args.output_dir, args.train_data_dir or args.dataset_name)
     if args.report_to not in (None, "all"):
         check_tracker(args.report_to)
@@ -154,6 +159,12 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
         data=Data(**select(args, Data)),
         options=Options(**select(args, Options), images_per_process=args.train_batch_size),
     )
+    warmup, steps = configuration.recipe.lr_warmup_steps, configuration.recipe.max_train_steps
+    if warmup >= steps:
+        warnings.warn(
+            f"lr_warmup_steps is {warmup} and max_train_steps {steps}: the learning rate never reaches its peak.",
+            stacklevel=2,
+        )
     if configuration.options.push_to_hub:  # last, as only this asks another machine
         check_hub("--push_to_hub", configuration.options.repository)
     return configuration
