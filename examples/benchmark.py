@@ -9,7 +9,6 @@ accelerator they are wall time, the median, with its queue empty before and afte
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median, quantiles
@@ -18,26 +17,43 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.arguments import find_preset, read_preset
+from diffusers_dualrate.configuration import Networks
 from diffusers_dualrate.flops import image_flops
 from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.ranges import check_integer
+from diffusers_dualrate.records import build
 from diffusers_dualrate.refreshes import plan_refreshes
+
+PRESETS = Path(__file__).with_name("presets")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", required=True)
+    parser.add_argument(
+        "--preset", required=True, help="Networks and scheduler: a JSON file, or a shipped preset's name."
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_inference_steps", type=int, default=64)
     parser.add_argument("--num_context_steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", type=torch.device, default="cpu", help="where the loops run")
+    parser.add_argument("--device", type=find_device, default="cpu", help="where the loops run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="compile each network to one graph; timed apart")
     args = parser.parse_args(argv)
     if args.repeats < 2:
         parser.error("argument --repeats: a spread needs at least 2")
     return args
+
+
+def find_device(name):
+    """A device that is there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine") from error
+    return device
 
 
 class Stopwatch:
@@ -82,15 +98,19 @@ def main(args):
     on_cpu = args.device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)
-    preset = json.loads(Path(args.preset).read_text())
-    scheduler = DualRateScheduler(**preset["scheduler"])
-    heavy = UViTDenoiser(**{**preset["context_encoder"], **SINGLE_RATE}).eval()
-    encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
-    arms = {
-        "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval()),
-        "single-rate": DualRatePipeline(heavy, scheduler),
-    }
+    path, parts = find_preset(args.preset, PRESETS), ("context_encoder", "denoiser", "scheduler")
+    preset = read_preset(path, parts)
+    networks = build(Networks, str(path), {name: preset[name] for name in parts})
+    networks.check_pair()
+    scheduler = DualRateScheduler(**networks.scheduler)
+    heavy = UViTDenoiser(**{**networks.context_encoder, **SINGLE_RATE}).eval()
+    encoder, denoiser = UViTContextEncoder(**networks.context_encoder), UViTDenoiser(**networks.denoiser)
     n, k = args.num_inference_steps, args.num_context_steps
+    defaults = {"num_inference_steps": n, "guidance_scale": 1.0}
+    arms = {
+        "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval(), num_context_steps=k, **defaults),
+        "single-rate": DualRatePipeline(heavy, scheduler, **defaults),
+    }
     steps = {"dual-rate": {"num_context_steps": k}, "single-rate": {}}
     expected = {"dual-rate": n + k, "single-rate": n}
     watches, flops = {}, {}

@@ -55,7 +55,12 @@ OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
+    parser = argument_parser(
+        __doc__,
+        presets=Path(__file__).with_name("presets"),
+        steps="Number of steps of the auxiliary and of the student, in turns. Those of --pretraining_steps come before "
+        "and are not among them.",
+    )
     parser.add_argument("--teacher", required=True, help="Single-rate model, a Hub repository or a folder.")
     parser.add_argument("--student", help="Trained model to start from, a Hub repository or a folder.")
     parser.add_argument(
@@ -70,7 +75,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--pretraining_steps",
         type=int,
-        help="Steps of denoising, without --student; they come before those of --max_train_steps.",
+        help="Number of steps in which a new student learns to denoise, before those of --max_train_steps; with "
+        "--student there are none. Default: the preset's.",
     )
     args = parser.parse_args(argv)
     if args.lr_scheduler is not None:
@@ -131,6 +137,8 @@ def take_over_student(
 
     A pair keeps the time of its first context, unless the flag gives another.
     """
+    if args.pretraining_steps:
+        raise ValueError(f"--pretraining_steps {args.pretraining_steps} is for a new student, without --student.")
     size = {"sample_size": args.resolution} if args.resolution else {}
     own = {"denoiser": {**student.denoiser.config, **size}}
     own["context_encoder"] = {**(student.context_encoder or student.denoiser).config, **size}

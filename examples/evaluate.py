@@ -63,7 +63,7 @@ from diffusers_dualrate.metrics import (
     spread,
 )
 from diffusers_dualrate.processes import choose_threads, run_script
-from diffusers_dualrate.ranges import check_integer
+from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.steps import make_dpm_solver
 
@@ -231,8 +231,12 @@ def check(args):
         raise ValueError(f"seeds must differ, since equal ones shrink the spread, got {args.seeds}.")
     if args.grid and Image.registered_extensions().get(Path(args.grid).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--grid must end in a kind of picture, such as .png, got {args.grid!r}.")
-    for path in filter(None, (args.output, args.grid)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if args.classifier or args.dinov2 or args.inception:  # what the reference shows them is kept there
+        check_output("--cache_dir", str(args.cache_dir), is_folder=True)
+    for flag, path in (("--output", args.output), ("--grid", args.grid)):
+        if path is not None:
+            check_output(flag, path)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def take_up_rivals(report, pipe, images, args, accelerator):

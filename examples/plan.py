@@ -20,10 +20,12 @@ from diffusers_dualrate import DualRatePipeline, evaluation, sources
 from diffusers_dualrate.arguments import add_data_flags, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
+from diffusers_dualrate.flops import network_flops
 from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
 from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
 from diffusers_dualrate.planning import UNITS, plan_for
-from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.ranges import check_output
 from diffusers_dualrate.records import read_json
 
 PLAN, TRAINING = "plan.json", "training.json"
@@ -53,8 +55,11 @@ def parse_args(argv=None):
 
 def check(args):
     """Refuse, before anything is computed, what could not be kept or judged."""
+    check_output("--output", args.output, is_folder=True)
+    if args.cache_dir is not None:
+        check_output("--cache_dir", args.cache_dir, is_folder=True)
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output must be a new or an empty folder, and {args.output!r} holds something.")
     has_data = bool(args.dataset_name or args.train_data_dir)
     if bool(args.classifier) != has_data:
@@ -106,6 +111,7 @@ def main(args):
     if accelerator.num_processes > 1:
         raise ValueError(f"A plan is chosen by one process, and there are {accelerator.num_processes}.")
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
+    print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     criterion = make_criterion(args, pipe, accelerator) if args.classifier else None
     pipe.set_progress_bar_config(desc="plans")
     planned = plan_for(
@@ -124,7 +130,7 @@ def main(args):
     print(f"\n{choice.plan}\n")
     print(f"{order} order, guidance {'at all steps' if interval is None else f'at log-SNR {interval}'}")
     print(f"{choice.cost:.4g} of {args.budget:g} {args.unit}, {planned.criterion} {choice.score:.4g}")
-    print(f"Tried {len(planned.tried)} plans. The model is in {Path(args.output).resolve()}.")
+    print(f"Plans tried: {len(planned.tried)}. The model is in {Path(args.output).resolve()}.")
     return planned
 
 

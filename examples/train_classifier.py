@@ -23,7 +23,7 @@ from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.data import LabelledImages
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
-from diffusers_dualrate.ranges import check_integer, check_number
+from diffusers_dualrate.ranges import LONGEST_SIDE, MOST_AT_ONCE, check_integer, check_number, check_output
 from diffusers_dualrate.records import build
 from diffusers_dualrate.sources import open_images
 
@@ -76,12 +76,16 @@ def measure_accuracy(
 def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[str, float]:
     if not 0 < args.held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {args.held_out}.")
-    for name in ("max_train_steps", "train_batch_size"):
-        check_integer(name, getattr(args, name), least=1)
-    check_number("learning_rate", args.learning_rate, above=0)
+    check_integer("max_train_steps", args.max_train_steps, least=1)
+    check_integer("train_batch_size", args.train_batch_size, 1, MOST_AT_ONCE)
+    if args.resolution is not None:
+        check_integer("resolution", args.resolution, 1, LONGEST_SIDE)
+    check_number("learning_rate", args.learning_rate, above=0, most=1)
     check_number("weight_decay", args.weight_decay, least=0)
-    check_integer("seed", args.seed, least=0)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    check_integer("seed", args.seed, least=0, most=2**63 - 1)
+    if Path(args.output).suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors, got {args.output!r}.")
+    check_output("--output", args.output)
     preset = read_preset(find_preset(args.preset, PRESETS), ("denoiser", "training"))
     images = open_images(
         Data(**select(args, Data)),
@@ -116,6 +120,8 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[
         x, labels = fetch(images, step, [seen[row] for row in rows])
         loss = cross_entropy(classifier(x.to(device)), labels.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
+        if not loss.isfinite():
+            raise ValueError(f"The training diverged at step {step}, and no file is written: lower --learning_rate.")
         loss.backward()
         optimizer.step()
         lr_scheduler.step()
@@ -126,6 +132,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[
     accuracy = measure_accuracy(classifier, images, held_out, args.train_batch_size, device)
     recipe = ("held_out", "max_train_steps", "train_batch_size", "learning_rate", "weight_decay", "seed")
     facts = {"held_out_images": num_held_out, "held_out_accuracy": accuracy}
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     classifier.cpu().save(args.output, **facts, **{name: getattr(args, name) for name in recipe})
     print(f"accuracy on {num_held_out:,} images held out: {accuracy:.1%}")
     print(f"{args.output}: SHA-256 {file_hash(args.output)}")

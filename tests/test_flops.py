@@ -17,12 +17,14 @@ from diffusers_dualrate.flops import (
     context_flops,
     image_flops,
     network_flops,
+    plan_cost,
     target_flops,
     training_image_flops,
 )
 from diffusers_dualrate.losses import ContextTimes, Schedule, denoising_loss, draw
 from diffusers_dualrate.pair import TrainablePair
 from diffusers_dualrate.recipes import PairRecipe
+from diffusers_dualrate.refreshes import RefreshPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,6 +165,49 @@ def test_an_image_costs_its_light_steps_and_refreshes_twice_under_guidance():
         assert guided == 2 * plain
     assert plain > 4 * cost
     assert image_flops(denoiser, num_inference_steps=10, num_context_steps=3) == 10 * light
+
+
+def test_a_plan_costs_its_refreshes_its_steps_and_those_before_the_first_each_once_for_every_branch():
+    """In prices of which each kind shows its own digits. Kills: a kind at another's price, a refresh that looks at its own step
+    alone or beyond the next one, the light network counted at refreshes where it rests or not counted elsewhere."""
+    plan, prices = RefreshPlan((False, True, False, False, True, False)), (1000, 10, 1)
+    assert plan_cost(plan, *prices) == 2051
+    assert plan_cost(plan, *prices, encoder_denoises=True) == 2031
+    for guided, expected in (([2], 3061), ([4], 3061), ([0], 2052), ([3, 5], 4071), (range(6), 4102)):
+        assert plan_cost(plan, *prices, guided=[step in guided for step in range(6)]) == expected
+    assert plan_cost(plan, *prices, guided=[False] * 4 + [True, False], encoder_denoises=True) == 3031
+    assert plan_cost(RefreshPlan((False,) * 3), 1000, 10, 10, guided=[True, False, False]) == 40
+
+
+def test_steps_before_the_first_context_cost_the_light_network_without_one():
+    encoder, denoiser = load("tiny")
+    cost = image_flops(denoiser, encoder, num_inference_steps=10, num_context_steps=3, num_steps_alone=4)
+    heavy, opening = network_flops(encoder) + context_flops(denoiser), network_flops(denoiser, with_context=False)
+    assert cost == 3 * heavy + 6 * network_flops(denoiser) + 4 * opening
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_cost_of_training_has_its_closed_form_in_heavy_light_and_projection(p):
+    """Kills: 2 or 3 made another number, a sign, 1 − p dropped from or set at any term."""
+    encoder, denoiser = load("emoji32")
+    heavy, light, projection = network_flops(encoder), network_flops(denoiser), context_flops(denoiser)
+
+    def cost(**options):
+        return training_image_flops(denoiser, encoder, context_dropout=p, **options)
+
+    assert cost() == 3 * light + (1 - p) * 3 * (heavy + projection)
+    assert cost(frozen=True) == 3 * light + (1 - p) * (heavy + 2 * projection)
+    assert cost(frozen=True, followed=True) == 3 * light + (1 - p) * (2 * heavy + 3 * projection)
+
+
+def test_blocks_of_each_kind_have_the_multiply_adds_of_their_formula():
+    """(2 c + 9) c, 18 c², 12 c² + 2 H² c a pixel, at both sides of a level but the middle. Kills: any of these numbers changed."""
+    shape = {"in_channels": 3, "sample_size": (16, 32), "patch_size": 2, "level_blocks": [2, 1, 3]}
+    shape |= {"level_channels": [8, 16, 32], "attention_head_dim": 8, "embedding_dim": 12}
+    with torch.device("meta"):
+        network = UViTDenoiser(**shape, level_types=["depthwise", "res", "transformer"])
+    expected = 2 * 2 * (2 * 8 + 9) * 8 * 128 + 2 * 18 * 16**2 * 32 + 3 * (12 * 32**2 * 8 + 2 * 8**2 * 32)
+    assert block_multiply_adds(network) == expected
 
 
 class Allocations(TorchDispatchMode):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,6 +260,17 @@ def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_rec
     train("single", folder, tmp_path, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
 
 
+def test_a_warm_up_as_long_as_the_training_is_told_of(folder, tmp_path):
+    script = train_single_rate
+    for steps, is_short in ((5, True), (6, False)):
+        told = arguments(folder, tmp_path, "--lr_warmup_steps", 5, "--max_train_steps", steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            configure(script.parse_args(told), "train_single_rate")
+        said = "lr_warmup_steps is 5 and max_train_steps 5: the learning rate never reaches its peak."
+        assert [str(warning.message) for warning in caught] == [said] * is_short
+
+
 def test_an_empty_output_folder_is_refused_instead_of_the_current_one(folder):
     with pytest.raises(ValueError, match="--output_dir is empty, and must name a folder"):
         train("single", folder, "")
@@ -373,6 +385,7 @@ def test_a_run_says_what_it_learns_from(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "images: 12, number of classes: 2" in printed and "classes: 'cat' 6, 'dog' 6" in printed
     assert "left out 1" in printed and "notes.txt" in printed
+    assert "steps 0 to 1, each of 8 images, on 1 process\n" in printed
 
 
 def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
@@ -411,7 +424,7 @@ def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pip
     pipe = make_pipe(num_classes=3)
     sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
     sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
-    with pytest.raises(ValueError, match="3 classes and the data 4"):
+    with pytest.raises(ValueError, match="3 classes, and the data has 4"):
         sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
 
 
@@ -468,6 +481,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
     assert find_damage(tmp_path / "checkpoint-2") is None
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none(folder, tmp_path, at_loss):
+    at_loss("dual", 2, lambda result: result.loss.mul_(float("nan")))
+    with pytest.raises(ValueError, match="^The training diverged at step 1; no checkpoint had been saved\\.$"):
+        train("dual", folder, tmp_path)
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, at_loss):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -499,7 +518,10 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--label_column", "kind"], "no column 'kind'"),
         (["--num_classes", 1], "has the label 1 in the column 'label', outside of the 1 classes"),
         (["--num_classes", 1, "--streaming"], "column 'label' names 2 classes, more than the 1 given"),
-        (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
+        (
+            ["--gradient_accumulation_steps", 3],
+            "train_batch_size 8 is not divisible by 3: processes times parts of a step, 1 x 3",
+        ),
         (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
         (["--override", "distillation.guidance_scale=3"], "'distillation.guidance_scale=3' has no effect here: this "),
         (["--num_classes", 2, "--label_column", ""], "--num_classes 2 needs --label_column"),
@@ -509,23 +531,35 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--checkpoints_total_limit", 0], "checkpoints_total_limit must be an integer of at least 1, got 0"),
         (["--max_train_steps", 0], "max_train_steps must be an integer of at least 1, got 0"),
         (["--max_train_steps", -1], "max_train_steps must be an integer of at least 1, got -1"),
-        (["--learning_rate", 0], "learning_rate must be a finite number above 0, got 0.0"),
-        (["--learning_rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+        (["--learning_rate", 0], r"learning_rate must be a finite number in \(0, 1\], got 0.0"),
+        (["--learning_rate", "nan"], r"learning_rate must be a finite number in \(0, 1\], got nan"),
         (["--ema_decay", 1.5], r"ema_decay must be a finite number in \[0, 1\), got 1.5"),
         (["--max_grad_norm", -1], "max_grad_norm must be a finite number above 0, got -1.0"),
         (["--lr_warmup_steps", -3], "lr_warmup_steps must be an integer of at least 0, got -3"),
         (["--lr_scheduler", "piecewise_constant"], "lr_scheduler must be one of 'constant', "),
         (["--validation_steps", -1], "validation_steps must be an integer of at least 0, got -1"),
-        (["--train_batch_size", 0], "train_batch_size must be an integer of at least 1, got 0"),
+        (["--train_batch_size", 0], "train_batch_size must be an integer in .*, got 0"),
         (["--seed", -1], "seed must be an integer"),
         (["--shuffle_buffer", 0], "shuffle_buffer must be an integer of at least 1, got 0"),
-        (["--num_classes", 0], "num_classes must be an integer of at least 1, got 0"),
-        (["--resolution", 0], "resolution must be an integer of at least 1, got 0"),
-        (["--dataloader_num_workers", -1], "dataloader_num_workers must be an integer of at least 0, got -1"),
+        (["--train_batch_size", 10**9], r"train_batch_size must be an integer in \[1, 1048576\], got 1000000000"),
+        (
+            ["--override", "training.train_batch_size=1000000000"],
+            r"train_batch_size must be an integer in \[1, 1048576\]",
+        ),
+        (["--resolution", 100_000], r"resolution must be an integer in \[1, 16384\], got 100000"),
+        (["--num_classes", 10**9], r"num_classes must be an integer in \[1, 1048576\], got 1000000000"),
+        (
+            ["--dataloader_num_workers", 10**6],
+            r"dataloader_num_workers must be an integer in \[0, 1024\], got 1000000",
+        ),
+        (["--num_classes", 0], "num_classes must be an integer in .*, got 0"),
+        (["--resolution", 0], "resolution must be an integer in .*, got 0"),
+        (["--dataloader_num_workers", -1], "dataloader_num_workers must be an integer in .*, got -1"),
         (["--max_image_pixels", 0], "max_image_pixels must be an integer of at least 1, got 0"),
         (["--report_to", "wandb"], "The tracker 'wandb' is not installed: pip install wandb"),
         (["--report_to", "paper"], "report_to must be one of 'all', 'aim', "),
         (["--num_inference_steps", 0], "num_inference_steps must be an integer of at least 1, got 0"),
+        (["--guidance_scale", 3, "--label_column", ""], "--guidance_scale 3.0 needs classes: give --label_column"),
         (["--guidance_scale", 0.5], "guidance_scale must be a finite number of at least 1, got 0.5"),
         (["--num_context_steps", 2], "--num_context_steps 2 is for a pair: this is one network"),
         (["--override", "training.label_dropout=2"], r"label_dropout must be a finite number in \[0, 1\], got 2"),
@@ -535,7 +569,29 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--override", "denoiser.sample_size=8"], "sample_size must be the same in both networks, got 16 and 8"),
         (["--override", 'training.augmentation={"zoom":2}'], "augmentation has no value 'zoom'; it has background"),
         (["--preset", "nowhere"], "--preset 'nowhere' is neither a file nor one of digits8, emoji32, "),
-        (["--output_dir", __file__], "test_training.py' is a file, and must be a folder"),
+        (["--output_dir", __file__], "--output_dir must be a folder, but '.*test_training.py' is none"),
+        (["--output_dir", f"{__file__}/run"], "--output_dir is '.*/run', but '.*test_training.py' is no folder"),
+        (["--cache_dir", f"{__file__}/run"], "--cache_dir is '.*/run', but '.*test_training.py' is no folder"),
+        (["--output_dir", "/proc/run"], "--output_dir is '/proc/run', which cannot be written"),
+        (["--dataset_name", "digits"], "--dataset_name digits and --train_data_dir .* give one of them"),
+        (["--hub_model_id", "org/name"], "--hub_model_id org/name has no effect without --push_to_hub"),
+        (["--push_to_hub"], "--push_to_hub needs the Hub, but HF_HUB_OFFLINE is set"),
+        (["--push_to_hub", "--hub_model_id", "no name"], "Repo id must use alphanumeric"),
+        (["--learning_rate", 1e30], r"learning_rate must be a finite number in \(0, 1\], got 1e\+30"),
+        (
+            ["--override", "training.context_from=0.5"],
+            r"'training.context_from=0.5' names no value of the preset .*tiny.json\.$",
+        ),
+        (
+            ["--override", "training.num_inference_steps=2"],
+            "did you mean --num_inference_steps or sampling.num_inference_steps",
+        ),
+        (["--override", "distillation.ema_decay=0.5"], "did you mean --ema_decay or training.ema_decay"),
+        (["--override", "training.learnign_rate=0.5"], "did you mean training.learning_rate"),
+        (
+            ["--override", "training.ema_decay=0.5", "--ema_decay", 0.9],
+            "--ema_decay 0.9 and the override 'training.ema_decay=0.5' set one value twice",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path, options, message, at_loss):
@@ -549,6 +605,11 @@ def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path,
     ("options", "message"),
     [
         (["--num_context_steps", 99], r"num_context_steps must be an integer in \[1, 4\], got 99"),
+        (["--override", "training.context_from=0.5"], "names no value of the preset .*; did you mean --context_from"),
+        (
+            ["--override", "training.num_context_steps=2"],
+            "did you mean --num_context_steps or sampling.num_context_steps",
+        ),
         (["--override", "sampling.num_context_steps=99"], r"num_context_steps must be an integer in \[1, 4\], got 99"),
         (["--context_dropout", 2], r"context_dropout must be a finite number in \[0, 1\], got 2.0"),
         (["--context_dropout", -0.1], r"context_dropout must be a finite number in \[0, 1\], got -0.1"),

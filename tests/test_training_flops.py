@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PRESET
 from diffusers_dualrate import losses, moment_matching
-from diffusers_dualrate.flops import distillation_image_flops, training_flops
+from diffusers_dualrate.flops import context_flops, distillation_image_flops, network_flops, training_flops
 from diffusers_dualrate.pair import TrainablePair
 from diffusers_dualrate.recipes import DistillationRecipe, PairRecipe
 from distill import Distillation
@@ -82,6 +82,25 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
         counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **told))
     for phase, flops in counted.items():
         assert 0.985 < flops / cost[phase] < 1.001, (phase, flops / cost[phase])
+
+
+@pytest.mark.parametrize(("scale", "judged"), [(1.0, 1), (2.0, 2)])
+def test_the_cost_of_each_phase_has_its_closed_form_in_the_networks(networks, scale, judged):
+    """With N = 6 and K = 2, a segment has 3 steps. Kills: the projection or the encoder once more or less in any phase."""
+    encoder, denoiser, teacher = networks
+    heavy, light, judge = (network_flops(network) for network in networks)
+    projection, steps = context_flops(denoiser), {"num_inference_steps": N, "num_context_steps": K}
+
+    def cost(**told):
+        return distillation_image_flops(denoiser, encoder, teacher, make_recipe(**steps, guidance_scale=scale, **told))
+
+    segment, predict = 2 * light, light + heavy + projection
+    for full_rollout, before in ((False, 0), (True, 3 * light + heavy + projection)):
+        assert cost(full_rollout=full_rollout) == {
+            "pretraining": 3 * light + 2 * projection + heavy,
+            "auxiliary": before + segment + predict + (judged + 3) * judge,
+            "student": before + segment + 3 * predict + (judged + 1) * judge,
+        }
 
 
 @pytest.mark.parametrize("freeze_encoder", [False, True])

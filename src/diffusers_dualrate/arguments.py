@@ -6,26 +6,30 @@ it overrides the preset.
 
 import argparse
 import dataclasses
+import difflib
 import json
+import warnings
 from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .configuration import PARTS_OF_A_RUN, Configuration, Data, Networks, Options, Sampling, Start
 from .folders import check_output_dir
-from .ranges import check_choice, check_integer
+from .ranges import LONGEST_SIDE, check_choice, check_integer, check_output
 from .recipes import LR_SCHEDULERS, RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
 from .records import build, read_json
+from .repositories import check_hub
 
 _SECTIONS = ("context_encoder", "denoiser", "scheduler", "training", "sampling", "distillation")
 
 
-def argument_parser(description: str, *, presets: Path) -> argparse.ArgumentParser:
+def argument_parser(description: str, *, presets: Path, steps: str = "Number of steps.") -> argparse.ArgumentParser:
     """Flags of every training example.
 
     Args:
         description: What the example does.
         presets: Folder of the presets that may be named without path and ending.
+        steps: What `--max_train_steps` counts.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -61,7 +65,7 @@ def argument_parser(description: str, *, presets: Path) -> argparse.ArgumentPars
         type=int,
         help="Images per process and forward pass; default: the preset's global batch, divided.",
     )
-    recipe.add_argument("--max_train_steps", type=int, help="Number of steps.")
+    recipe.add_argument("--max_train_steps", type=int, help=steps)
     recipe.add_argument("--learning_rate", type=float, help="Peak learning rate of AdamW.")
     recipe.add_argument("--lr_scheduler", help=f"Its course: {', '.join(LR_SCHEDULERS)}.")
     recipe.add_argument("--lr_warmup_steps", type=int, help="Steps in which it rises.")
@@ -120,10 +124,12 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     kind, path = RECIPES[script], find_preset(args.preset, args.presets)
     sections = read_preset(path, (*_SECTIONS[:3], kind.section))
     if args.resolution is not None:  # first, since an override names one value
-        resize(sections, check_integer("resolution", args.resolution, least=1))
+        resize(sections, check_integer("resolution", args.resolution, 1, LONGEST_SIDE))
     followed = {*_SECTIONS[:3], kind.section} | (set() if kind is DistillationRecipe else {"sampling"})
+    settable = _fields(kind) | _fields(Sampling)
+    flags = {name: value for name, value in vars(args).items() if name in settable}
     for override in args.override:
-        apply_override(sections, override, path, followed)
+        apply_override(sections, override, path, followed, flags)
     recipe, sampling = sections[kind.section], sections.get("sampling", {})
     if kind is SingleRateRecipe:  # a preset's recipe is that of a pair
         recipe = {name: value for name, value in recipe.items() if name not in _fields(PairRecipe) - _fields(kind)}
@@ -133,10 +139,15 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     recipe = recipe | given(args, _fields(kind) - {"train_batch_size"})
     if kind is not DistillationRecipe:  # a student samples as it was distilled
         sampling = sampling | given(args, _fields(Sampling))
+        if (args.guidance_scale or 1) > 1 and not args.label_column:
+            raise ValueError(f"--guidance_scale {args.guidance_scale} needs classes: give --label_column.")
+    for flag, folder in (("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir)):
+        if folder is not None:
+            check_output(flag, folder, is_folder=True)
     check_output_dir(args.output_dir, args.train_data_dir or args.dataset_name)
     if args.report_to not in (None, "all"):
         check_tracker(args.report_to)
-    return Configuration(
+    configuration = Configuration(
         script=script,
         preset=path.stem,
         overrides=tuple(args.override),
@@ -147,6 +158,15 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
         data=Data(**select(args, Data)),
         options=Options(**select(args, Options), images_per_process=args.train_batch_size),
     )
+    warmup, steps = configuration.recipe.lr_warmup_steps, configuration.recipe.max_train_steps
+    if warmup >= steps:
+        warnings.warn(
+            f"lr_warmup_steps is {warmup} and max_train_steps {steps}: the learning rate never reaches its peak.",
+            stacklevel=2,
+        )
+    if configuration.options.push_to_hub:  # last, as only this asks another machine
+        check_hub("--push_to_hub", configuration.options.repository)
+    return configuration
 
 
 def given(args: argparse.Namespace, names: set[str]) -> dict:
@@ -205,20 +225,36 @@ def resize(sections: dict, side: int) -> None:
             scheduler[name] = side
 
 
-def apply_override(sections: dict, override: str, path: Path, followed: set[str]) -> None:
+def apply_override(sections: dict, override: str, path: Path, followed: set[str], flags: dict) -> None:
     """Put one `section.name=value` into a preset.
 
+    Args:
+        sections: Of the preset; changed in place.
+        override: What was given.
+        path: Where the preset lies, to name it.
+        followed: Parts that the script reads.
+        flags: Values of the flags that the script has, `None` for those that were not given.
+
     Raises:
-        ValueError: If it names no value of the preset, or one of a part that is not followed, or the value is no JSON.
+        ValueError: If it names no value of the preset, or one of a part that is not followed, or one that a flag was
+            given for, too, or the value is no JSON.
     """
     key, _, value = override.partition("=")
     part, _, name = key.partition(".")
+    others = [f"{place}.{name}" for place in sorted(followed) if name in sections.get(place, {})]
+    others = [f"--{name}", *others] if name in flags else others
+    others = others or [f"{part}.{near}" for near in difflib.get_close_matches(name, sections.get(part, {}), 1, 0.8)]
+    hint = f"; did you mean {' or '.join(others)}?" if others else "."
     if part in _SECTIONS and part not in followed:
         raise ValueError(
-            f"The override {override!r} has no effect here: this script follows {', '.join(sorted(followed))}."
+            f"The override {override!r} has no effect here: this script follows {', '.join(sorted(followed))}{hint}"
         )
     if name not in sections.get(part, {}):
-        raise ValueError(f"The override {override!r} names no value of the preset {path}.")
+        raise ValueError(f"The override {override!r} names no value of the preset {path}{hint}")
+    if flags.get(name) is not None:
+        raise ValueError(
+            f"--{name} {flags[name]} and the override {override!r} set one value twice: give one of them."
+        )
     try:
         sections[part][name] = json.loads(value)
     except json.JSONDecodeError as error:

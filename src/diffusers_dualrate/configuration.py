@@ -17,7 +17,7 @@ import torch
 from .decoding import MAX_IMAGE_PIXELS
 from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
-from .ranges import check_boolean, check_integer, check_number
+from .ranges import MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .recipes import RECIPES, Recipe
 from .records import build, fill_in
 from .scheduler import DualRateScheduler
@@ -29,6 +29,7 @@ PARTS_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "
 # What makes a run this one, by the sections of the file; in options and data nothing but these.
 _IDENTIFYING_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
 _IDENTIFYING_DATA = ("image_column", "label_column")
+_MOST_WORKERS = 1024  # more processes than a machine starts for one that trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +146,16 @@ class Data:
     dataloader_num_workers: int = 0
 
     def __post_init__(self):
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir} are two sources of images: "
+                "give one of them."
+            )
         check_integer("shuffle_buffer", self.shuffle_buffer, least=1)
         check_integer("max_image_pixels", self.max_image_pixels, least=1)
-        check_integer("dataloader_num_workers", self.dataloader_num_workers, least=0)
+        check_integer("dataloader_num_workers", self.dataloader_num_workers, 0, _MOST_WORKERS)
         if self.num_classes is not None:
-            check_integer("num_classes", self.num_classes, least=1)
+            check_integer("num_classes", self.num_classes, 1, MOST_AT_ONCE)
             if not self.label_column:
                 raise ValueError(f"--num_classes {self.num_classes} needs --label_column, which names the classes.")
         if self.streaming and self.dataloader_num_workers > 1:
@@ -192,17 +198,20 @@ class Options:
 
     def __post_init__(self):
         if self.images_per_process is not None:
-            check_integer("train_batch_size", self.images_per_process, least=1)
+            check_integer("train_batch_size", self.images_per_process, 1, MOST_AT_ONCE)
         check_integer("seed", self.seed, least=0, most=2**32 - 1)
         check_integer("checkpointing_steps", self.checkpointing_steps, least=1)
         if self.checkpoints_total_limit is not None:
             check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
         check_integer("validation_steps", self.validation_steps, least=0)
         check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
-        if not self.output_dir:
-            raise ValueError("--output_dir is empty, and must name a folder.")
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise ValueError(f"--output_dir {self.output_dir!r} is a file, and must be a folder.")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
+
+    @property
+    def repository(self) -> str:
+        """Where the model is published, if it is: the output folder's own name where no other is given."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +276,8 @@ class Configuration:
         size, dropped = divided.recipe.train_batch_size, divided.recipe.share_without_context
         if size % parts:
             raise ValueError(
-                f"The preset's train_batch_size {size} is not divisible by {num_processes} processes times "
-                f"{self.options.gradient_accumulation_steps} parts of a step."
+                f"The preset's train_batch_size {size} is not divisible by {parts}: processes times parts of a step, "
+                f"{num_processes} x {self.options.gradient_accumulation_steps}."
             )
         if num_processes > 1 and size - parts < round(dropped * size) < size:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What a pipeline and its calls are given, checked as a whole before anything is computed."""
 
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from .chain import Chain
 from .defaults import SamplingDefaults, check_id2label, check_interval
 from .guidance import Guidance
 from .models import UViTContextEncoder, UViTDenoiser
-from .ranges import check_choice, check_integer, check_number
+from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Beyond this factor of the trained size the networks have seen nothing like the image.
 _FAR = 2
+_MOST_VALUES = 2**31 - 1  # of the images of a call: a tensor's 32-bit index counts no more
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,18 @@ def check_inputs(
         if batch_size not in (None, len(ids)):
             raise ValueError(f"batch_size is {batch_size!r}, but there are {len(ids)} class_labels.")
     each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-    if ids is None:
-        batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
-    else:
-        ids = [label for label in ids for _ in range(each)]
+    if ids is not None:
         batch_size = len(ids)
+    batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
     shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width))
+    most = _MOST_VALUES // math.prod(shape[1:])
+    if batch_size > most:
+        raise ValueError(
+            f"A call draws at most {most} images of {shape[2]}x{shape[3]}, got {batch_size} from batch_size or "
+            f"class_labels and num_images_per_prompt={each}."
+        )
+    if ids is not None:
+        ids = [label for label in ids for _ in range(each)]
     _check_generator(generator, batch_size)
     _check_latents(latents, shape)
     guidance = _check_guidance(guidance_scale, guidance_interval, ids)
@@ -117,9 +125,9 @@ def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -
     config = denoiser.config
     trained = denoiser.image_size
     stride = config.patch_size * 2 ** (len(config.level_channels) - 1)
-    height = trained[0] if height is None else check_integer("height", height)
-    width = trained[1] if width is None else check_integer("width", width)
-    if height < 1 or width < 1 or height % stride or width % stride:
+    height = trained[0] if height is None else check_integer("height", height, 1, LONGEST_SIDE)
+    width = trained[1] if width is None else check_integer("width", width, 1, LONGEST_SIDE)
+    if height % stride or width % stride:
         raise ValueError(f"height and width must be divisible by {stride}, got {height} and {width}.")
     ratios = [side / other for side, other in zip((height, width), trained, strict=True)]
     if max(ratios) > _FAR or min(ratios) < 1 / _FAR:

@@ -11,12 +11,13 @@ from diffusers.models import CacheMixin
 from diffusers.models.attention import AttentionMixin
 from torch import Tensor, nn
 
-from .ranges import check_boolean, check_integer, check_number
+from .ranges import LONGEST_SIDE, MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .repositories import RepositoryMixin, refuse_pickles
 from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm, start_at_zero
 
 # Far more than any network of this kind has in a level.
 _MOST_BLOCKS = 1000
+_MOST_CHANNELS = 2**16  # of a level, far beyond any network that trains
 
 
 class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -159,12 +160,15 @@ def _check_config(config) -> None:
     """Refuse arguments of the wrong type or out of range; what must fit together the trunk checks."""
     sides = config.sample_size
     for side in sides if isinstance(sides, (list, tuple)) and len(sides) == 2 else (sides,):
-        check_integer("sample_size", side, 1)
+        check_integer("sample_size", side, 1, LONGEST_SIDE)
     for name in ("in_channels", "patch_size", "attention_head_dim", "embedding_dim"):
-        check_integer(name, config[name], 1)
+        check_integer(name, config[name], 1, _MOST_CHANNELS)
     if config.num_classes is not None:
-        check_integer("num_classes, if it is not None for an unconditional model,", config.num_classes, 1)
-    ranges = {"level_channels": (1, None), "level_blocks": (0, _MOST_BLOCKS), "context_channels": (1, None)}
+        check_integer(
+            "num_classes, if it is not None for an unconditional model,", config.num_classes, 1, MOST_AT_ONCE
+        )
+    ranges = {"level_channels": (1, _MOST_CHANNELS), "level_blocks": (0, _MOST_BLOCKS)}
+    ranges["context_channels"] = ranges["level_channels"]
     for name, (least, most) in ranges.items():
         if name == "context_channels" and config[name] is None:
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .augmentation import Augmentation
-from .ranges import check_boolean, check_choice, check_integer, check_number
+from .ranges import MOST_AT_ONCE, check_boolean, check_choice, check_integer, check_number
 from .records import build
 from .refreshes import RefreshPlan, plan_segments
 
@@ -50,14 +50,14 @@ class Recipe:
     """Which part of a preset holds it."""
 
     def __post_init__(self):
-        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("learning_rate", self.learning_rate, above=0, most=1)
         check_integer("lr_warmup_steps", self.lr_warmup_steps, least=0)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             check_number(name, getattr(self, name), least=0, below=1)
         check_number("adam_epsilon", self.adam_epsilon, above=0)
         check_number("adam_weight_decay", self.adam_weight_decay, least=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
-        check_integer("train_batch_size", self.train_batch_size, least=1)
+        check_integer("train_batch_size", self.train_batch_size, 1, MOST_AT_ONCE)
         check_integer("max_train_steps", self.max_train_steps, least=1)
         if isinstance(self.augmentation, Mapping):
             object.__setattr__(self, "augmentation", build(Augmentation, "augmentation", self.augmentation))
@@ -176,7 +176,7 @@ class DistillationRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         check_integer("pretraining_steps", self.pretraining_steps, least=0)
-        check_number("pretraining_learning_rate", self.pretraining_learning_rate, above=0)
+        check_number("pretraining_learning_rate", self.pretraining_learning_rate, above=0, most=1)
         check_number("min_variance", self.min_variance, above=0)
         check_number("min_variance_share", self.min_variance_share, least=0)
         check_boolean("full_rollout", self.full_rollout)

@@ -6,6 +6,10 @@ import sys
 from collections.abc import Iterable
 from typing import Self
 
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+
 # What the Hub takes for a name: `model` or `owner/model`.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -73,6 +77,23 @@ def check_index(json_file: str | os.PathLike, index: dict, components: Iterable[
         if library in sys.modules and not hasattr(sys.modules[library], class_name):
             raise ValueError(f"{json_file} names {class_name} as the class of {name}, which {library} has not.")
     return index
+
+
+def check_hub(flag: str, name: str) -> None:
+    """Refuse to publish where nothing can be: no such name, no Hub within reach, or no valid token. Nothing is made.
+
+    Args:
+        flag: What asks for it.
+        name: Repository to publish in.
+    """
+    validate_repo_id(name)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{flag} needs the Hub, but HF_HUB_OFFLINE is set: publish the finished model later.")
+    try:
+        HfApi().whoami()
+    except (OSError, HTTPError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{flag} needs the Hub at {constants.ENDPOINT}, which cannot be used: {said}") from error
 
 
 def refuse_pickles(safe_serialization: bool) -> None:

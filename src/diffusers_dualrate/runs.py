@@ -135,8 +135,7 @@ class Run:
         self._noted: dict[str, list[Tensor]] = {}
         if self.options.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
-            name = self.options.hub_model_id or self.output_dir.resolve().name
-            self._repo_id = create_repo(name, exist_ok=True).repo_id
+            self._repo_id = create_repo(self.options.repository, exist_ok=True).repo_id
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
@@ -208,8 +207,9 @@ class Run:
         try:
             yield
         except Exception as error:
-            if isinstance(error, OSError) and "last good state" not in str(error):  # a full disk, mostly
-                error.add_note(f"The run ended at step {self.step}; {tell_last_good_state(self.output_dir)}.")
+            # A full disk, mostly; where a checkpoint could not be written, the error says so by itself.
+            if isinstance(error, OSError) and (state := tell_last_good_state(self.output_dir)) not in str(error):
+                error.add_note(f"The run ended at step {self.step}; {state}.")
             for tracker in self.accelerator.trackers:  # what was logged is kept, where that can be
                 with contextlib.suppress(Exception):
                     tracker.finish()
@@ -247,9 +247,8 @@ class Run:
             flops = training_image_flops(self.averaged.denoiser, self.averaged.context_encoder, self.recipe)
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(describe_images(images))
-        accelerator.print(
-            f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
-        )
+        on = f"{n} processes" if (n := accelerator.num_processes) > 1 else "1 process"
+        accelerator.print(f"steps {self.step:,} to {self.recipe.num_steps:,}, each of {size:,} images, on {on}")
         accelerator.print(choose_threads(size // self.parts * max(counted.values())))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
@@ -385,6 +384,6 @@ class Run:
                 more = [FILE, "training.json", "samples/*"]
                 upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
         if num_corrupt:
-            self.accelerator.print(f"{num_corrupt} corrupt images were left out.")
+            self.accelerator.print(f"Corrupt images that were left out: {num_corrupt}.")
         self.accelerator.wait_for_everyone()
         return 0

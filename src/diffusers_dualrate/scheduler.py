@@ -253,6 +253,8 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         return DualRateSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x)
 
     def _log_snr_like(self, timesteps: Tensor, sample: Tensor) -> Tensor:
+        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps <= len(self))).all():  # nor NaN
+            raise ValueError(f"timesteps must be finite numbers in [0, {len(self)}], got {timesteps.tolist()}.")
         log_snr = self.log_snr(timesteps.to(device=sample.device, dtype=torch.float32))
         return log_snr.reshape(-1, *[1] * (sample.ndim - 1))
 

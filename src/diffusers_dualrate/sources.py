@@ -67,7 +67,7 @@ def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | St
     ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
     if ours != theirs:
         raise ValueError(
-            f"{name} has {theirs or 'no'} classes and the data {ours or 'no'}: see --label_column, --num_classes."
+            f"{name} has {theirs or 'no'} classes, and the data has {ours or 'none'}: see --label_column, --num_classes."
         )
     names = images.id2label or {}
     named = pipe.id2label.keys() & names.keys()
