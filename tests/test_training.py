@@ -198,7 +198,9 @@ def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_
     printed = capsys.readouterr().out
     assert "denoiser: 10,075 parameters, 0.5 MFLOP per image and evaluation" in printed
     first, second = (Image.open(tmp_path / "with/samples" / f"000000{step}.png") for step in (2, 4))
-    assert first.size == (8 * 16, 4 * 16) and first.tobytes() != second.tobytes()
+    # Enlarged six times, each under the name of its class.
+    assert first.size == (8 * (96 + 4) + 4, 4 * (14 + 96 + 4) + 4) and first.tobytes() != second.tobytes()
+    assert f"a grid of samples every 2 steps: {tmp_path / 'with/samples'}" in printed
 
 
 @pytest.mark.parametrize("way", [["--dataloader_num_workers", 2], ["--streaming", "--dataloader_num_workers", 1]])

@@ -47,7 +47,11 @@ def argument_parser(description: str, *, presets: Path) -> argparse.ArgumentPars
     )
     run.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between checkpoints.")
     run.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest this many.")
-    run.add_argument("--validation_steps", type=int, default=1000, help="Steps between sample grids; 0 for none.")
+    run.add_argument(
+        "--validation_steps",
+        type=int,
+        help="Steps between sample grids, 0 for none; default: a quarter of the run, at most 1000.",
+    )
     run.add_argument("--report_to", help="A tracker of Accelerate's, such as tensorboard, or 'all'.")
     run.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: Accelerate's setting.")
     run.add_argument(

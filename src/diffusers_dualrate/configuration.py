@@ -7,6 +7,7 @@ preset, so a run can be repeated by `--preset configuration.json`. What happened
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -22,6 +23,8 @@ from .records import build, fill_in
 from .scheduler import DualRateScheduler
 
 FILE = "configuration.json"
+# What the Hub calls a data set.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ class Data:
     def hub_name(self) -> str | None:
         """Name of the data set on the Hub; `None` for what lies on this machine, or is made by a library."""
         name = self.dataset_name
-        return None if name is None or Path(name).exists() or "/" not in name else name
+        return None if name is None or Path(name).exists() or not _HUB_NAME.fullmatch(name) else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ class Options:
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int | None = None
-    validation_steps: int = 1000
+    validation_steps: int | None = None
     report_to: str | None = None
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
@@ -190,7 +193,8 @@ class Options:
         check_integer("checkpointing_steps", self.checkpointing_steps, least=1)
         if self.checkpoints_total_limit is not None:
             check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
-        check_integer("validation_steps", self.validation_steps, least=0)
+        if self.validation_steps is not None:
+            check_integer("validation_steps", self.validation_steps, least=0)
         check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
         if not self.output_dir:
             raise ValueError("--output_dir is empty, and must name a folder.")
@@ -276,12 +280,12 @@ class Configuration:
 
     @classmethod
     def from_json(cls, content: dict) -> Self:
-        """What `to_json` made, and nothing else.
+        """What `to_json` made, and nothing else; what a run found by itself, `found` in its file, is left out.
 
         Raises:
             ValueError: If a part is missing, unknown or out of its range.
         """
-        content = dict(content)
+        content = {name: value for name, value in content.items() if name != "found"}
         kind = next((RECIPES[name] for name in RECIPES if content.get("script") == name), None)
         if kind is None:
             raise ValueError(f"script must be one of {', '.join(RECIPES)}, got {content.get('script')!r}.")

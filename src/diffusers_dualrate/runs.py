@@ -40,13 +40,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .batches import DealtBatches, ShuffledIndices
+from .cards import write_first_card
 from .checkpoints import (
     gather,
     keep_newest,
@@ -57,13 +55,17 @@ from .checkpoints import (
     tell_last_good_state,
 )
 from .claims import Claim
-from .configuration import FILE, Configuration
+from .commands import next_commands
+from .configuration import Configuration
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .models import UViTContextEncoder, UViTDenoiser
+from .pictures import draw_grid
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
+from .progress import Progress
+from .repositories import claim_repository, upload_model
 from .streams import StreamedImages, Stretch
 from .training import TrainablePair, fingerprint_of, sample_images
 
@@ -128,10 +130,10 @@ class Run:
         self.is_stopping = False
         self._signal: int | None = None
         self._noted: dict[str, list[Tensor]] = {}
+        self._repo_id: str | None = None
         if self.options.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
-            name = self.options.hub_model_id or self.output_dir.resolve().name
-            self._repo_id = create_repo(name, exist_ok=True).repo_id
+            self._repo_id = claim_repository(self.options.hub_model_id or self.output_dir.resolve().name)
 
     def _record(self, models):
         """What configuration.json holds: what the run was told, and what it found at the start."""
@@ -197,12 +199,8 @@ class Run:
         self.pipeline.set_progress_bar_config(disable=True)
         self._announce()
         self._seconds, self._started, self._logged_step = 0.0, time.perf_counter(), self.step
-        self._progress = tqdm(
-            initial=self.step,
-            total=self.recipe.num_steps,
-            disable=not self.accelerator.is_local_main_process,
-            unit="step",
-        )
+        self._first_step = self.step
+        self._progress = Progress(self.step, self.recipe.num_steps, self.accelerator.is_local_main_process)
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -257,6 +255,17 @@ class Run:
             f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
         accelerator.print(choose_threads(size // self.parts * max(counted.values())))
+        if self._validation_steps:
+            accelerator.print(
+                f"a grid of samples every {self._validation_steps:,} steps: {self.output_dir / 'samples'}"
+            )
+
+    @property
+    def _validation_steps(self) -> int:
+        """Steps between grids of samples: as told, else four times in a run, and every 1,000 steps in a long one."""
+        if self.options.validation_steps is not None:
+            return self.options.validation_steps
+        return max(1, min(1_000, self.recipe.num_steps // 4))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
@@ -302,15 +311,17 @@ class Run:
         self._seconds += elapsed
         self._seconds_in_all += elapsed
         self.step += 1
-        self._progress.update()
+        self._progress.advance()
         is_last = self.is_stopping or self.step == self.recipe.num_steps
         if is_last or self.step % LOGGING_STEPS == 0:
             self._log(scalars)
+        elif self._logged_step == self._first_step:  # until the first log, of this process alone
+            self._progress.show({name: torch.stack(values).mean().item() for name, values in self._noted.items()})
         if is_last or self.step % self.options.checkpointing_steps == 0:
             save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
-        if self.options.validation_steps and self.step % self.options.validation_steps == 0:
+        if self._validation_steps and self.step % self._validation_steps == 0:
             self._draw()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
@@ -322,9 +333,7 @@ class Run:
         self.accelerator.log(
             means | scalars | {"images_per_second": speed, "images_seen": self.step * seen}, step=self.step
         )
-        self._progress.set_postfix(
-            {name: f"{value:.4f}" for name, value in means.items()} | {"images/s": f"{speed:.0f}"}
-        )
+        self._progress.show(means, speed)
         self._noted, self._seconds, self._logged_step = {}, 0.0, self.step
 
     def _update_averaged(self):
@@ -336,11 +345,11 @@ class Run:
         self._update_averaged()
         if not self.accelerator.is_main_process:
             return
-        images = sample_images(self.pipeline.to(self.accelerator.device))
+        images, names = sample_images(self.pipeline.to(self.accelerator.device))
         self.pipeline.to("cpu")
         path = self.output_dir / "samples" / f"{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_image_grid(images, rows=4, cols=8).save(path)
+        draw_grid(images, names).save(path)
         array = np.stack([np.asarray(image.convert("RGB")) for image in images])
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not every tracker of Accelerate's takes images
@@ -364,14 +373,15 @@ class Run:
         Returns:
             The exit status of the script: 0, or for a stopped run 128 and the signal's number, as a shell has it.
         """
+        accelerator = self.accelerator
         if self.step < self.recipe.num_steps:
-            self.accelerator.print(
+            accelerator.print(
                 f"Stopped at step {self.step} by a signal: --resume_from_checkpoint latest goes on from there."
             )
             return 128 + (self._signal or signal.SIGTERM)
         self._update_averaged()
         num_corrupt = self._count_corrupt()
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             self.pipeline.save_pretrained(self.output_dir)
             record = {
                 "network": network,
@@ -380,11 +390,13 @@ class Run:
                 "seconds": round(self._seconds_in_all, 1),
             }
             (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-            if self.options.push_to_hub:
-                self.pipeline.push_to_hub(self._repo_id)
-                more = [FILE, "training.json", "samples/*"]
-                upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
+            card = write_first_card(self.output_dir, self.pipeline, self._count, self._repo_id)
+            accelerator.print(f"The model is in {self.output_dir}, and its card is {card}.")
+            for line in next_commands(self.output_dir, self.configuration.to_json(), self.pipeline):
+                accelerator.print(line)
+            if self._repo_id is not None:
+                accelerator.print(f"It is published: {upload_model(self.output_dir, self._repo_id)}")
         if num_corrupt:
-            self.accelerator.print(f"{num_corrupt} corrupt images were left out.")
-        self.accelerator.wait_for_everyone()
+            accelerator.print(f"{num_corrupt} corrupt images were left out.")
+        accelerator.wait_for_everyone()
         return 0

@@ -226,10 +226,17 @@ def make_lr_scheduler(
     )
 
 
-def sample_images(pipeline: DualRatePipeline, *, count: int = 32, seed: int = 0) -> list[Image.Image]:
-    """Sample with the pipeline's own N and K; classes and seeds are the same at every call."""
+def sample_images(
+    pipeline: DualRatePipeline, *, count: int = 32, seed: int = 0
+) -> tuple[list[Image.Image], list[str] | None]:
+    """Sample as the pipeline does by default; classes and seeds are the same at every call.
+
+    Returns:
+        The images, and the name of each one's class where there are classes.
+    """
     num_classes = pipeline.denoiser.config.num_classes
     labels = [i * num_classes // count for i in range(count)] if num_classes else None
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     output = pipeline(class_labels=labels, batch_size=None if labels else count, generator=generators)
-    return cast(ImagePipelineOutput, output).images
+    names = [pipeline.id2label.get(label, str(label)) for label in labels] if labels else None
+    return cast(ImagePipelineOutput, output).images, names
