@@ -1,7 +1,6 @@
 """Distil a single-rate teacher into a student of few steps, Dual-Rate or single-rate, by Moment Matching.
 
-    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 \\
-        --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
+    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
 
 Without `--student` a Dual-Rate student is made: its encoder starts from the teacher and, frozen, lets a new denoiser learn
 by denoising first, for `pretraining_steps`. With it the student starts from a trained model: a pair, or a single-rate model
@@ -10,36 +9,9 @@ alternate, `max_train_steps` in all. The result is a folder that `DualRatePipeli
 weights and the student's N and K.
 """
 
-import copy
-import dataclasses
 from pathlib import Path
 
-import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.checkpoints import tell_last_good_state
-from diffusers_dualrate.configuration import Networks
-from diffusers_dualrate.losses import seed_of
-from diffusers_dualrate.moment_matching import (
-    auxiliary_loss,
-    draw_on_grid,
-    grid_denoising_loss,
-    grid_log_snr,
-    roll_out,
-    student_loss,
-)
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.runs import LOGGING_STEPS, Run
-
-SHARED = {"in_channels", "sample_size", "num_classes"}
-SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
-PROBES, TEACHER_STEPS = 32, 16
-# The student samples as it learns to: along the posterior, its predictions as they are.
-OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
+from diffusers_dualrate.flags import argument_parser
 
 
 def parse_args(argv=None):
@@ -64,6 +36,40 @@ def parse_args(argv=None):
     if args.lr_scheduler is not None:
         parser.error("argument --lr_scheduler: the learning rate of each phase falls linearly")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+import dataclasses
+
+import torch
+from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.checkpoints import tell_last_good_state
+from diffusers_dualrate.configuration import Networks
+from diffusers_dualrate.losses import seed_of
+from diffusers_dualrate.moment_matching import (
+    auxiliary_loss,
+    draw_on_grid,
+    grid_denoising_loss,
+    grid_log_snr,
+    roll_out,
+    student_loss,
+)
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.runs import LOGGING_STEPS, Run
+
+SHARED = {"in_channels", "sample_size", "num_classes"}
+SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
+PROBES, TEACHER_STEPS = 32, 16
+# The student samples as it learns to: along the posterior, its predictions as they are.
+OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
 
 
 class Distillation(training.TrainablePair):
@@ -341,4 +347,4 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

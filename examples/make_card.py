@@ -11,17 +11,11 @@ notes.json; without it the card says what the records know. Nothing else enters,
 import argparse
 from pathlib import Path
 
-from diffusers_dualrate.cards import make_card
-from diffusers_dualrate.commands import EVALUATION, GRID, evaluation_command
-from diffusers_dualrate.configuration import FILE
-from diffusers_dualrate.records import read_json
-from diffusers_dualrate.repositories import CARD, claim_repository, upload_model
-
-PRESETS, SHIPPED = Path(__file__).with_name("presets"), Path(__file__).parents[1] / "model_cards"
+from diffusers_dualrate.flags import HelpFormatter
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "folders", nargs="+", type=Path, help="Model folders with evaluation.json, and notes.json if there is one."
     )
@@ -31,6 +25,18 @@ def parse_args(argv=None):
     if args.hub_model_id and (not args.push_to_hub or len(args.folders) > 1):
         parser.error("argument --hub_model_id: it names the repository of one folder, with --push_to_hub")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+from diffusers_dualrate.cards import make_card
+from diffusers_dualrate.commands import EVALUATION, GRID, evaluation_command
+from diffusers_dualrate.configuration import FILE
+from diffusers_dualrate.records import read_json
+from diffusers_dualrate.repositories import CARD, claim_repository, upload_model
+
+PRESETS, SHIPPED = Path(__file__).with_name("presets"), Path(__file__).parents[1] / "model_cards"
 
 
 def read_measurement(folder):
@@ -77,4 +83,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -1,28 +1,15 @@
 """Train a Dual-Rate pair: a heavy context encoder and a light denoiser, jointly, on your own images.
 
-    accelerate launch examples/train_dual_rate.py --preset emoji32 --dataset_name examples/data/emoji32 \\
-        --label_column label --output_dir runs/dualrate-emoji32
+    accelerate launch examples/train_dual_rate.py --preset emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/dualrate-emoji32
 
 A trained single-rate model becomes a pair by `--pretrained_model_name_or_path model` and `--freeze_encoder`, or
 `--follow_encoder` where its own predictions are learned from. The result is a folder that
 `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
-import copy
 from pathlib import Path
 
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-
-from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser, training
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, following_loss, seed_of
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.runs import Run
-
-# Of the rows that follow the encoder: those at the end of a deterministic step, and of those with a lag even in log-SNR.
-FOLLOWING_SHARES = {"deterministic": 0.5, "even_in_log_snr": 0.25}
+from diffusers_dualrate.flags import argument_parser
 
 
 def parse_args(argv=None):
@@ -51,6 +38,25 @@ def parse_args(argv=None):
         "steps of the ancestral chain and of deterministic solvers.",
     )
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+
+from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser, training
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, following_loss, seed_of
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.runs import Run
+
+# Of the rows that follow the encoder: those at the end of a deterministic step, and of those with a lag even in log-SNR.
+FOLLOWING_SHARES = {"deterministic": 0.5, "even_in_log_snr": 0.25}
 
 
 def make_pair(configuration, start):
@@ -170,4 +176,4 @@ def train(run, pair, averaged, pipeline):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

@@ -1,25 +1,14 @@
 """Train a single-rate diffusion model: one of a preset's two networks alone, on your own images.
 
-    accelerate launch examples/train_single_rate.py --preset emoji32 --dataset_name examples/data/emoji32 \\
-        --label_column label --output_dir runs/single-rate-emoji32
+    accelerate launch examples/train_single_rate.py --preset emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/single-rate-emoji32
 
 With the heavy network this is the baseline, and later the teacher, of a Dual-Rate pair of the same preset. The result
 is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
-import copy
 from pathlib import Path
 
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-
-from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, seed_of
-from diffusers_dualrate.models import SINGLE_RATE
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.runs import Run
+from diffusers_dualrate.flags import argument_parser
 
 
 def parse_args(argv=None):
@@ -32,6 +21,23 @@ def parse_args(argv=None):
     )
     parser.add_argument("--pretrained_model_name_or_path", help="Trained single-rate model to start from.")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+
+from diffusers_dualrate import DualRatePipeline, UViTDenoiser, training
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, seed_of
+from diffusers_dualrate.models import SINGLE_RATE
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.runs import Run
 
 
 def make_network(configuration, start):
@@ -113,4 +119,4 @@ def train(run, network, averaged, pipeline):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import training
-from diffusers_dualrate.arguments import argument_parser, configure
+from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.batches import ShuffledIndices
+from diffusers_dualrate.flags import argument_parser
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
 from diffusers_dualrate.records import read_json
 

@@ -581,7 +581,7 @@ def test_an_evaluation_finds_the_records_of_a_model_on_the_hub(hub, folders, env
     hub.add_repo("org/trained", tmp_path / "trained")
     code = """
 import json
-from evaluate import read_record
+from diffusers_dualrate.repositories import read_record
 print(json.dumps([read_record("org/trained", name) for name in ("training.json", "evaluation.json")]))
 """
     paths = f"{Path(diffusers_dualrate.__file__).parents[1]}:{ROOT / 'examples'}"

@@ -62,7 +62,7 @@ def name_rival(key: str, rival: dict, start: dict) -> str:
     if key.startswith("single_rate_"):
         return f"{key.removeprefix('single_rate_')} network alone"
     for part, role in (("teacher", "its teacher"), ("student", "its start")):
-        if Path(start[part] or "").name == rival["model"]:
+        if Path(start.get(part) or "").name == rival["model"]:
             return f"{rival['model']}, {role}"
     return rival["model"]
 
@@ -70,7 +70,7 @@ def name_rival(key: str, rival: dict, start: dict) -> str:
 def sample_rows(evaluation: dict, title: str, columns: list[str]) -> Iterator[list[str]]:
     """Rows of the table of samples: this model, those it is compared with, the floor."""
     sources = [(title, evaluation)]
-    start = evaluation["configuration"]["start"]
+    start = (evaluation["configuration"] or {}).get("start", {})
     sources += [(name_rival(key, rival, start), rival) for key, rival in evaluation["rivals"].items()]
     for source, model in sources:
         is_light = bool(model["training"]) and model["training"]["network"] == "light"

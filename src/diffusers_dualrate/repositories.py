@@ -10,12 +10,19 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from .registration import register
+
+# Whatever can be saved or loaded comes through here, so the host knows of it before that.
+register(__name__.partition(".")[0])
 
 CARD = "README.md"
 _RECORDS = ("configuration.json", "training.json", "evaluation.json", "notes.json", "plan.json")
@@ -192,3 +199,16 @@ def upload_model(folder: str | os.PathLike, repo_id: str) -> str:
         repo_id=repo_id, folder_path=Path(folder), allow_patterns=files, commit_message="Upload the model"
     )
     return str(done.repo_url)
+
+
+def read_record(model: str | os.PathLike, name: str) -> dict | None:
+    """A JSON file beside the weights, in a folder or on the Hub; `None` where there is none."""
+    record = Path(model) / name
+    if not Path(model).is_dir():
+        try:
+            record = Path(hf_hub_download(str(model), name))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # there may be one, out of reach
+                warnings.warn(f"{name} of {model} is not at hand: {error}", stacklevel=2)
+            return None
+    return json.loads(record.read_text()) if record.is_file() else None
