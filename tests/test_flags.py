@@ -1,6 +1,7 @@
 """What the examples say with `--help`, and how soon: torch takes seconds, and no flag needs it."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -79,3 +80,28 @@ def test_what_flags_repeat_of_slower_modules_is_what_these_say(capsys):
 
     args = train_classifier.parse_args(["--preset", "p", "--label_column", "l", "--output", "o"])
     assert args.max_image_pixels == decoding.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--no_such_flag"],
+            "train_dual_rate.py: error: the following arguments are required: --preset, --output_dir",
+        ),
+        (["--preset", "nope", "--output_dir", "run"], "ValueError: --preset 'nope' is neither a file nor one of "),
+        (
+            ["--preset", "tiny", "--output_dir", "run", "--train_data_dir", "nowhere"],
+            "ValueError: The folder 'nowhere' does not exist.",
+        ),
+    ],
+)
+def test_what_accelerate_launches_quietly_ends_with_our_sentence(arguments, sentence, tmp_path):
+    """Without --quiet Accelerate's launcher, another process, prints a trace of its own after it."""
+    launcher = Path(sys.executable).with_name("accelerate")
+    command = [launcher, "launch", "--quiet", ROOT / "examples/train_dual_rate.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith(sentence), done.stderr
+    assert not (tmp_path / "run").exists()

@@ -239,6 +239,12 @@ class Configuration:
             "seed": self.options.seed,
         }
 
+    @property
+    def validation_steps(self) -> int:
+        """Steps between grids of samples: as told, else four times in a run, and every 1,000 steps in a long one."""
+        told = self.options.validation_steps
+        return max(1, min(1000, self.recipe.num_steps // 4)) if told is None else told
+
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for the number of classes that the images have."""
         return dataclasses.replace(self, networks=self.networks.with_classes(num_classes))

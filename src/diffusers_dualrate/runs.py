@@ -255,17 +255,10 @@ class Run:
             f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
         )
         accelerator.print(choose_threads(size // self.parts * max(counted.values())))
-        if self._validation_steps:
+        if self.configuration.validation_steps:
             accelerator.print(
-                f"a grid of samples every {self._validation_steps:,} steps: {self.output_dir / 'samples'}"
+                f"a grid of samples every {self.configuration.validation_steps:,} steps: {self.output_dir / 'samples'}"
             )
-
-    @property
-    def _validation_steps(self) -> int:
-        """Steps between grids of samples: as told, else four times in a run, and every 1,000 steps in a long one."""
-        if self.options.validation_steps is not None:
-            return self.options.validation_steps
-        return max(1, min(1_000, self.recipe.num_steps // 4))
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
@@ -321,18 +314,17 @@ class Run:
             save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
-        if self._validation_steps and self.step % self._validation_steps == 0:
+        if (every := self.configuration.validation_steps) and self.step % every == 0:
             self._draw()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
         own = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
         means = dict(zip(self._noted, self.accelerator.reduce(own, "mean").tolist(), strict=True))
-        seen = self.recipe.train_batch_size
-        speed = (self.step - self._logged_step) * seen / self._seconds
-        self.accelerator.log(
-            means | scalars | {"images_per_second": speed, "images_seen": self.step * seen}, step=self.step
-        )
+        size = self.recipe.train_batch_size
+        speed = (self.step - self._logged_step) * size / self._seconds
+        counts = {"images_per_second": speed, "images_seen": self.step * size}
+        self.accelerator.log(means | scalars | counts, step=self.step)
         self._progress.show(means, speed)
         self._noted, self._seconds, self._logged_step = {}, 0.0, self.step
 
@@ -375,9 +367,8 @@ class Run:
         """
         accelerator = self.accelerator
         if self.step < self.recipe.num_steps:
-            accelerator.print(
-                f"Stopped at step {self.step} by a signal: --resume_from_checkpoint latest goes on from there."
-            )
+            more = "--resume_from_checkpoint latest goes on from there"
+            accelerator.print(f"Stopped at step {self.step} by a signal: {more}.")
             return 128 + (self._signal or signal.SIGTERM)
         self._update_averaged()
         num_corrupt = self._count_corrupt()
