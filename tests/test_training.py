@@ -208,12 +208,14 @@ def test_the_card_of_a_run_says_that_nobody_measured_it_and_one_that_somebody_wr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_defaults_of_a_model_are_the_part_sampling_of_its_preset_with_what_was_overridden(
-    script, folder, tmp_path
-):
+def test_the_defaults_of_a_model_are_the_part_sampling_of_its_preset_with_what_was_given(script, folder, tmp_path):
     """Samples that a run draws, evaluate.py and generate.py name none of them, and so take the model's."""
-    changed = ["sampling.second_order=true", "sampling.num_inference_steps=6"]
-    train(script, folder, tmp_path, "--max_train_steps", 1, "--guidance_scale", 2.5, "--override", *changed)
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    preset["sampling"] |= {"second_order": True, "guidance_scale": 2.5}
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    changed = ["--override", "sampling.num_inference_steps=6", "--preset", tmp_path / "preset.json"]
+    tmp_path = tmp_path / "run"
+    train(script, folder, tmp_path, "--max_train_steps", 1, *changed)
     pipe = DualRatePipeline.from_pretrained(tmp_path)
     assert pipe.config.num_inference_steps == 6 and pipe.config.guidance_scale == 2.5
     assert pipe.config.num_context_steps == (2 if script == "dual" else None)
