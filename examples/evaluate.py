@@ -79,7 +79,6 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_dualrate import DualRatePipeline, training
@@ -88,6 +87,7 @@ from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.cards import sample_rows, v_loss_rows
 from diffusers_dualrate.commands import EVALUATION
 from diffusers_dualrate.configuration import FILE, Configuration, Data
+from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
@@ -108,6 +108,7 @@ from diffusers_dualrate.provenance import environment
 from diffusers_dualrate.ranges import check_integer
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
+from diffusers_dualrate.steps import make_dpm_solver
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -117,13 +118,12 @@ _NEAREST_LIMIT = 5_000
 
 def choose_steps(args, pipe):
     """N, K and guidance to sample with: what was asked for, else the model's."""
-    n, k, guidance_scale = args.num_inference_steps, args.num_context_steps, args.guidance_scale
-    n = pipe.config.num_inference_steps if n is None else n
+    defaults, n, k = SamplingDefaults.of(pipe.config), args.num_inference_steps, args.num_context_steps
+    n = defaults.num_inference_steps if n is None else n
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
     k = None if pipe.context_encoder is None else pipe.plan_run(n, k).num_context_steps
-    if guidance_scale is None:
-        guidance_scale = pipe.config.guidance_scale if pipe.denoiser.config.num_classes else 1.0
+    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, bool(pipe.denoiser.config.num_classes))
     if not guidance_scale >= 1:
         raise ValueError(f"guidance_scale must be at least 1, which is none, got {guidance_scale}.")
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
@@ -133,9 +133,7 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
     """Sample a set of images for each seed; returns their metrics beside what they cost, and the first images."""
     own_scheduler = pipe.scheduler
     if solver == "dpmsolver++":
-        pipe.scheduler = DPMSolverMultistepScheduler(
-            trained_betas=own_scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
-        )
+        pipe.scheduler = make_dpm_solver(own_scheduler)
     # What was not asked for is the model's: its K, or the steps that it names.
     called = steps if args.num_context_steps is not None else steps | {"num_context_steps": None}
     plan = pipe.plan_run(called["num_inference_steps"], called["num_context_steps"])

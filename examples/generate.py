@@ -42,12 +42,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
 from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.steps import make_dpm_solver
 
 
 @dataclass
@@ -175,11 +176,10 @@ def main(args):
     if class_labels is None and num_classes:
         class_labels = [i * num_classes // args.num_columns for i in range(args.num_columns)]
     names = [pipe.id2label.get(label, str(label)) for label in class_labels or []]
-    guidance_scale, steps = args.guidance_scale, args.num_inference_steps
-    if guidance_scale is None:
-        guidance_scale = pipe.config.guidance_scale if num_classes else 1.0
+    defaults, steps = SamplingDefaults.of(pipe.config), args.num_inference_steps
+    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, num_classes is not None)
     if steps is None:
-        steps = pipe.config.num_inference_steps
+        steps = defaults.num_inference_steps
     pipe.plan_run(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
@@ -191,9 +191,7 @@ def main(args):
     ]
     if single is not None:
         rows.append(sample(single, "single-rate", *common, num_inference_steps=steps))
-        single.scheduler = DPMSolverMultistepScheduler(
-            trained_betas=single.scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
-        )
+        single.scheduler = make_dpm_solver(single.scheduler)
         rows.append(
             sample(single, "single-rate, DPM-Solver++", *common, num_inference_steps=args.solver_steps),
         )

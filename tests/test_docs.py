@@ -168,6 +168,8 @@ def test_the_site_builds_without_a_warning_and_its_reference_has_every_public_na
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "--strict" in arguments, result.stderr
     assert (tmp_path / "site" / "research-log" / "index.html").is_file()
+    explained = (tmp_path / "site" / "how-it-works" / "index.html").read_text(encoding="utf-8")
+    assert 'display="block"' in explained and not re.search(r"\\[([]", explained), "a formula is not drawn"
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     modules = {path.stem for path in (ROOT / "src/diffusers_dualrate").glob("*.py")} - {"__init__", "registration"}
     assert modules == set(

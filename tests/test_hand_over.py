@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plain_loop
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
+from diffusers_dualrate.chain import Chain, Context
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
-from diffusers_dualrate.guidance import Context, GuidedRun
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.refreshes import plan_refreshes
-from diffusers_dualrate.scheduler import log_snr_of_steps
+from diffusers_dualrate.steps import ChainSteps, log_snr_of_steps
 from diffusers_dualrate.training import TrainablePair, schedule_of
 
 
@@ -197,8 +197,8 @@ def test_the_velocity_that_is_taken_in_half_precision_is_the_encoders_own(make_n
     heavy, encoder, denoiser = (network.to(dtype) for network in (heavy, encoder, denoiser))
     z, level = torch.randn(3, 3, 8, 8), torch.tensor(9.9)
     with torch.no_grad():
-        run = GuidedRun(denoiser, encoder, DualRateScheduler(), plan_refreshes(1), level[None])
-        taken = run.take_prediction(z, Context(run.compute_context(z, level, False), level), False)
+        chain = Chain(denoiser, encoder, ChainSteps(DualRateScheduler(), plan_refreshes(1), level[None]))
+        taken = chain.take_prediction(z, Context(chain.compute_context(z, level, False), level), False)
         expected = heavy(z.to(dtype), level).sample.float()
     torch.testing.assert_close(taken, expected, rtol=0, atol=1e-3)
 
@@ -218,11 +218,11 @@ def test_a_prediction_keeps_its_digits_in_half_precision(make_pair, dtype, toler
     velocities = []
     for precision in (torch.float32, dtype):
         networks = denoiser.to(precision), encoder.to(precision)
-        run = GuidedRun(*networks, DualRateScheduler(), plan_refreshes(1), level[None])
+        chain = Chain(*networks, ChainSteps(DualRateScheduler(), plan_refreshes(1), level[None]))
         with torch.no_grad():
-            context = run.compute_context(z_tau, level_tau, False)
+            context = chain.compute_context(z_tau, level_tau, False)
             made = Context(context, level_tau)
-            velocities.append(run.compute_velocity(z.to(precision), level, made, False).float())
+            velocities.append(chain.compute_velocity(z.to(precision), level, made, False).float())
         assert context[0].dtype == precision and {part.dtype for part in context[-3:]} == {torch.float32}
     assert (velocities[0] - velocities[1]).norm() < tolerance * velocities[0].norm()
 

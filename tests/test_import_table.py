@@ -116,6 +116,7 @@ def test_the_table_says_what_the_design_rests_on():
         "batches",
         "decoding",
         "folders",
+        "guidance",
         "labels",
         "checkpoints",
         "pictures",

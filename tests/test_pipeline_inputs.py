@@ -268,7 +268,7 @@ def test_a_bad_argument_is_refused_by_its_value_before_any_network_runs(make_pip
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else str(value),
 )
-@pytest.mark.filterwarnings("ignore:.*Markov")
+@pytest.mark.filterwarnings("ignore:.*takes other steps")
 def test_an_in_tree_scheduler_that_does_not_fit_is_refused_before_any_network_runs(
     make_pipe, watch, scheduler, arguments, message
 ):

@@ -15,8 +15,8 @@ from typing import Self
 import torch
 
 from .decoding import MAX_IMAGE_PIXELS
+from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
-from .pipeline import DualRatePipeline
 from .ranges import check_boolean, check_integer, check_number
 from .recipes import RECIPES, Recipe
 from .records import build, fill_in
@@ -94,7 +94,7 @@ class Networks:
         """Refuse networks that do not fit each other."""
         with torch.device("meta"):
             encoder, denoiser = UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
-        DualRatePipeline(denoiser, DualRateScheduler(**self.scheduler), encoder)
+        check_components(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for another number of classes."""

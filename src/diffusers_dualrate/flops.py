@@ -22,11 +22,6 @@ from .refreshes import RefreshPlan, plan_refreshes
 from .uvit import UViTStage
 
 
-def _size(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None) -> tuple[int, int]:
-    size = network.config.sample_size if size is None else size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def network_flops(
     network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None, *, with_context: bool = True
 ) -> int:
@@ -42,7 +37,7 @@ def network_flops(
     network = cast(
         UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
     )  # what `torch.compile` wrapped
-    height, width = _size(network, size)
+    height, width = size or network.image_size
     with torch.device("meta"):
         copy = type(network).from_config(network.config).eval()
         sample = torch.empty(1, network.config.in_channels, height, width)
@@ -79,7 +74,7 @@ def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
 
 def context_flops(denoiser: UViTDenoiser, size: tuple[int, int] | None = None) -> int:
     """FLOPs of projecting one context for one image, which the denoiser does once per refresh."""
-    height, width = _size(denoiser, size)
+    height, width = size or denoiser.image_size
     total, side = 0, denoiser.config.patch_size
     for projection in cast(Iterable[nn.Conv2d], denoiser.context_proj):
         total += 2 * projection.in_channels * projection.out_channels * (height // side) * (width // side)
@@ -140,7 +135,7 @@ def plan_flops(
         encoder_denoises: As for [`image_flops`].
         size: Height and width; default: the denoiser's `sample_size`.
     """
-    size = _size(denoiser, size)
+    size = size or denoiser.image_size
     light = opening = network_flops(denoiser, size)
     heavy = 0
     if context_encoder is not None:
@@ -195,7 +190,7 @@ def target_flops(
         context_dropout: Share p of the rows of a batch that see no context.
         size: Height and width; default: the denoiser's `sample_size`.
     """
-    size = _size(denoiser, size)
+    size = size or denoiser.image_size
     light = network_flops(denoiser, size)
     if context_encoder is None:
         return light
@@ -300,7 +295,7 @@ def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[
         network: Either network.
         size: Height and width; default: its `sample_size`.
     """
-    config, (height, width) = network.config, _size(network, size)
+    config, (height, width) = network.config, size or network.image_size
 
     def stage_cost(stage: nn.Module, level: int) -> int:
         assert isinstance(stage, UViTStage)

@@ -30,6 +30,12 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
     _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm"]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load weights from safetensors files; pickled weights are refused. Takes what the host's method takes.

@@ -146,11 +146,9 @@ def open_start(name: str | None, images: LabelledImages | StreamedImages) -> Dua
         return None
     pipeline = DualRatePipeline.from_pretrained(name, dtype=torch.float32)
     config = pipeline.denoiser.config
-    size = config.sample_size if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    size = (size, size) if isinstance(size, int) else size
     for key, theirs, ours in (
         ("num_classes", config.num_classes, images.num_classes),
-        ("sample_size", size, (images.height, images.width)),
+        ("sample_size", pipeline.denoiser.image_size, (images.height, images.width)),
         ("in_channels", config.in_channels, images.channels),
     ):
         if theirs != ours:
