@@ -1,7 +1,6 @@
 """Distil a single-rate teacher into a student of few steps, Dual-Rate or single-rate, by Moment Matching.
 
-    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 \\
-        --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
+    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
 
 Without `--student` a new Dual-Rate student is made. Its encoder starts from the teacher. For `pretraining_steps` that
 encoder is frozen, and a new denoiser learns by plain denoising. With `--student` the student starts from a trained model:
@@ -12,46 +11,10 @@ Then steps of an auxiliary and of the student alternate, `max_train_steps` in al
 """
 
 import argparse
-import copy
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from torch import Tensor
-
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.checkpoints import tell_last_good_state
-from diffusers_dualrate.configuration import Configuration, Networks
-from diffusers_dualrate.losses import Denoise, seed_of
-from diffusers_dualrate.moment_matching import (
-    Grid,
-    Judges,
-    Rollout,
-    auxiliary_loss,
-    draw_on_grid,
-    grid_denoising_loss,
-    roll_out,
-    student_loss,
-)
-from diffusers_dualrate.optimization import make_accelerator, make_optimizer
-from diffusers_dualrate.pair import TrainablePair, schedule_of
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.recipes import DistillationRecipe
-from diffusers_dualrate.runs import LOGGING_STEPS, Run
-from diffusers_dualrate.sources import check_classes, open_images
-
-# What teacher and student must share.
-SHARED = {"in_channels", "sample_size", "num_classes"}
-SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
-# Samples that tell whether the student has collapsed, and the steps that the teacher takes for them.
-PROBES, TEACHER_STEPS = 32, 16
-# The student samples as it learns to: from the posterior, without clipping.
-OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
+from diffusers_dualrate.flags import argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,6 +45,50 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.lr_scheduler is not None:
         parser.error("argument --lr_scheduler: the learning rate of each phase falls linearly")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from accelerate import DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.checkpoints import tell_last_good_state
+from diffusers_dualrate.configuration import Configuration, Networks
+from diffusers_dualrate.losses import Denoise, seed_of
+from diffusers_dualrate.moment_matching import (
+    Grid,
+    Judges,
+    Rollout,
+    auxiliary_loss,
+    draw_on_grid,
+    grid_denoising_loss,
+    roll_out,
+    student_loss,
+)
+from diffusers_dualrate.optimization import make_accelerator, make_optimizer
+from diffusers_dualrate.pair import TrainablePair, schedule_of
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.recipes import DistillationRecipe
+from diffusers_dualrate.runs import LOGGING_STEPS, Run
+from diffusers_dualrate.sources import check_classes, open_images
+
+# What teacher and student must share.
+SHARED = {"in_channels", "sample_size", "num_classes"}
+SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
+# Samples that tell whether the student has collapsed, and the steps that the teacher takes for them.
+PROBES, TEACHER_STEPS = 32, 16
+# The student samples as it learns to: from the posterior, without clipping.
+OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
 
 
 class Distillation(TrainablePair):
@@ -379,4 +386,4 @@ def train(
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

@@ -8,10 +8,37 @@ guidance that it was distilled for. What each costs is printed.
 """
 
 import argparse
+from pathlib import Path
+
+from diffusers_dualrate.flags import HelpFormatter
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", required=True, help="Hub repository or folder of a pair.")
+    parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
+    parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
+    parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
+    parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
+    parser.add_argument(
+        "--num_images_per_class", type=int, default=2, help="Images of each class, one below the other."
+    )
+    parser.add_argument("--num_inference_steps", type=int, help="N, not of a student; default: the model's.")
+    parser.add_argument("--num_context_steps", type=int, help="K, not of a student; default: the model's.")
+    parser.add_argument("--solver_steps", type=int, default=8, help="Steps of DPM-Solver++ in the comparison.")
+    parser.add_argument("--guidance_scale", type=float, help="Not of a student; default: the model's.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first image; the others follow.")
+    parser.add_argument("--output", default="samples.png", help="The picture to write.")
+    parser.add_argument("--zoom", type=int, default=3, help="Pixels in the picture per pixel of an image.")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
@@ -23,25 +50,6 @@ from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flop
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import check_output
 from diffusers_dualrate.steps import make_dpm_solver
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub repository or folder of a pair.")
-    parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
-    parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
-    parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
-    parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
-    parser.add_argument("--num_images_per_class", type=int, default=2)
-    parser.add_argument("--num_inference_steps", type=int, help="N, not of a student; default: the model's.")
-    parser.add_argument("--num_context_steps", type=int, help="K, not of a student; default: the model's.")
-    parser.add_argument("--solver_steps", type=int, default=8, help="Steps of DPM-Solver++ in the comparison.")
-    parser.add_argument("--guidance_scale", type=float, help="Not of a student; default: the model's.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="samples.png")
-    parser.add_argument("--zoom", type=int, default=3, help="Pixels in the picture per pixel of an image.")
-    return parser.parse_args(argv)
-
 
 GAP, LINE = 4, 16  # pixels between images, and of a line of text
 
@@ -229,4 +237,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

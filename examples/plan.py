@@ -9,35 +9,18 @@ chain along the same noise, or with `--classifier` and data `fd_local`. No repor
 """
 
 import argparse
-import json
-import shutil
-import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from diffusers_dualrate import DualRatePipeline, evaluation, sources
-from diffusers_dualrate.arguments import add_data_flags, select
-from diffusers_dualrate.augmentation import Augmentation
-from diffusers_dualrate.configuration import FILE, Configuration, Data
-from diffusers_dualrate.flops import network_flops
-from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
-from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
-from diffusers_dualrate.planning import UNITS, plan_for
-from diffusers_dualrate.processes import choose_threads, run_script
-from diffusers_dualrate.ranges import check_output
-from diffusers_dualrate.records import read_json
-
-PLAN, TRAINING = "plan.json", "training.json"
+from diffusers_dualrate.flags import HelpFormatter, add_data_flags
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="Hub repository or folder of a pair or a single-rate model.")
     parser.add_argument("--budget", type=float, required=True, help="What an image may cost, guidance included.")
     parser.add_argument(
         "--unit",
-        choices=UNITS,
+        choices=["gflop", "milliseconds", "share"],
         default="gflop",
         help="Of the budget: 10^9 FLOPs, milliseconds of the networks on this machine, or a share of what the heavy "
         "network alone costs at the model's own N.",
@@ -48,9 +31,33 @@ def parse_args(argv=None):
     parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as there are.")
     parser.add_argument("--num_images", type=int, default=64, help="Images that every candidate draws.")
     parser.add_argument("--num_trials", type=int, default=40, help="Candidates to try at most.")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16, help="Images drawn at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Of the choice's own noises.")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import json
+import shutil
+import sys
+
+from accelerate import Accelerator
+
+from diffusers_dualrate import DualRatePipeline, evaluation, sources
+from diffusers_dualrate.arguments import select
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import FILE, Configuration, Data
+from diffusers_dualrate.flops import network_flops
+from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
+from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
+from diffusers_dualrate.planning import plan_for
+from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.ranges import check_output
+from diffusers_dualrate.records import read_json
+
+PLAN, TRAINING = "plan.json", "training.json"
 
 
 def check(args):
@@ -135,4 +142,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

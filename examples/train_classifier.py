@@ -1,7 +1,6 @@
 """Train the small classifier whose features measure `fd_local`, on the data that a model is trained on.
 
-    python examples/train_classifier.py --preset emoji32 --dataset_name examples/data/emoji32 \\
-        --label_column label --output examples/classifiers/emoji32.safetensors
+    python examples/train_classifier.py --preset emoji32 --dataset_name examples/data/emoji32 --label_column label --output examples/classifiers/emoji32.safetensors
 
 A share of the images is held out, and the accuracy on them printed and written into the file, beside the recipe. A few
 minutes on one CPU core.
@@ -10,6 +9,42 @@ minutes on one CPU core.
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
+from diffusers_dualrate.flags import HelpFormatter
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--preset", required=True, help="Preset, or configuration.json, of the models that will be measured."
+    )
+    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
+    parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
+    parser.add_argument("--image_column", default="image", help="Column of the images.")
+    parser.add_argument("--label_column", required=True, help="Column of classes, 'label' for sub-folders.")
+    parser.add_argument("--resolution", type=int, help="Side of the images; default: the preset's.")
+    parser.add_argument(
+        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
+    )
+    parser.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
+    parser.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
+    parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
+    parser.add_argument(
+        "--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="A larger image counts as unreadable."
+    )
+    parser.add_argument("--output", required=True, help="The .safetensors file to write.")
+    parser.add_argument("--held_out", type=float, default=0.1, help="Share of the images that only the accuracy sees.")
+    parser.add_argument("--max_train_steps", type=int, default=1500, help="Number of steps.")
+    parser.add_argument("--train_batch_size", type=int, default=64, help="Images of a step.")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="Peak learning rate of AdamW.")
+    parser.add_argument("--weight_decay", type=float, default=0.05, help="Decoupled weight decay.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, order and augmentation.")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
 
 import torch
 from torch import Tensor
@@ -28,31 +63,6 @@ from diffusers_dualrate.records import build
 from diffusers_dualrate.sources import open_images
 
 PRESETS = Path(__file__).with_name("presets")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--preset", required=True, help="Preset, or configuration.json, of the models that will be measured."
-    )
-    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
-    parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", required=True)
-    parser.add_argument("--resolution", type=int, help="Side of the images; default: the preset's.")
-    parser.add_argument("--on_corrupt", choices=["raise", "skip"], default="raise")
-    parser.add_argument("--cache_dir")
-    parser.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
-    parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
-    parser.add_argument("--max_image_pixels", type=int, default=Data.max_image_pixels)
-    parser.add_argument("--output", required=True, help="The .safetensors file to write.")
-    parser.add_argument("--held_out", type=float, default=0.1, help="Share of the images that only the accuracy sees.")
-    parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--train_batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
 
 
 def fetch(images: LabelledImages, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -135,9 +145,12 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     classifier.cpu().save(args.output, **facts, **{name: getattr(args, name) for name in recipe})
     print(f"accuracy on {num_held_out:,} images held out: {accuracy:.1%}")
-    print(f"{args.output}: SHA-256 {file_hash(args.output)}")
+    print(f"SHA-256: {file_hash(args.output)}")
+    print(
+        f"The classifier is {args.output}. Measure a model with it: examples/evaluate.py --classifier {args.output} ..."
+    )
     return facts
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -1,7 +1,6 @@
 """Train a Dual-Rate pair: a heavy context encoder and a light denoiser, jointly, on your own images.
 
-    accelerate launch examples/train_dual_rate.py --preset emoji32 --dataset_name examples/data/emoji32 \\
-        --label_column label --output_dir runs/dualrate-emoji32
+    accelerate launch examples/train_dual_rate.py --preset emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/dualrate-emoji32
 
 A trained single-rate model becomes a pair by `--pretrained_model_name_or_path model` and `--freeze_encoder`, or
 `--follow_encoder` where its own predictions are learned from. The result is a folder that
@@ -9,34 +8,10 @@ A trained single-rate model becomes a pair by `--pretrained_model_name_or_path m
 """
 
 import argparse
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-
-from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.configuration import Configuration
-from diffusers_dualrate.losses import (
-    ContextTimes,
-    FollowingTimes,
-    denoising_loss,
-    draw,
-    drop_labels,
-    following_loss,
-    seed_of,
-)
-from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
-from diffusers_dualrate.pair import TrainablePair, schedule_of
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.runs import Run
-from diffusers_dualrate.sources import open_images, open_start, take_over
-
-# Of the rows that follow the encoder: the share whose z_t is a DDIM step from z_τ, and the share even in log-SNR.
-FOLLOWING_SHARES = {"num_deterministic": 0.5, "num_even_in_log_snr": 0.25}
+from diffusers_dualrate.flags import argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,6 +40,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--context_dropout", type=float, help="Share of each batch that sees no context.")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+
+from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.configuration import Configuration
+from diffusers_dualrate.losses import (
+    ContextTimes,
+    FollowingTimes,
+    denoising_loss,
+    draw,
+    drop_labels,
+    following_loss,
+    seed_of,
+)
+from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
+from diffusers_dualrate.pair import TrainablePair, schedule_of
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.runs import Run
+from diffusers_dualrate.sources import open_images, open_start, take_over
+
+# Of the rows that follow the encoder: the share whose z_t is a DDIM step from z_τ, and the share even in log-SNR.
+FOLLOWING_SHARES = {"num_deterministic": 0.5, "num_even_in_log_snr": 0.25}
 
 
 def check(configuration: Configuration) -> None:
@@ -182,4 +189,4 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

@@ -1,31 +1,16 @@
 """Train a single-rate diffusion model: one of a preset's two networks alone, on your own images.
 
-    accelerate launch examples/train_single_rate.py --preset emoji32 --dataset_name examples/data/emoji32 \\
-        --label_column label --output_dir runs/single-rate-emoji32
+    accelerate launch examples/train_single_rate.py --preset emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/single-rate-emoji32
 
 With the heavy network this is the baseline, and later the teacher, of a Dual-Rate pair of the same preset. The result
 is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA weights.
 """
 
 import argparse
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-
-from diffusers_dualrate import DualRatePipeline, UViTDenoiser
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.configuration import Configuration
-from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, seed_of
-from diffusers_dualrate.models import SINGLE_RATE
-from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
-from diffusers_dualrate.pair import TrainablePair, schedule_of
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.runs import Run
-from diffusers_dualrate.sources import open_images, open_start, take_over
+from diffusers_dualrate.flags import argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,6 +23,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Shape of the preset's encoder, or its denoiser.",
     )
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+from collections.abc import Callable
+
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+
+from diffusers_dualrate import DualRatePipeline, UViTDenoiser
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.configuration import Configuration
+from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, seed_of
+from diffusers_dualrate.models import SINGLE_RATE
+from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
+from diffusers_dualrate.pair import TrainablePair, schedule_of
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.runs import Run
+from diffusers_dualrate.sources import open_images, open_start, take_over
 
 
 def make_networks(configuration: Configuration, start: DualRatePipeline | None) -> TrainablePair:
@@ -115,4 +122,4 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

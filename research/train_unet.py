@@ -18,7 +18,8 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dualrate.arguments import argument_parser, configure
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.flags import argument_parser
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
 from diffusers_dualrate.optimization import make_lr_scheduler, make_optimizer
 from diffusers_dualrate.pair import schedule_of

@@ -71,10 +71,11 @@ def install(folder):
 
 
 def upload(words, folder):
-    """`hf upload`, to a Hub on this machine, which then holds the model, its card and its measurement."""
+    """A command that publishes, to a Hub on this machine, which then holds the model, its card and its measurement."""
     with LoopbackHub() as hub:
-        environment = hub.environment(folder / "huggingface")
-        command = [str(Path(sys.executable).with_name("hf")), *words[1:]]
+        environment = hub.environment(folder / "huggingface") | {"PYTHONPATH": str(ROOT / "src")}
+        program = {"hf": str(Path(sys.executable).with_name("hf")), "python": sys.executable}[words[0]]
+        command = [program, *words[1:]]
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         (repository,) = hub.repositories.values()
@@ -92,7 +93,7 @@ def run_command(line, folder):
     elif words[:2] == ["pip", "install"]:
         assert words[2:] == [".[train,eval]"]
         install(folder)
-    elif words[:2] == ["hf", "upload"]:
+    elif words[:2] == ["hf", "upload"] or "--push_to_hub" in words:
         upload(words, folder)
     else:
         launcher = 2 if words[0] == "accelerate" else 1

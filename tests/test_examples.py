@@ -258,9 +258,10 @@ def measure(models, data):
 
 
 @pytest.mark.slow
-def test_evaluate_writes_every_metric_with_what_it_was_measured_with(measure, models):
+def test_evaluate_writes_every_metric_and_ends_in_a_table(measure, models, capsys):
     measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--solver_steps", 3)
     rivals = ["--heavy", models / "heavy", "--light", models / "light"]
+    capsys.readouterr()
     report = measure(*rivals, "--grid", models / "grid.png")
 
     v_loss = report["v_loss"]
@@ -283,7 +284,17 @@ def test_evaluate_writes_every_metric_with_what_it_was_measured_with(measure, mo
     assert samples["flops_with_guidance"] == 2 * samples["flops"]
     assert {"command", "commit", "versions", "hardware", "seeds", "processes"} <= report.keys()
     assert report["classifier"]["sha256"] == file_hash(models / "some.safetensors")
-    assert Image.open(models / "grid.png").width == 16 * 64
+    assert Image.open(models / "grid.png").size == (8 * (96 + 4) + 4, 3 * (14 + 96 + 4) + 4)  # of 20 samples
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    (head,), (row,) = (
+        [line for line in lines if line[:n] == start]
+        for n, start in ((2, ["heavy", "+"]), (2, ["pair,", "ancestral,"]))
+    )
+    assert head[-5:] == list(floor) and "{" not in printed  # no JSON
+    assert row[row.index("+") - 1 :][:3] == ["2", "+", "4"] and f"{samples['flops_with_guidance'] / 1e9:.2f}" in row
+    assert f"{samples['fd_local_20']['mean']:.3f}" in row and f"{v_loss['model']:.4f}" in printed
+    assert f"Every figure is in {models / 'evaluation.json'}." in printed
 
     ways = [
         (way["solver"], way["evaluations"]["denoiser"]) for way in report["rivals"]["single_rate_heavy"]["samples"]

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import warnings
@@ -23,12 +25,14 @@ import train_single_rate
 from conftest import reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, optimization, pair, run_folder, sources
 from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.cards import UNMEASURED
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.configuration import Configuration, Data
 from diffusers_dualrate.flops import context_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.pictures import draw_grid
 from diffusers_dualrate.recipes import SingleRateRecipe
-from diffusers_dualrate.runs import Run
+from diffusers_dualrate.runs import SAMPLES, Run
 
 SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
 
@@ -152,6 +156,99 @@ def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tm
     assert told["found"]["images"]["classes"] == ["cat", "dog"] and told["found"]["images"]["images"] == 12
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_explains_its_numbers_at_the_first_step_and_says_at_its_end_what_to_do_next(
+    script, folder, tmp_path, capsys
+):
+    train(script, folder, tmp_path / "run")
+    printed, bar = capsys.readouterr()
+    assert re.search(r" 1/4 \[[^\]]*loss=\d\.\d+, v_loss=\d\.\d+", bar)
+    assert printed.count("\nloss: what is minimised") == printed.count("\nv_loss: mean squared error") == 1
+    assert f"The model is in {tmp_path / 'run'}, and its card is {tmp_path / 'run/README.md'}." in printed
+    commands = dict(re.findall(r"^(Look at it|Measure it): (.*)$", printed, re.MULTILINE))
+    assert set(commands) == ({"Look at it", "Measure it"} if script == "dual" else {"Measure it"})
+    for command in commands.values():
+        script_of, _, flags = command.partition(".py ")
+        args = importlib.import_module(script_of.rpartition("/")[2]).parse_args(shlex.split(flags))
+        assert args.model == str(tmp_path / "run")
+    assert args.label_column == "label" and args.output == str(tmp_path / "run/evaluation.json")
+
+
+def test_the_card_of_a_run_says_that_nobody_measured_it_and_one_that_somebody_wrote_stays(folder, tmp_path):
+    train("dual", folder, tmp_path / "run", "--validation_steps", 4, "--override", "training.bias=0.5")
+    card = tmp_path / "run/README.md"
+    text = card.read_text()
+    assert 'from_pretrained("run")' in text and "](samples/0000004.png)" in text and "datasets:" not in text
+    assert "32 images, 3 passes over the 12 of `images" in text and "| `bias` | **0.5** (overridden) |" in text
+    assert "Its defaults are N = 4, K = 2 and guidance 1.0." in text and str(tmp_path) not in text
+    assert UNMEASURED in text and "fd_local" not in text
+    train(
+        "dual",
+        folder,
+        tmp_path / "run",
+        "--max_train_steps",
+        5,
+        "--resume_from_checkpoint",
+        "latest",
+        "--override",
+        "training.bias=0.5",
+    )
+    assert "40 images" in card.read_text()
+    card.write_text("mine")
+    train(
+        "dual",
+        folder,
+        tmp_path / "run",
+        "--max_train_steps",
+        6,
+        "--resume_from_checkpoint",
+        "latest",
+        "--override",
+        "training.bias=0.5",
+    )
+    assert card.read_text() == "mine"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_defaults_of_a_model_are_the_part_sampling_of_its_preset_with_what_was_given(script, folder, tmp_path):
+    """Samples that a run draws, evaluate.py and generate.py name none of them, and so take the model's."""
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    preset["sampling"] |= {"second_order": True, "guidance_scale": 2.5}
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    changed = [
+        "--override",
+        "sampling.num_inference_steps=6",
+        "--preset",
+        tmp_path / "preset.json",
+        "--validation_steps",
+        1,
+    ]
+    tmp_path = tmp_path / "run"
+    train(script, folder, tmp_path, "--max_train_steps", 1, *changed)
+    pipe = DualRatePipeline.from_pretrained(tmp_path)
+    assert pipe.config.num_inference_steps == 6 and pipe.config.guidance_scale == 2.5
+    assert pipe.config.num_context_steps == (2 if script == "dual" else None)
+    assert pipe.scheduler.config.second_order
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 2.5, "num_inference_steps": 6, "num_context_steps": 2 if script == "dual" else None}
+    labels = [i * 2 // SAMPLES for i in range(SAMPLES)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
+    told = pipe(labels, generator=generators, **options).images
+    grid = draw_grid(told, [pipe.id2label[label] for label in labels])
+    assert np.asarray(grid).tobytes() == np.asarray(Image.open(tmp_path / "samples" / "0000001.png")).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("steps", "told", "grids"), [(4, None, [1, 2, 3, 4]), (8, None, [2, 4, 6, 8]), (4, 3, [3]), (4, 0, [])]
+)
+def test_a_run_however_short_draws_while_it_trains(steps, told, grids, folder, tmp_path):
+    flags = [] if told is None else ["--validation_steps", told]
+    module = train_single_rate
+    argv = [word for word in arguments(folder, tmp_path) if word not in ("--validation_steps", "0")]
+    module.main(module.parse_args([*argv, "--max_train_steps", str(steps), *map(str, flags)]))
+    assert [int(path.stem) for path in sorted(tmp_path.glob("samples/*.png"))] == grids
+
+
 @pytest.mark.parametrize(
     ("script", "number", "options"),
     [
@@ -199,7 +296,9 @@ def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_
     printed = capsys.readouterr().out
     assert "denoiser: 10,075 parameters, 0.5 MFLOP per image and evaluation" in printed
     first, second = (Image.open(tmp_path / "with/samples" / f"000000{step}.png") for step in (2, 4))
-    assert first.size == (8 * 16, 4 * 16) and first.tobytes() != second.tobytes()
+    # Enlarged six times, each under the name of its class.
+    assert first.size == (8 * (96 + 4) + 4, 4 * (14 + 96 + 4) + 4) and first.tobytes() != second.tobytes()
+    assert f"a grid of samples every 2 steps: {tmp_path / 'with/samples'}" in printed
 
 
 @pytest.mark.parametrize("way", [["--dataloader_num_workers", 2], ["--streaming", "--dataloader_num_workers", 1]])

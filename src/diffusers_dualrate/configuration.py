@@ -8,6 +8,7 @@ training.json.
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,8 @@ PARTS_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "
 _IDENTIFYING_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
 _IDENTIFYING_DATA = ("image_column", "label_column")
 _MOST_WORKERS = 1024  # more processes than a machine starts for one that trains
+# What the Hub calls a data set.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +174,7 @@ class Data:
     def hub_name(self) -> str | None:
         """Name of the data set on the Hub; `None` for what lies on this machine, or is made by a library."""
         name = self.dataset_name
-        return None if name is None or Path(name).exists() or "/" not in name else name
+        return None if name is None or Path(name).exists() or not _HUB_NAME.fullmatch(name) else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,7 @@ class Options:
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int | None = None
-    validation_steps: int = 1000
+    validation_steps: int | None = None
     report_to: str | None = None
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
@@ -203,7 +206,8 @@ class Options:
         check_integer("checkpointing_steps", self.checkpointing_steps, least=1)
         if self.checkpoints_total_limit is not None:
             check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
-        check_integer("validation_steps", self.validation_steps, least=0)
+        if self.validation_steps is not None:
+            check_integer("validation_steps", self.validation_steps, least=0)
         check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
@@ -250,6 +254,12 @@ class Configuration:
             "augmentation": self.recipe.augmentation,
             "seed": self.options.seed,
         }
+
+    @property
+    def validation_steps(self) -> int:
+        """Steps between grids of samples: as told, else four times in a run, and every 1,000 steps in a long one."""
+        told = self.options.validation_steps
+        return max(1, min(1000, self.recipe.num_steps // 4)) if told is None else told
 
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for the number of classes that the images have."""

@@ -41,12 +41,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from diffusers import ImagePipelineOutput
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from .cards import write_first_card
 from .checkpoints import (
     gather,
     keep_newest,
@@ -56,15 +54,19 @@ from .checkpoints import (
     step_of,
     tell_last_good_state,
 )
-from .configuration import FILE, Configuration, make_record
+from .commands import next_commands
+from .configuration import Configuration, make_record
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .models import UViTContextEncoder, UViTDenoiser
 from .pair import TrainablePair
+from .pictures import draw_grid
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
+from .progress import Progress
 from .recipes import SingleRateRecipe
+from .repositories import claim_repository, upload_model
 from .run_folder import RunFolder
 from .sources import fingerprint_of
 from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
@@ -133,9 +135,10 @@ class Run:
         self.is_stopping = False
         self._signal: int | None = None
         self._noted: dict[str, list[Tensor]] = {}
+        self._repo_id: str | None = None
         if self.options.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
-            self._repo_id = create_repo(self.options.repository, exist_ok=True).repo_id
+            self._repo_id = claim_repository(self.options.repository)
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
@@ -195,12 +198,8 @@ class Run:
         self.pipeline.set_progress_bar_config(disable=True)
         self._announce()
         self._seconds, self._started, self._logged_step = 0.0, time.perf_counter(), self.step
-        self._progress = tqdm(
-            initial=self.step,
-            total=self.recipe.num_steps,
-            disable=not self.accelerator.is_local_main_process,
-            unit="step",
-        )
+        self._first_step = self.step
+        self._progress = Progress(self.step, self.recipe.num_steps, self.accelerator.is_local_main_process)
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -250,6 +249,10 @@ class Run:
         on = f"{n} processes" if (n := accelerator.num_processes) > 1 else "1 process"
         accelerator.print(f"steps {self.step:,} to {self.recipe.num_steps:,}, each of {size:,} images, on {on}")
         accelerator.print(choose_threads(size // self.parts * max(counted.values())))
+        if self.configuration.validation_steps:
+            accelerator.print(
+                f"a grid of samples every {self.configuration.validation_steps:,} steps: {self.output_dir / 'samples'}"
+            )
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
@@ -295,29 +298,28 @@ class Run:
         self._seconds += elapsed
         self._seconds_in_all += elapsed
         self.step += 1
-        self._progress.update()
+        self._progress.advance()
         is_last = self.is_stopping or self.step == self.recipe.num_steps
         if is_last or self.step % LOGGING_STEPS == 0:
             self._log(scalars)
+        elif self._logged_step == self._first_step:  # until the first log, of this process alone
+            self._progress.show({name: torch.stack(values).mean().item() for name, values in self._noted.items()})
         if is_last or self.step % self.options.checkpointing_steps == 0:
             save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
-        if self.options.validation_steps and self.step % self.options.validation_steps == 0:
+        if (every := self.configuration.validation_steps) and self.step % every == 0:
             self._sample()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
         own = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
         means = dict(zip(self._noted, self.accelerator.reduce(own, "mean").tolist(), strict=True))
-        seen = self.recipe.train_batch_size
-        speed = (self.step - self._logged_step) * seen / self._seconds
-        self.accelerator.log(
-            means | scalars | {"images_per_second": speed, "images_seen": self.step * seen}, step=self.step
-        )
-        self._progress.set_postfix(
-            {name: f"{value:.4f}" for name, value in means.items()} | {"images/s": f"{speed:.0f}"}
-        )
+        size = self.recipe.train_batch_size
+        speed = (self.step - self._logged_step) * size / self._seconds
+        counts = {"images_per_second": speed, "images_seen": self.step * size}
+        self.accelerator.log(means | scalars | counts, step=self.step)
+        self._progress.show(means, speed)
         self._noted, self._seconds, self._logged_step = {}, 0.0, self.step
 
     def _update_averaged(self):
@@ -336,10 +338,11 @@ class Run:
         pipeline = self.pipeline.to(self.accelerator.device)
         output = pipeline(class_labels=labels, batch_size=None if labels else SAMPLES, generator=generators)
         images = cast(ImagePipelineOutput, output).images
+        names = [pipeline.id2label.get(label, str(label)) for label in labels] if labels else None
         self.pipeline.to("cpu")
         path = self.output_dir / "samples" / f"{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_image_grid(images, rows=SAMPLES // 8, cols=8).save(path)
+        draw_grid(images, names).save(path)
         array = np.stack([np.asarray(image.convert("RGB")) for image in images])
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not every tracker of Accelerate's takes images
@@ -363,14 +366,14 @@ class Run:
         Returns:
             The exit status of the script: 0, or for a stopped run 128 and the signal's number, as a shell has it.
         """
+        accelerator = self.accelerator
         if self.step < self.recipe.num_steps:
-            self.accelerator.print(
-                f"Stopped at step {self.step} by a signal: --resume_from_checkpoint latest goes on from there."
-            )
+            more = "--resume_from_checkpoint latest goes on from there"
+            accelerator.print(f"Stopped at step {self.step} by a signal: {more}.")
             return 128 + (self._signal or signal.SIGTERM)
         self._update_averaged()
         num_corrupt = self._count_corrupt()
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             self.pipeline.save_pretrained(self.output_dir)
             record = {
                 "network": network,
@@ -379,11 +382,13 @@ class Run:
                 "seconds": round(self._seconds_in_all, 1),
             }
             (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-            if self.options.push_to_hub:
-                self.pipeline.push_to_hub(self._repo_id)
-                more = [FILE, "training.json", "samples/*"]
-                upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
+            card = write_first_card(self.output_dir, self.pipeline, self._count, self._repo_id)
+            accelerator.print(f"The model is in {self.output_dir}, and its card is {card}.")
+            for line in next_commands(self.output_dir, self.configuration.to_json(), self.pipeline):
+                accelerator.print(line)
+            if self._repo_id is not None:
+                accelerator.print(f"It is published: {upload_model(self.output_dir, self._repo_id)}")
         if num_corrupt:
-            self.accelerator.print(f"Corrupt images that were left out: {num_corrupt}.")
-        self.accelerator.wait_for_everyone()
+            accelerator.print(f"Corrupt images that were left out: {num_corrupt}.")
+        accelerator.wait_for_everyone()
         return 0
