@@ -4,7 +4,9 @@ __version__ = "0.1.0"
 
 from diffusers import ModelMixin, SchedulerMixin
 
+from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
+from .noise_process import NoiseProcess
 from .pipeline import DualRatePipeline
 from .refreshes import RefreshPlan, plan_refreshes
 from .registration import register
@@ -16,7 +18,9 @@ register(__name__)
 __all__ = [
     "DualRatePipeline",
     "DualRateScheduler",
+    "HostNetwork",
     "ModelMixin",
+    "NoiseProcess",
     "RefreshPlan",
     "SchedulerMixin",
     "UViTContextEncoder",

@@ -36,6 +36,16 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
+    @property
+    def stride(self) -> int:
+        """What height and width must be divisible by."""
+        return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
+
+    def blueprint(self) -> Self:
+        """The same network without weights, on the meta device, for shapes and FLOPs."""
+        with torch.device("meta"):
+            return type(self).from_config(self.config).eval()
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load weights from safetensors files; pickled weights are refused. Takes what the host's method takes.
