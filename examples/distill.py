@@ -80,7 +80,7 @@ from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
-from diffusers_dualrate.sources import check_classes, open_images
+from diffusers_dualrate.sources import check_classes, open_images, open_model
 
 # What teacher and student must share.
 SHARED = {"in_channels", "sample_size", "num_classes"}
@@ -270,8 +270,8 @@ def open_models(
     args: argparse.Namespace, configuration: Configuration
 ) -> tuple[DualRatePipeline, DualRatePipeline | None, Configuration]:
     """Teacher and student, and the configuration with the student's networks where there is one."""
-    teacher = DualRatePipeline.from_pretrained(args.teacher)
-    student = DualRatePipeline.from_pretrained(args.student) if args.student else None
+    teacher = open_model(args.teacher)
+    student = open_model(args.student) if args.student else None
     if student is not None:
         configuration = take_over_student(configuration, student, args)
         check_teacher(teacher, student={**student.denoiser.config, **student.scheduler.config})

@@ -50,9 +50,9 @@ def test_networks_put_together_by_hand_say_what_nobody_told_of_their_use(make_pi
         "scheduler": DualRateScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
         "context_encoder": UViTContextEncoder.from_pretrained(tmp_path, subfolder="context_encoder"),
     }
-    with pytest.warns(UserWarning, match="num_inference_steps, num_context_steps, guidance_scale are 64, None, 1.0"):
+    with pytest.warns(UserWarning, match="takes num_inference_steps=64, num_context_steps=None, guidance_scale=1.0"):
         DualRatePipeline(**parts)
-    with pytest.warns(UserWarning, match="num_inference_steps, num_context_steps are 64, None"):
+    with pytest.warns(UserWarning, match="takes num_inference_steps=64, num_context_steps=None. Give"):
         DualRatePipeline(**parts, guidance_scale=2.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -311,7 +311,7 @@ def test_the_corrupt_images_that_data_workers_leave_out_are_counted_at_the_end(
         (tmp_path / "images" / name).write_bytes(b"no image")
     monkeypatch.setattr(data, "CACHE_BYTES", 0)  # so that the images are read as they are needed
     train("single", tmp_path / "images", tmp_path / "run", "--on_corrupt", "skip", "--max_train_steps", 6, *way)
-    assert "2 corrupt images were left out." in capsys.readouterr().out
+    assert "Corrupt images that were left out: 2." in capsys.readouterr().out
     assert json.loads((tmp_path / "run/training.json").read_text())["corrupt_images"] == 2
 
 

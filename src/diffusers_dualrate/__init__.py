@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from .hosts import HostNetwork
     from .models import UViTContextEncoder, UViTDenoiser
+    from .noise_process import NoiseProcess
     from .pipeline import DualRatePipeline
     from .refreshes import RefreshPlan, plan_refreshes
     from .scheduler import DualRateScheduler
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "DualRatePipeline",
     "DualRateScheduler",
+    "HostNetwork",
     "ModelMixin",
+    "NoiseProcess",
     "RefreshPlan",
     "SchedulerMixin",
     "UViTContextEncoder",
@@ -27,8 +31,10 @@ __all__ = [
 _HOMES = {
     "DualRatePipeline": ".pipeline",
     "DualRateScheduler": ".scheduler",
+    "HostNetwork": ".hosts",
     # The host looks up the base classes of our components under the name that model_index.json records for them.
     "ModelMixin": "diffusers",
+    "NoiseProcess": ".noise_process",
     "RefreshPlan": ".refreshes",
     "SchedulerMixin": "diffusers",
     "UViTContextEncoder": ".models",

@@ -36,8 +36,8 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
         UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
     )  # what `torch.compile` wrapped
     height, width = network.image_size
+    copy = network.blueprint()
     with torch.device("meta"):
-        copy = type(network).from_config(network.config).eval()
         sample = torch.empty(1, network.config.in_channels, height, width)
         inputs = {"sample": sample, "log_snr": torch.empty(1)}
         if with_context and isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .chain import Chain
 from .defaults import SamplingDefaults, check_id2label, check_interval
 from .guidance import Guidance
+from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
 from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
 from .scheduler import DualRateScheduler
@@ -122,9 +123,7 @@ def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping
 
 
 def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -> tuple[int, int]:
-    config = denoiser.config
-    trained = denoiser.image_size
-    stride = config.patch_size * 2 ** (len(config.level_channels) - 1)
+    trained, stride = denoiser.image_size, denoiser.stride
     height = trained[0] if height is None else check_integer("height", height, 1, LONGEST_SIDE)
     width = trained[1] if width is None else check_integer("width", width, 1, LONGEST_SIDE)
     if height % stride or width % stride:
@@ -190,28 +189,38 @@ def check_components(
     denoiser: UViTDenoiser, scheduler: SchedulerMixin, context_encoder: UViTContextEncoder | None
 ) -> None:
     """Check that a pipeline is made of the right parts and that its two networks fit each other."""
-    _check_class("denoiser", denoiser, UViTDenoiser)
+    _check_class("denoiser", denoiser, UViTDenoiser, HostNetwork)
     _check_class("scheduler", scheduler, SchedulerMixin)
     expected = denoiser.config.context_channels
     if context_encoder is None:
         return
-    _check_class("context_encoder", context_encoder, UViTContextEncoder)
-    for name in ("in_channels", "patch_size", "num_classes", "prediction_hand_over"):
+    _check_class("context_encoder", context_encoder, UViTContextEncoder, HostNetwork)
+    shared = ["in_channels", "num_classes", "prediction_hand_over"]
+    for name in shared if isinstance(context_encoder, HostNetwork) else [*shared, "patch_size"]:
         theirs, ours = context_encoder.config[name], denoiser.config[name]
         if theirs != ours:
             raise ValueError(f"The pair does not fit: {name} is {theirs} in the encoder and {ours} in the denoiser.")
-    widths = tuple(context_encoder.config.context_channels or context_encoder.config.level_channels)
+    widths = context_encoder.context_channels
     if expected is None or tuple(expected) != widths:
         raise ValueError(
             f"The pair does not fit: the encoder hands out context of widths {widths}, "
             f"the denoiser takes {expected if expected is None else tuple(expected)}."
         )
+    if isinstance(context_encoder, HostNetwork):
+        sides = [denoiser.config.patch_size * 2**level for level in range(len(widths))]
+        ours = [tuple(length // side for length in denoiser.image_size) for side in sides]
+        theirs = [shape[1:] for shape in context_encoder.context_shapes]
+        if theirs != ours:
+            raise ValueError(
+                f"The pair does not fit: the encoder's maps are of sizes {theirs}, the denoiser's of {ours}."
+            )
 
 
-def _check_class(name: str, part: object, cls: type) -> None:
+def _check_class(name: str, part: object, *classes: type) -> None:
     # `torch.compile` wraps a network.
-    if not isinstance(getattr(part, "_orig_mod", part), cls):
-        raise ValueError(f"{name} must be a {cls.__name__}, got {'None' if part is None else type(part).__name__}.")
+    if not isinstance(getattr(part, "_orig_mod", part), classes):
+        expected = " or a ".join(cls.__name__ for cls in classes)
+        raise ValueError(f"{name} must be a {expected}, got {'None' if part is None else type(part).__name__}.")
 
 
 def check_encoder_denoises(
@@ -231,10 +240,10 @@ def describe_unsaid(
     """What nobody told a pipeline of its use, and the defaults that it takes instead."""
     used = {"num_context_steps": context_encoder is not None, "guidance_scale": denoiser.config.num_classes}
     unsaid = ["num_inference_steps", *(name for name, has_use in used.items() if has_use and name not in given)]
-    values = ", ".join(str(getattr(defaults, name)) for name in unsaid)
+    values = ", ".join(f"{name}={getattr(defaults, name)}" for name in unsaid)
     return (
-        f"Nothing says how this model is sampled: {', '.join(unsaid)} are {values}. Give them as arguments, or load the "
-        "whole model by from_pretrained."
+        f"Nothing says how this model is sampled, so it takes {values}. Give them as arguments, or load the whole model by "
+        "from_pretrained."
     )
 
 

@@ -39,8 +39,13 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
 
     @property
     def stride(self) -> int:
-        """What height and width must be divisible by: the patch size times downsampling."""
+        """What height and width must be divisible by."""
         return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
+
+    def blueprint(self) -> Self:
+        """The same network without weights, on the meta device, for shapes and FLOPs."""
+        with torch.device("meta"):
+            return type(self).from_config(self.config).eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:

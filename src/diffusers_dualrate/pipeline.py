@@ -16,6 +16,7 @@ from torch import Tensor
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
 from .guidance import Guidance
+from .hosts import PIPELINES, HostNetwork, open_pipeline
 from .inputs import (
     check_components,
     check_delivery,
@@ -72,9 +73,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         ValueError: If the two networks do not fit each other, or the defaults do not.
     """
 
-    denoiser: UViTDenoiser
+    denoiser: UViTDenoiser | HostNetwork
     scheduler: SchedulerMixin
-    context_encoder: UViTContextEncoder | None
+    context_encoder: UViTContextEncoder | HostNetwork | None
     image_processor: VaeImageProcessor
 
     # The encoder comes and goes within a run: in one chain the two networks would evict each other at every refresh.
@@ -84,9 +85,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        denoiser: UViTDenoiser,
+        denoiser: UViTDenoiser | HostNetwork,
         scheduler: SchedulerMixin,
-        context_encoder: UViTContextEncoder | None = None,
+        context_encoder: UViTContextEncoder | HostNetwork | None = None,
         id2label: dict | None = None,
         num_inference_steps: int | None = None,
         num_context_steps: int | None = None,
@@ -150,10 +151,18 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         index = Path(str(pretrained_model_name_or_path), cls.config_name)
         if index.is_file():
             config = cls._dict_from_json_file(index)
+            if config["_class_name"] in PIPELINES:
+                return cls._from_host(pretrained_model_name_or_path, **kwargs)
             for name in _REQUIRED:
                 if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
                     raise ValueError(f"{index} names no {name}: give one as an argument.")
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def _from_host(cls, name, **kwargs) -> "DualRatePipeline":
+        """One of diffusers' own pipelines as a single-rate model, with its scheduler and its number of steps."""
+        network, scheduler, num_inference_steps = open_pipeline(name, **kwargs)
+        return cls(network, scheduler, num_inference_steps=num_inference_steps)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:

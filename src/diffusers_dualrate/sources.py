@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from .augmentation import Augmentation
 from .configuration import Data
 from .data import LabelledImages, load_images
+from .hosts import HostNetwork
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
 
@@ -77,6 +80,22 @@ def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | St
         raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {names[i]!r} in the data.")
 
 
+def open_model(name: str, **options: Any) -> DualRatePipeline:
+    """A trained model of this package, to learn from or to start from; `options` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: If it is one of diffusers' own, which can be sampled only.
+    """
+    pipeline = DualRatePipeline.from_pretrained(name, **options)
+    for network in (pipeline.denoiser, pipeline.context_encoder):
+        if isinstance(network, HostNetwork):
+            kind = type(network.network).__name__
+            raise ValueError(
+                f"{name} holds a {kind} of diffusers, which can be sampled, but not trained or learned from."
+            )
+    return pipeline
+
+
 def open_start(name: str | None, images: LabelledImages | StreamedImages) -> DualRatePipeline | None:
     """The trained model that a training starts from, in float32, or `None` where none is named.
 
@@ -85,7 +104,7 @@ def open_start(name: str | None, images: LabelledImages | StreamedImages) -> Dua
     """
     if name is None:
         return None
-    pipeline = DualRatePipeline.from_pretrained(name, dtype=torch.float32)
+    pipeline = open_model(name, dtype=torch.float32)
     check_classes(name, pipeline, images)
     config = pipeline.denoiser.config
     for key, theirs, ours in (
@@ -117,7 +136,8 @@ def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
 def fingerprint_of(model: DualRatePipeline) -> str:
     """A short digest of a model's weights, which does not depend on its path."""
     digest = hashlib.blake2b(digest_size=16)
-    for network in filter(None, (model.context_encoder, model.denoiser)):
+    networks: list[nn.Module] = [network for network in (model.context_encoder, model.denoiser) if network is not None]
+    for network in networks:
         for name, weight in sorted(network.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
