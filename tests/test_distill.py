@@ -247,7 +247,7 @@ def test_missing_data_is_refused_unless_a_trained_student_rolls_out_from_noise(r
 def test_a_teacher_that_does_not_fit_is_refused_with_both_values(root, tmp_path, changes, message, with_student):
     save(tmp_path / "teacher", **changes)
     student = ["--student", root / "pair"] if with_student else []
-    message = f"{message}student" if with_student else f"{message}preset|has 5 classes and the data 2"
+    message = f"{message}student" if with_student else f"{message}preset|has 5 classes, and the data has 2"
     with pytest.raises(ValueError, match=message):
         run(root, tmp_path / "run", *data(root), *student, teacher=tmp_path / "teacher")
     assert not (tmp_path / "run").exists()
