@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import gradio as gr
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler
+from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
 from diffusers_dualrate.guidance import Guidance
-from diffusers_dualrate.inputs import plan_run
 from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 
 OWN, ANCESTRAL, SECOND_ORDER, FAST = SOLVERS = ("the model's own", "ancestral", "second order", "DPM-Solver++")
 ALIKE, ITS_OWN = HEAVY_RUNS = ("with N, guidance and solver of the pair", "with its own defaults")
@@ -100,14 +100,10 @@ def with_solver(pipe, solver):
         return pipe
     if not isinstance(pipe.scheduler, DualRateScheduler):
         raise ValueError(f"Solver must be {OWN!r}: this model is saved with {type(pipe.scheduler).__name__}.")
-    parts = pipe.components
-    if solver == FAST:
-        parts["scheduler"] = DPMSolverMultistepScheduler(
-            trained_betas=pipe.scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
-        )
-    else:
-        second_order = solver == SECOND_ORDER
-        parts["scheduler"] = DualRateScheduler.from_config(pipe.scheduler.config, second_order=second_order)
+    scheduler = make_dpm_solver(pipe.scheduler)
+    if solver != FAST:
+        scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=solver == SECOND_ORDER)
+    parts = pipe.components | {"scheduler": scheduler}
     solved = DualRatePipeline(**parts)
     solved.set_progress_bar_config(disable=True)
     return solved
@@ -147,10 +143,13 @@ def run_chain(pipe, **inputs):
 
 def show_chain(pipe, title, names, n, k, guidance_scale, **inputs):
     """Yield after each step this side of the page, with GFLOP and seconds per image."""
-    _, plan, levels = plan_run(pipe.scheduler, pipe.context_encoder, pipe.config, None, (n, k, None, None))
-    guidance = Guidance(guidance_scale, tuple(pipe.config.guidance_interval or (-math.inf, math.inf)))
-    guided = [guidance.acts_at(level) for level in levels.tolist()]
     spared, is_pair = pipe.config.encoder_denoises, pipe.context_encoder is not None
+    taken = plan_steps(pipe.scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
+    plan, guidance = (
+        taken.plan,
+        Guidance(guidance_scale, tuple(pipe.config.guidance_interval or (-math.inf, math.inf))),
+    )
+    guided = [guidance.acts_at(level) for level in taken.log_snrs.tolist()]
     flops = plan_flops(pipe.denoiser, pipe.context_encoder, plan, guided=guided, encoder_denoises=spared) / 1e9
     how = f"N = {len(plan)}, " + (f"K = {plan.num_context_steps}, " if is_pair else "")
     how += f"guidance {guidance_scale:g}" if any(guided) else "no guidance"

@@ -76,7 +76,7 @@ def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, **evaluat
 
     def draw(labels, generators):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*samples off the Markov law")
+            warnings.filterwarnings("ignore", message=".*takes other steps than those the pair")
             return pipe(labels, n, k, generator=generators, guidance_scale=1.0, output_type="latent").images
 
     evaluations["denoiser"] = (pipe.denoiser, n - k if pipe.config.encoder_denoises else n)
