@@ -86,8 +86,10 @@ def open_heavy(name, pair):
         raise ValueError(f"Heavy network must be a single-rate model, but {name} is a pair.")
     ours, theirs = pair.denoiser.config, pipe.denoiser.config
     for part in ("sample_size", "in_channels", "num_classes"):
-        if ours[part] != theirs[part]:
-            raise ValueError(f"{name} draws other images than the pair: {part} is {theirs[part]}, not {ours[part]}.")
+        if ours.get(part) != theirs.get(part):
+            raise ValueError(
+                f"{name} draws other images than the pair: {part} is {theirs.get(part)}, not {ours.get(part)}."
+            )
     if pipe.id2label != pair.id2label:
         raise ValueError(f"{name} has other classes than the pair, or the same in another order.")
     pipe.set_progress_bar_config(disable=True)

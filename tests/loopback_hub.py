@@ -20,7 +20,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
-API_ROUTE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<verb>[^/]+)/(?P<revision>[^/]+)(/(?P<path>.*))?)?")
+API_ROUTE = re.compile(
+    r"/api/(models|spaces)/(?P<repo>[^/]+/[^/]+)(/(?P<verb>[^/]+)/(?P<revision>[^/]+)(/(?P<path>.*))?)?"
+)
 FILE_ROUTE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
 Commit = dict[str, bytes]

@@ -71,7 +71,7 @@ def install(folder):
 
 
 def upload(words, folder):
-    """A command that publishes, to a Hub on this machine, which then holds the model, its card and its measurement."""
+    """A command that publishes, to a Hub on this machine, which then holds a Space, or model, card and measurement."""
     with LoopbackHub() as hub:
         environment = hub.environment(folder / "huggingface") | {"PYTHONPATH": str(ROOT / "src")}
         program = {"hf": str(Path(sys.executable).with_name("hf")), "python": sys.executable}[words[0]]
@@ -80,6 +80,9 @@ def upload(words, folder):
         assert result.returncode == 0, result.stderr
         (repository,) = hub.repositories.values()
         _, files = repository.find("main")
+    if "space" in words:
+        assert {"README.md", "app.py", "requirements.txt", "diffusers_dualrate/__init__.py"} <= set(files)
+        return
     assert {"README.md", "evaluation.json", "samples.png", "model_index.json", "training.json"} <= set(files)
     assert not [name for name in files if name.startswith("checkpoint")]
 
@@ -91,8 +94,16 @@ def run_command(line, folder):
     elif words == ["make", "demo"]:
         run_demo(folder)
     elif words[:2] == ["pip", "install"]:
-        assert words[2:] == [".[train,eval]"]
+        assert words[2:] in ([".[train,eval]"], [".[app]"])
         install(folder)
+    elif words == ["make", "space"]:
+        subprocess.run(["make", "space", f"SPACE={folder}/build/space"], cwd=ROOT, check=True, capture_output=True)
+    elif words[:2] == [
+        "python",
+        "examples/app.py",
+    ]:  # up to where it is served: tests/test_app.py opens it in a browser
+        script = importlib.import_module("app")
+        script.make_page(script.parse_args(words[2:]))
     elif words[:2] == ["hf", "upload"] or "--push_to_hub" in words:
         upload(words, folder)
     else:
