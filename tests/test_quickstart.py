@@ -50,4 +50,4 @@ def test_the_notebook_runs_with_a_shorter_training(notebook):
         for each in (now, kept)
     ]
     assert costs[0] == costs[1] and len(costs[0]) == 2
-    assert "steps 0 to 3 of 48 images" in "".join(text for text, _ in now)
+    assert "steps 0 to 3, each of 48 images" in "".join(text for text, _ in now)
