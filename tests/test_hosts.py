@@ -7,10 +7,14 @@ import threading
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
@@ -30,6 +34,7 @@ from diffusers_dualrate import (
     sources,
 )
 from diffusers_dualrate.flops import count_evaluations, network_flops
+from diffusers_dualrate.modular import DualRateBlocks
 
 LEVELS = [-9.0, -3.0, 0.0, 2.5, 8.0]
 
@@ -228,6 +233,108 @@ def test_a_saved_network_is_one_of_its_own_class_and_loads_with_its_process_and_
         torch.testing.assert_close(loaded(z, 1.0).sample, host(z, 1.0).sample)
         own = UNet2DModel.from_pretrained(tmp_path)
         torch.testing.assert_close(own(z, 10).sample, host.network(z, 10).sample)
+
+
+def make_vae(seed=2, **options):
+    torch.manual_seed(seed)
+    shape = {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "scaling_factor": 0.5}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(**{**shape, **blocks, **options}).eval()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_transformer_in_latents_draws_the_images_of_its_own_pipeline(tmp_path, guidance_scale):
+    """With guidance against its null class, variances left aside, decoding, and the names of its classes.
+
+    The host's null class is number 1000, so its network has a thousand.
+    """
+    dit, scheduler = make_dit(out_channels=8, num_embeds_ada_norm=1000), DDIMScheduler(clip_sample=False)
+    own = DiTPipeline(dit, make_vae(), scheduler, id2label={0: "owl", 7: "cat, kitten"})
+    own.set_progress_bar_config(disable=True)
+    own.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"id2label": {"0": "owl", "7": "cat, kitten"}}))
+    ours = DualRatePipeline.from_pretrained(tmp_path)
+    ours.set_progress_bar_config(disable=True)
+    assert ours.config.num_inference_steps == 50 and ours.config.guidance_scale == 4.0
+    options = {"num_inference_steps": 6, "guidance_scale": guidance_scale}
+    expected = own([0, 7], generator=generator(), output_type="np", **options).images
+    images = ours(["owl", "cat, kitten"], generator=generator(), output_type="np", **options).images
+    assert images.shape == expected.shape == (2, 16, 16, 3)
+    assert abs(images - expected).max() < 1e-5 and expected.std() > 0.01
+
+
+def make_latent_pipe(vae=None, **options):
+    denoiser = UViTDenoiser(
+        sample_size=8, in_channels=4, level_channels=(16, 32), level_types=("res", "res"), level_blocks=(1, 1),
+        embedding_dim=16, attention_head_dim=8,
+    ).eval()  # fmt: skip
+    scheduler = DualRateScheduler(clip_sample=options.pop("clip_sample", False))
+    return DualRatePipeline(denoiser, scheduler, vae=vae or make_vae(), num_inference_steps=2, **options)
+
+
+@pytest.mark.parametrize("shift_factor", [None, 0.25])
+def test_latents_are_decoded_with_the_factors_of_their_autoencoder_and_sizes_are_pixels(tmp_path, shift_factor):
+    pipe = make_latent_pipe(make_vae(shift_factor=shift_factor))
+    pipe.set_progress_bar_config(disable=True)
+    latents = pipe(generator=generator(), output_type="latent").images
+    images = pipe(generator=generator(), output_type="pt").images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / 0.5 + (shift_factor or 0)).sample
+    torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
+    assert latents.shape == (1, 4, 8, 8) and images.shape == (1, 3, 16, 16)
+    assert pipe(generator=generator(), height=24, width=16, output_type="pt").images.shape == (1, 3, 24, 16)
+    with pytest.raises(ValueError, match="divisible by 4, got 18 and 16"):
+        pipe(height=18)
+    pipe.save_pretrained(tmp_path)
+    loaded = DualRatePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(loaded(generator=generator(), output_type="pt").images, images)
+    again = DualRatePipeline(**pipe.components)
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(again(generator=generator(), output_type="pt").images, images)
+    modular = DualRateBlocks().init_pipeline(str(tmp_path))
+    modular.load_components()
+    torch.testing.assert_close(modular(generator=generator(), output_type="pt", output="images"), images)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_latent_pipe(make_vae(latent_channels=3)), "latents of 3 channels, and the networks take 4"),
+        (lambda: make_latent_pipe(make_unet()), "vae must be an autoencoder of diffusers.*, got UNet2DModel"),
+        (lambda: make_latent_pipe(clip_sample=True), "clip_sample=True would clip latents"),
+    ],
+    ids=["channels", "class", "clip"],
+)
+def test_an_autoencoder_that_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("cls", [AutoencoderTiny, AutoencoderDC])
+def test_other_autoencoders_decode_to_their_own_size(cls):
+    torch.manual_seed(0)
+    if cls is AutoencoderTiny:
+        vae = cls(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )  # fmt: skip
+    else:
+        vae = cls(
+            latent_channels=4, attention_head_dim=4, encoder_block_types=("ResBlock", "ResBlock"),
+            decoder_block_types=("ResBlock", "ResBlock"), encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+        )  # fmt: skip
+    pipe = make_latent_pipe(vae.eval())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(generator=generator(), output_type="pt").images
+    with torch.no_grad():
+        latents = pipe(generator=generator(), output_type="latent").images
+        expected = vae.decode(latents / vae.config.scaling_factor).sample
+    assert pipe.image_processor.config.vae_scale_factor == images.shape[-1] // 8
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
 
 
 def make_pair(**options):

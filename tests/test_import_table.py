@@ -116,6 +116,7 @@ def test_the_table_says_what_the_design_rests_on():
         "decoding",
         "folders",
         "guidance",
+        "latents",
         "checkpoints",
         "pictures",
         "processes",

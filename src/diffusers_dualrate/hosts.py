@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, cast
 
 import diffusers
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.models import CacheMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -65,8 +65,12 @@ KINDS = {
 }
 """Classes of diffusers that can be taken as they are; one more is one entry more."""
 
-PIPELINES = {"DDPMPipeline": 1000, "DDIMPipeline": 50}
-"""Pipelines of diffusers whose `unet` can be taken as it is, and the steps that they take by default."""
+# Of a pipeline of diffusers: the component that is its network, and its own defaults.
+PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDPMPipeline": ("unet", {"num_inference_steps": 1000}),
+    "DDIMPipeline": ("unet", {"num_inference_steps": 50}),
+    "DiTPipeline": ("transformer", {"num_inference_steps": 50, "guidance_scale": 4.0}),
+}
 
 
 @dataclass
@@ -257,18 +261,25 @@ def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
     return features.transpose(1, 2).unflatten(2, (height, -1))
 
 
-def open_pipeline(pretrained_model_name_or_path, **kwargs) -> tuple[HostNetwork, SchedulerMixin, int]:
-    """Take a `DDPMPipeline` or `DDIMPipeline` apart.
+def open_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any]:
+    """Take one of the `PIPELINES` apart.
 
     Args:
         pretrained_model_name_or_path: Its folder.
         kwargs: Of `DiffusionPipeline.from_pretrained`.
 
     Returns:
-        Its network, its scheduler for a network that predicts velocity, and its default number of steps.
+        The arguments of a [`DualRatePipeline`] that samples the same: its network and, for one that predicts velocity, its
+        scheduler, with what else it has of autoencoder, names of classes and defaults.
     """
     pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-    process = NoiseProcess.of(pipeline.scheduler)
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="v_prediction")
-    steps = min(PIPELINES[type(pipeline).__name__], process.config.num_train_timesteps)
-    return HostNetwork(pipeline.unet, process), scheduler, steps
+    component, defaults = PIPELINES[type(pipeline).__name__]
+    process, config = NoiseProcess.of(pipeline.scheduler), pipeline.scheduler.config
+    parts: dict[str, Any] = {
+        "denoiser": HostNetwork(getattr(pipeline, component), process),
+        "scheduler": type(pipeline.scheduler).from_config(config, prediction_type="v_prediction"),
+        "vae": pipeline.components.get("vae"),
+        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path).get("id2label"),
+    }
+    steps = min(defaults["num_inference_steps"], process.config.num_train_timesteps)
+    return {**parts, **defaults, "num_inference_steps": steps}

@@ -56,6 +56,7 @@ def check_inputs(
     num_images_per_prompt: int,
     height: int | None,
     width: int | None,
+    pixels_per_side: int,
     generator: torch.Generator | list[torch.Generator] | None,
     latents: Tensor | None,
 ) -> Inputs:
@@ -69,7 +70,7 @@ def check_inputs(
     if ids is not None:
         batch_size = len(ids)
     batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
-    shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width))
+    shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width, pixels_per_side))
     most = _MOST_VALUES // math.prod(shape[1:])
     if batch_size > most:
         raise ValueError(
@@ -122,8 +123,9 @@ def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping
     return int(label)
 
 
-def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -> tuple[int, int]:
-    trained, stride = denoiser.image_size, denoiser.stride
+def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None, factor: int) -> tuple[int, int]:
+    """Height and width of what the networks draw: pixels, or latents that stand for `factor` pixels on a side."""
+    trained, stride = tuple(side * factor for side in denoiser.image_size), denoiser.stride * factor
     height = trained[0] if height is None else check_integer("height", height, 1, LONGEST_SIDE)
     width = trained[1] if width is None else check_integer("width", width, 1, LONGEST_SIDE)
     if height % stride or width % stride:
@@ -135,7 +137,7 @@ def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -
             "images this far from it are hardly like those it learned from.",
             stacklevel=5,
         )
-    return height, width
+    return height // factor, width // factor
 
 
 def _check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:

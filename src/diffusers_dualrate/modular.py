@@ -8,7 +8,7 @@ The loop is that of `sampling.py`, which the pipeline goes through, too.
 """
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
@@ -16,6 +16,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 from .chain import own_caches
 from .defaults import NAMES, SamplingDefaults
 from .inputs import check_components, make_chain
+from .latents import compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .sampling import sample_at_two_rates
 from .steps import plan_steps
@@ -46,6 +47,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         ComponentSpec("denoiser", UViTDenoiser),
         ComponentSpec("scheduler", SchedulerMixin),
         ComponentSpec("context_encoder", UViTContextEncoder),
+        ComponentSpec("vae", ModelMixin),
     ]
     # What travels with a model in its model_index.json.
     expected_configs = [ConfigSpec(name, None) for name in NAMES]
@@ -67,7 +69,14 @@ class DualRateSampleBlock(ModularPipelineBlocks):
             device=device,
         )
         chain, block_state.latents = make_chain(
-            components.denoiser, context_encoder, steps, defaults, device, num_images_per_prompt=1, **arguments
+            components.denoiser,
+            context_encoder,
+            steps,
+            defaults,
+            device,
+            num_images_per_prompt=1,
+            pixels_per_side=compression_of(getattr(components, "vae", None)),
+            **arguments,
         )
         with torch.no_grad(), own_caches(chain.context_encoder, chain.denoiser):
             for each in sample_at_two_rates(
@@ -82,7 +91,8 @@ class DualRateDecodeBlock(ModularPipelineBlocks):
     """From `latents` to `images`: PIL images, arrays or tensors in [0, 1]."""
 
     model_name = "dual-rate"
-    description = "Turns images in [-1, 1] into what a user looks at."
+    description = "Turns images in [-1, 1], or the latents of an autoencoder, into what a user looks at."
+    expected_components = [ComponentSpec("vae", ModelMixin)]
     inputs = [
         InputParam("latents", required=True, description="Images [B, C, height, width] in [-1, 1]."),
         InputParam("output_type", default="pil", description='"pil", "np" or "pt".'),
@@ -92,8 +102,10 @@ class DualRateDecodeBlock(ModularPipelineBlocks):
     def __call__(self, components, state):
         """Decode `latents` into `images`."""
         block_state = self.get_block_state(state)
-        processor = VaeImageProcessor(vae_scale_factor=1)
-        block_state.images = processor.postprocess(block_state.latents, output_type=block_state.output_type)
+        vae, latents = getattr(components, "vae", None), block_state.latents
+        images = latents if vae is None else decode(vae, latents)
+        processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
+        block_state.images = processor.postprocess(images, output_type=block_state.output_type)
         self.set_block_state(state, block_state)
         return components, state
 

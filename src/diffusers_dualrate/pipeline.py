@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -26,6 +26,7 @@ from .inputs import (
     find_label_ids,
     make_chain,
 )
+from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, refuse_pickles
@@ -57,6 +58,8 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         denoiser: Network that runs at every step, or with `encoder_denoises` at those that do not refresh.
         scheduler: [`DualRateScheduler`], or an in-tree variance-preserving scheduler that predicts v.
         context_encoder: Network that runs at refreshes only; `None` for a single-rate model.
+        vae: Autoencoder of diffusers (`AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`) whose latents the networks draw;
+            `None` for networks of pixels.
         id2label: Name of each class.
         num_inference_steps: Default number N of steps; 64 if left out.
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
@@ -76,11 +79,12 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
     denoiser: UViTDenoiser | HostNetwork
     scheduler: SchedulerMixin
     context_encoder: UViTContextEncoder | HostNetwork | None
+    vae: ModelMixin | None
     image_processor: VaeImageProcessor
 
     # The encoder comes and goes within a run: in one chain the two networks would evict each other at every refresh.
-    model_cpu_offload_seq = "denoiser"
-    _optional_components = ["context_encoder"]
+    model_cpu_offload_seq = "denoiser->vae"
+    _optional_components = ["context_encoder", "vae"]
     _callback_tensor_inputs = ["latents", "class_labels", "context"]
 
     def __init__(
@@ -88,6 +92,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         denoiser: UViTDenoiser | HostNetwork,
         scheduler: SchedulerMixin,
         context_encoder: UViTContextEncoder | HostNetwork | None = None,
+        vae: ModelMixin | None = None,
         id2label: dict | None = None,
         num_inference_steps: int | None = None,
         num_context_steps: int | None = None,
@@ -100,6 +105,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
     ):
         super().__init__()
         check_components(denoiser, scheduler, context_encoder)
+        check_vae(vae, denoiser.config.in_channels, scheduler)
         if context_encoder is None and denoiser.config.context_channels is not None:
             warnings.warn(
                 "The denoiser is one of a pair and there is no context_encoder: it samples without context.",
@@ -128,9 +134,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         names = {str(key): name for key, name in self._id2label.items()} or None
         if not known and num_inference_steps is None:
             warnings.warn(describe_unsaid(defaults, given, denoiser, context_encoder), stacklevel=2)
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, context_encoder=context_encoder)
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, context_encoder=context_encoder, vae=vae)
         self.register_to_config(**{name: getattr(defaults, name) for name in NAMES} | {"id2label": names})
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
         # The newest call, and all that are running.
         self._call, self._running = _Call(), list[_Call]()
 
@@ -152,17 +158,11 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         if index.is_file():
             config = cls._dict_from_json_file(index)
             if config["_class_name"] in PIPELINES:
-                return cls._from_host(pretrained_model_name_or_path, **kwargs)
+                return cls(**open_pipeline(pretrained_model_name_or_path, **kwargs))
             for name in _REQUIRED:
                 if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
                     raise ValueError(f"{index} names no {name}: give one as an argument.")
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-
-    @classmethod
-    def _from_host(cls, name, **kwargs) -> "DualRatePipeline":
-        """One of diffusers' own pipelines as a single-rate model, with its scheduler and its number of steps."""
-        network, scheduler, num_inference_steps = open_pipeline(name, **kwargs)
-        return cls(network, scheduler, num_inference_steps=num_inference_steps)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -292,7 +292,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             height: Height in pixels; default: that of the network.
             width: Width in pixels; default: that of the network.
             generator: Source of noise. In a list, one for each image, which then depends on its own seed alone.
-            latents: Noise to start from [B, C, height, width] instead of drawing it.
+            latents: Noise to start from [B, C, height, width] instead of drawing it; its sides are those of the latents.
             output_type: "pil"; "np" [B, height, width, C] or "pt" [B, C, height, width], both in [0, 1]; or "latent", the
                 tensor as the scheduler leaves it, about [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` or a plain tuple.
@@ -324,12 +324,14 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             num_images_per_prompt=num_images_per_prompt,
             height=height,
             width=width,
+            pixels_per_side=compression_of(self.vae),
             generator=generator,
             latents=latents,
         )
         latents = self._sample(chain, noise, callback, tensor_inputs)
         check_images(latents, output_type)
-        images = self.image_processor.postprocess(latents, output_type=output_type)
+        images = latents if self.vae is None or output_type == "latent" else decode(self.vae, latents)
+        images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

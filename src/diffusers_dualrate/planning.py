@@ -157,6 +157,7 @@ class _Search:
             num_images_per_prompt=1,
             height=None,
             width=None,
+            pixels_per_side=1,
             generator=None,
             latents=latents,
         )
