@@ -23,6 +23,7 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
 from diffusers_dualrate.guidance import Guidance
+from diffusers_dualrate.latents import decode
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 
@@ -123,9 +124,11 @@ def run_chain(pipe, **inputs):
 
     def after_step(own, step, timestep, tensors):
         nonlocal seconds, since
-        latents = tensors["latents"].cpu()  # waits until the step is done
+        latents = tensors["latents"]
+        latents.cpu()  # waits until the step is done
         seconds += time.perf_counter() - since
-        steps.put((own.image_processor.postprocess(latents), seconds))
+        images = latents if own.vae is None else decode(own.vae, latents)
+        steps.put((own.image_processor.postprocess(images), seconds))
         shown.acquire()
         own._interrupt = left
         since = time.perf_counter()

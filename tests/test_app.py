@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from packaging.requirements import Requirement
 from PIL import Image
 
 import app
-from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.flops import plan_flops
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +170,18 @@ def test_the_clock_stands_while_the_page_is_drawn_and_who_leaves_stops_the_chain
     next(chain)
     chain.close()
     assert len(calls.denoiser) == 1
+
+
+def test_latents_are_shown_as_the_images_that_they_stand_for(make_networks):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.5, **blocks)
+    encoder, denoiser = make_networks(in_channels=4)
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(clip_sample=False), encoder, vae=vae.eval())
+    call = {"num_inference_steps": 2, "num_context_steps": 1}
+    *_, (images, _) = app.run_chain(pipe, generator=torch.Generator().manual_seed(1), **call)
+    expected = pipe(generator=torch.Generator().manual_seed(1), **call).images
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+    assert images[0].size == (16, 16)
 
 
 def test_an_error_within_a_chain_reaches_the_page(make_pipe):
