@@ -1,8 +1,8 @@
 """Model cards: what a folder's records say of a model, in the words that its readers need.
 
-Every figure of a card comes from evaluation.json and model_index.json, and what the training was told from
-configuration.json. What a person has to say, such as intended use, weak points and sources, may be given in notes.json;
-without it the card says what the records know. Nothing else enters, so a card can be made again at any time.
+Every figure of a card comes from evaluation.json or model_index.json. What the training was told comes from
+configuration.json. What only a person knows, such as intended use, weak points and sources, may be given in notes.json.
+A card depends on nothing else, so it can be made again at any time.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The two networks as one chain calls them: with guidance, caches, labels and precision.
 
-With guidance, the branches without and with the class are evaluated in one batch, null branch first, each with its own
-context. Everything here belongs to one chain: two chains of the same networks at once share nothing.
+With guidance, the branches without and with the class are evaluated in one batch. The null branch comes first, and each
+branch has its own context. Two chains may use the same networks at once: they share nothing else.
 """
 
 import contextlib
