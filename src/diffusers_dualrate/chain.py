@@ -72,7 +72,7 @@ class Chain:
         return self.class_labels is not None and self.guidance.acts_at(self.levels[i])
 
     def serves(self, i: int, z: Tensor, context: Context | None) -> bool:
-        """Whether a context serves step i. A guided step needs a context of both branches."""
+        """Whether a context serves step i: a guided step needs one of both branches. Only callbacks make it fail."""
         return context is None or not self.guides(i) or len(context.maps[0]) != len(z)
 
     def encode(self, i: int, z: Tensor) -> tuple[Context, Tensor | None]:

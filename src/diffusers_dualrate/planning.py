@@ -174,7 +174,7 @@ class _Search:
                 own = noise[i][rows].to(z.device)
                 return chain.scheduler.step(v.float(), chain.timesteps[i], z, return_dict=False, variance_noise=own)[0]
 
-            for state in sample_at_two_rates(z, chain.plan, chain.encode, chain.denoise, step, chain.serves):
+            for state in sample_at_two_rates(z, chain.plan, chain.encode, chain.denoise, step):
                 last = state.z
             parts.append(last.float().cpu())
         return torch.cat(parts)
