@@ -85,7 +85,7 @@ def sample_rows(evaluation: dict, title: str, columns: list[str]) -> Iterator[li
     yield ["floor", "", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
 
 
-def describe_images(evaluation: dict, changes: dict | None) -> str:
+def describe_training_images(evaluation: dict, changes: dict | None) -> str:
     """The images that a training took, and for a student in what kind of step."""
     told, data = evaluation["configuration"], evaluation["data"]
     images = evaluation["training"]["images_seen"]
@@ -331,7 +331,7 @@ def make_card(
         unmeasured=UNMEASURED,
         evaluate=evaluation_command(f"runs/{evaluation['model']}", told),
         **(measured_parts(evaluation, title, columns) if is_measured else {}),
-        images=describe_images(evaluation, changes),
+        images=describe_training_images(evaluation, changes),
         cost=describe_cost(evaluation),
         recipe=recipe_rows(told, changes),
         command=training_command(told, changes, evaluation["model"]),

@@ -257,7 +257,7 @@ def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
     return features.transpose(1, 2).unflatten(2, (height, -1))
 
 
-def open_pipeline(pretrained_model_name_or_path, **kwargs) -> tuple[HostNetwork, SchedulerMixin, int]:
+def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> tuple[HostNetwork, SchedulerMixin, int]:
     """Take a `DDPMPipeline` or `DDIMPipeline` apart.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
 from .guidance import Guidance
-from .hosts import PIPELINES, HostNetwork, open_pipeline
+from .hosts import PIPELINES, HostNetwork, open_host_pipeline
 from .inputs import (
     check_components,
     check_delivery,
@@ -161,7 +161,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
     @classmethod
     def _from_host(cls, name, **kwargs) -> "DualRatePipeline":
         """One of diffusers' own pipelines as a single-rate model, with its scheduler and its number of steps."""
-        network, scheduler, num_inference_steps = open_pipeline(name, **kwargs)
+        network, scheduler, num_inference_steps = open_host_pipeline(name, **kwargs)
         return cls(network, scheduler, num_inference_steps=num_inference_steps)
 
     @classmethod
