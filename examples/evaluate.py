@@ -2,13 +2,13 @@
 
     python examples/evaluate.py --model model_cards/dualrate-emoji32 --heavy model_cards/single-rate-emoji32 --light runs/light-emoji32 --dataset_name examples/data/emoji32 --label_column label --classifier examples/classifiers/emoji32.safetensors --output model_cards/dualrate-emoji32/evaluation.json --grid model_cards/dualrate-emoji32/samples.png
 
-`v_loss`: the mean of (v − v̂)² on freshly augmented images with fixed noise, of the model, of the model with its context
-dropped, and of the single-rate networks it is compared with; a student has none, as it knows the times of its few steps
-only. `samples`: for each way to sample, what it cost, counted, and
-the distances, precision, recall and class accuracy of its images. `floor`: the same metrics for as many real images that
-the reference does not hold, augmented as the training was: as good as a perfect model would be. Each name ends in the
-count of images, and each metric has a value for every seed. `references` says what each distance is measured from:
-`fd_local` from images augmented as the training was, `fid` and `fd_dinov2` from images as they are, as it is published.
+`v_loss`: the mean of (v − v̂)² on freshly augmented images with fixed noise. It is that of the model, of the model with
+its context dropped, and of the single-rate networks it is compared with. A student has none, as it knows only the times
+of its few steps. `samples`: for each way to sample, its counted cost, and the distances, precision, recall and class
+accuracy of its images. `floor`: the same metrics for as many real images that the reference does not hold, augmented as
+the training was: as good as a perfect model would be. Each name ends in the count of images, and each metric has a value
+for every seed. `references` says what each distance is measured from: `fd_local` from images augmented as the training
+was, `fid` and `fd_dinov2` from images as they are, as it is published.
 
 Of `--heavy`, `--light` and `--rivals` nothing is sampled: what their own evaluation.json holds is taken up, where data and
 classifier are the same, with the seeds it was measured with. `training_flops` is what each training cost by itself.

@@ -2,10 +2,10 @@
 
     python examples/plan.py --model model_cards/dualrate-emoji32 --budget 1.2 --output runs/planned-emoji32
 
-Tries plans of few and many steps, with refreshes that begin late where the pair learned to go without context, even and
-uneven ones, both orders of the steps, and several intervals of guidance. The best one is the default of the model that is
-saved, with what it was measured on in plan.json. The criterion is the energy distance of the samples from those of a long
-chain along the same noise, or with `--classifier` and data `fd_local`. No report uses the seeds of this choice.
+Tries plans of few and many steps, even and uneven ones, both orders of the steps, and several intervals of guidance. Where
+the pair learned to go without context, refreshes may begin late. The best plan is the default of the model that is saved,
+with what it was measured on in plan.json. The criterion is the energy distance of the samples from those of a long chain
+along the same noise, or with `--classifier` and data `fd_local`. No report uses the seeds of this choice.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from .front import flops_at, undominated
+from .report import insert_between
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY, TIMING, GAINS = (Path(__file__).with_name(name) for name in ("study.json", "timing.json", "gains.json"))
@@ -188,7 +189,7 @@ def write_ratio(ratio: dict) -> str:
     return f"{ratio['mean']:.2f}±{ratio['std']:.2f}"
 
 
-def write_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in [titles, *rows])
     return "\n".join([head, "|---" * len(titles) + "|", *body])
@@ -213,9 +214,9 @@ def write_gains(gains: dict) -> str:
     ]  # fmt: skip
     ratios = ["times fewer FLOPs", "pair ÷ heavy"]
     return "\n\n".join([
-        write_table(["undistilled", "N/K", "heavy alone", "pair", *ratios, "light alone"], pairs),
-        write_table(["distilled", "N/K", "heavy alone", "pair", *ratios], students),
-        write_table(["milliseconds", "N/K", "heavy alone", "pair", "times fewer FLOPs", "times less time"], times),
+        format_table(["undistilled", "N/K", "heavy alone", "pair", *ratios, "light alone"], pairs),
+        format_table(["distilled", "N/K", "heavy alone", "pair", *ratios], students),
+        format_table(["milliseconds", "N/K", "heavy alone", "pair", "times fewer FLOPs", "times less time"], times),
     ])  # fmt: skip
 
 
@@ -243,8 +244,8 @@ def write_needs(gains: dict) -> str:
         for row in gains["students"]
     ]
     return "\n\n".join([
-        write_table(titles, rows),
-        write_table(["data", "distilled pair", "training FLOPs, pair ÷ single network"], students),
+        format_table(titles, rows),
+        format_table(["data", "distilled pair", "training FLOPs, pair ÷ single network"], students),
     ])  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def write_solvers(gains: dict) -> str:
         [row["ancestral"]["data"], *(f"{own['N']}: {write_cost(own)}" for own in row.values())]
         for row in gains["solvers"]
     ]
-    return write_table(["data", *SOLVERS.values()], rows)
+    return format_table(["data", *SOLVERS.values()], rows)
 
 
 def write_student(gains: dict) -> str:
@@ -267,7 +268,7 @@ def write_student(gains: dict) -> str:
         write_ratio(row["distance_ratio"]),
         f"{row['times_the_training_flops']:.1f}",
     ]
-    return write_table(
+    return format_table(
         [
             "emoji32, 8 steps: single-rate student",
             "distilled pair, K = 2",
@@ -297,14 +298,7 @@ def write_ends(gains: dict) -> str:
                     write_distance(row),
                 ]
             )
-    return write_table(["data", "arm", "solver", "N / K", "training", "MFLOP", "distance"], rows)
-
-
-def insert(text: str, name: str, table: str) -> str:
-    """A page with a table between the markers of its name."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return format_table(["data", "arm", "solver", "N / K", "training", "MFLOP", "distance"], rows)
 
 
 def read(path: Path) -> dict:
@@ -329,8 +323,9 @@ def main():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name, table in write_tables(gains).items():
-            if f"<!-- {name}: begin -->" in text:
-                text = insert(text, name, table)
+            begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+            if begin in text:
+                text = insert_between(text, begin, end, table)
         page.write_text(text, encoding="utf-8")
 
 

@@ -267,10 +267,13 @@ def check_markers(path: Path) -> str:
 
 def insert(table: str, path: Path) -> None:
     """Replace what a file has between the study's markers."""
-    text = check_markers(path)
-    before, _, rest = text.partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    path.write_text(f"{before}{MARKERS[0]}\n\n{table}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+    path.write_text(insert_between(check_markers(path), *MARKERS, table), encoding="utf-8")
+
+
+def insert_between(text: str, begin: str, end: str, table: str) -> str:
+    """A page with a table in place of what stands between two markers."""
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
 
 
 def plot(study: dict, path: Path) -> None:

@@ -144,8 +144,8 @@ def apply_override(sections: dict, override: str, path: Path, followed: set[str]
         flags: Values of the flags that the script has, `None` for those that were not given.
 
     Raises:
-        ValueError: If it names no value of the preset, or one of a part that is not followed, or one that a flag was
-            given for, too, or the value is no JSON.
+        ValueError: If the value is no JSON, or the name is no value of the preset. Also if its part is not followed, or a
+            flag sets the same value.
     """
     key, _, value = override.partition("=")
     part, _, name = key.partition(".")

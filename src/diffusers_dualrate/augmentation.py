@@ -55,7 +55,7 @@ class Augmentation:
             raise ValueError(f"`flip` is {self.flip!r}, but must be true or false.")
 
     def apply(self, pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Returns the image as float32 [C, H, W] in [-1, 1].
+        """Return the image, augmented, as float32 [C, H, W] in [-1, 1].
 
         Args:
             pixels: Premultiplied colours and alpha, uint8 [H, W, C + 1].

@@ -1,8 +1,8 @@
 """Model cards: what a folder's records say of a model, in the words that its readers need.
 
-Every figure of a card comes from evaluation.json and model_index.json, and what the training was told from
-configuration.json. What a person has to say, such as intended use, weak points and sources, may be given in notes.json;
-without it the card says what the records know. Nothing else enters, so a card can be made again at any time.
+Every figure of a card comes from evaluation.json or model_index.json. What the training was told comes from
+configuration.json. What only a person knows, such as intended use, weak points and sources, may be given in notes.json.
+A card depends on nothing else, so it can be made again at any time.
 """
 
 import json
@@ -85,7 +85,7 @@ def sample_rows(evaluation: dict, title: str, columns: list[str]) -> Iterator[li
     yield ["floor", "", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
 
 
-def describe_images(evaluation: dict, changes: dict | None) -> str:
+def describe_training_images(evaluation: dict, changes: dict | None) -> str:
     """The images that a training took, and for a student in what kind of step."""
     told, data = evaluation["configuration"], evaluation["data"]
     images = evaluation["training"]["images_seen"]
@@ -331,7 +331,7 @@ def make_card(
         unmeasured=UNMEASURED,
         evaluate=evaluation_command(f"runs/{evaluation['model']}", told),
         **(measured_parts(evaluation, title, columns) if is_measured else {}),
-        images=describe_images(evaluation, changes),
+        images=describe_training_images(evaluation, changes),
         cost=describe_cost(evaluation),
         recipe=recipe_rows(told, changes),
         command=training_command(told, changes, evaluation["model"]),

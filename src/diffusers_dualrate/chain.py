@@ -1,7 +1,7 @@
 """The two networks as one chain calls them: with guidance, caches, labels and precision.
 
-With guidance, the branches without and with the class are evaluated in one batch, null branch first, each with its own
-context. Everything here belongs to one chain: two chains of the same networks at once share nothing.
+With guidance, the branches without and with the class are evaluated in one batch. The null branch comes first, and each
+branch has its own context. Two chains may use the same networks at once: they share nothing else.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class Chain:
         return self.class_labels is not None and self.guidance.acts_at(self.levels[i])
 
     def serves(self, i: int, z: Tensor, context: Context | None) -> bool:
-        """Whether a context serves step i. A guided step needs a context of both branches."""
+        """Whether a context serves step i: a guided step needs one of both branches. Only callbacks make it fail."""
         return context is None or not self.guides(i) or len(context.maps[0]) != len(z)
 
     def encode(self, i: int, z: Tensor) -> tuple[Context, Tensor | None]:

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: finding, checking, saving and loading the folders `checkpoint-<step>`.
 
 A checkpoint holds Accelerate's state, the EMA weights and what the run itself notes. It is written under a hidden name
-and renamed when complete. It is removed by renaming first. So no visible checkpoint is ever incomplete. A list of
-its files with their hashes tells a damaged one from a sound one before anything is loaded.
+and renamed when complete. To be removed, it is hidden by renaming first. So no visible checkpoint is ever incomplete. A
+list of its files with their hashes tells a damaged one from a sound one before anything is loaded.
 """
 
 import hashlib
@@ -169,7 +169,7 @@ def _spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def set_aside(checkpoint: Path, why: str) -> None:
-    """Renames a checkpoint, so that it no longer counts."""
+    """Rename a checkpoint, so that it no longer counts."""
     other = checkpoint.with_name(f"{why}-{checkpoint.name}")
     shutil.rmtree(other, ignore_errors=True)
     checkpoint.rename(other)

@@ -12,7 +12,7 @@ from .records import read_json
 EVALUATION, GRID = "evaluation.json", "samples.png"
 """What a measurement leaves beside a model."""
 
-# What a run is told and its repetition need not be: where it goes on from, and what says nothing of the model.
+# Options that the repetition of a run does not need: they say where it goes on from, or nothing of the model.
 _PASSING = frozenset(
     "resume_from_checkpoint checkpoints_total_limit images_per_process push_to_hub hub_model_id output_dir cache_dir "
     "report_to checkpointing_steps validation_steps mixed_precision".split()
@@ -54,7 +54,7 @@ def find_changes(told: dict, presets: Path | None) -> dict | None:
 
 
 def list_flags(told: dict, *sections: str) -> list[str]:
-    """What a run was told beside preset and recipe, as flags: all that is not the default."""
+    """The flags of a run beside preset and recipe. Those with their default values are left out."""
     configuration, flags = Configuration.from_json(told), []
     for section in sections:
         part = getattr(configuration, section)

@@ -27,7 +27,7 @@ FILE = "configuration.json"
 PARTS_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "found")
 """What the file holds beside the sections of a preset: what a run was told, and what it found."""
 
-# What makes a run this one, by the sections of the file; in options and data nothing but these.
+# The values that make a run this one, in options and data. Of networks and recipe nearly all do: see `identify`.
 _IDENTIFYING_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
 _IDENTIFYING_DATA = ("image_column", "label_column")
 _MOST_WORKERS = 1024  # more processes than a machine starts for one that trains

@@ -41,7 +41,7 @@ def load_images(
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> "Dataset | IterableDataset":
-    """Opens a data set of images from exactly one of two sources.
+    """Open a data set of images from exactly one of two sources.
 
     Args:
         dataset_name: A data set of the Hub, or the path of a local one, also of one that `save_to_disk` wrote, or
@@ -50,7 +50,7 @@ def load_images(
             those of the module `folders`.
         image_column: The column that must hold the images.
         label_column: The column that must hold the classes, if any.
-        split: The split to open. The digits' halves are called "reference" and "floor", "train" being both.
+        split: The split to open. The digits have the halves "reference" and "floor"; their "train" is both together.
         config_name: Which configuration of the data set, where it has several.
         streaming: Whether to read rows as they are needed instead of preparing all of them first.
         seed: Seed of the order in which a folder's files are streamed.

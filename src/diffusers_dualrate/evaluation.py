@@ -5,9 +5,9 @@ Gaussians with the features' means and covariances,
 
     d² = ‖m − m'‖² + tr(C + C' − 2 (C C')^½).
 
-Which features decides what it is called: Inception's give FID, DINOv2's FD-DINOv2, and those of a small classifier
-trained on the data at hand `fd_local`, features scaled to mean variance 1 on the reference. A distance grows as the count
-shrinks, so it is read beside its floor: real images against other real ones, same count.
+Its name depends on the features. Those of Inception give FID, and those of DINOv2 give FD-DINOv2. Those of a small
+classifier, trained on the data at hand, give `fd_local`. There the features are scaled to mean variance 1 on the reference.
+A distance grows as the count shrinks. So it is read beside its floor: the distance between as many real images and others.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class FeatureStatistics:
     """Count, mean and covariance of features, streamed in float64 at constant memory.
 
-    All are kept as one matrix, the sum of (1, f)(1, f)ᵀ over features f: adding matrices merges statistics, so that over
-    processes `statistics.moments = accelerator.reduce(statistics.moments)` does it.
+    All are kept as one matrix, the sum of (1, f)(1, f)ᵀ over features f. The sum of two such matrices is that of both sets
+    together. So `statistics.moments = accelerator.reduce(statistics.moments)` merges the statistics of all processes.
 
     Args:
         moments: The sum [D + 1, D + 1] so far; `None` for none.
@@ -111,14 +111,14 @@ def fd_local(statistics: FeatureStatistics, reference: FeatureStatistics) -> flo
 
 
 def energy_distance(one: Tensor, other: Tensor) -> float:
-    """Energy distance of two laws, 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖: 0 where they are one, more everywhere else.
+    """Energy distance of two distributions, 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖. It is 0 only if they are equal.
 
-    Row i of one set may share its randomness with row i of the other: pairs within a row are left out, so that the mean
-    stays that of independent draws, and what both share cancels.
+    Row i of one set may share its randomness with row i of the other. Pairs within a row are left out, so the mean stays
+    that of independent draws. What both sets share then cancels.
 
     Args:
         one: Samples [N, ...], at least two.
-        other: As many of the other law.
+        other: As many samples of the other distribution.
     """
     one, other = one.flatten(1).double(), other.flatten(1).double()
     apart = torch.cdist(one, other).fill_diagonal_(0)
@@ -309,8 +309,8 @@ def nearest_training_image(
 ) -> Tensor:
     """Index [B] of the training image nearest to each image in mean square distance, over shifts and backgrounds.
 
-    Training images may be transparent. On black they are their premultiplied colour p, and on white p + (1 − a),
-    so that on the background b of the image they are compared with they are p + (1 − a) b.
+    Training images may be transparent. On black such an image is its premultiplied colour p; on white it is p + (1 − a).
+    Both together give it on any background b, as p + (1 − a) b. Here b is that of the image which is looked up.
 
     Args:
         images: Images to look up [B, C, H, W] in [-1, 1].

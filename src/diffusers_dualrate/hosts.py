@@ -26,13 +26,13 @@ from .repositories import RepositoryMixin, refuse_pickles
 
 # Two calls of one network at once must not take each other's feature maps.
 _TAPPING = threading.Lock()
-# Variance of x given z that a prediction without one is handed over with, in units of σ².
+# The variance of x given z that is handed over, in units of σ². The networks themselves predict none.
 _SHARE_OF_NOISE = 0.2
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a class of diffusers is called, by its configuration."""
+    """How to call the networks of one class of diffusers, and what their configuration says."""
 
     num_classes: Callable[[Any], int | None]
     stride: Callable[[Any], int]
@@ -95,8 +95,8 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         process: How it was trained.
         taps: Names of submodules whose outputs are the feature maps, from the highest resolution to the lowest; `None` for
             those that suit its class. Tokens become maps.
-        prediction_hand_over: Whether the context ends with z, the network's own prediction x̂ and its variance, which is
-            taken for a fifth of the noise's.
+        prediction_hand_over: Whether the context ends with z, the network's own prediction x̂ and its variance. The variance
+            is assumed to be a fifth of the noise's.
 
     Raises:
         ValueError: If the class is not known, its channels are neither those of an image nor twice as many, or there is
@@ -261,7 +261,7 @@ def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
     return features.transpose(1, 2).unflatten(2, (height, -1))
 
 
-def open_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any]:
+def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any]:
     """Take one of the `PIPELINES` apart.
 
     Args:

@@ -239,7 +239,7 @@ def check_encoder_denoises(
 def describe_unsaid(
     defaults: SamplingDefaults, given: dict, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None
 ) -> str:
-    """What nobody told a pipeline of its use, and the defaults that it takes instead."""
+    """A warning that names the sampling values which nobody gave, and the defaults that are taken for them."""
     used = {"num_context_steps": context_encoder is not None, "guidance_scale": denoiser.config.num_classes}
     unsaid = ["num_inference_steps", *(name for name, has_use in used.items() if has_use and name not in given)]
     values = ", ".join(f"{name}={getattr(defaults, name)}" for name in unsaid)
@@ -250,7 +250,7 @@ def describe_unsaid(
 
 
 def check_images(images: Tensor, output_type: str) -> None:
-    """Say when images are not finite, where they leave the device anyway: a call never waits for it."""
+    """Warn of images that are not finite. Images that stay on the device are not checked, since a call would wait for it."""
     if output_type in ("pil", "np") and not images.isfinite().all():
         warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=4)
 

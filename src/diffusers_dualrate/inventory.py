@@ -1,4 +1,4 @@
-"""What a set of images holds: its classes, a description in words, and a fingerprint that no path enters."""
+"""What a set of images holds: its classes, a description in words, and a fingerprint that depends on no path."""
 
 import hashlib
 import json
@@ -115,7 +115,7 @@ def check_label(value: int | None, id2label: dict[int, str], label_column: str, 
 def fingerprint_rows(
     files: "Dataset", column: str, labels: np.ndarray | None, id2label: dict[int, str] | None
 ) -> dict[str, list[str] | int | str | None]:
-    """Names of the `classes`, number of `images`, and a hash of their `rows`. No path and no time enters.
+    """Names of the `classes`, number of `images`, and a hash of their `rows`. It depends on no path and no time.
 
     The hash takes all labels, the names and sizes of all files, and the content of 256 rows, evenly spread.
 

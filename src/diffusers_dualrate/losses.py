@@ -49,8 +49,8 @@ class ContextTimes:
     """Which rows of a batch see a context, and how old it is.
 
     Args:
-        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly (repeat a
-            value to draw it more often); its context is then up to that old. 0 is a fresh context.
+        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly, and its
+            context is at most that old. 0 is a fresh context. A value that is repeated is drawn more often.
         context_from: Time c of the first context; 1 is the noisy end.
         num_above: Number of leading rows whose times lie above c.
         num_without: Number of leading rows that see no context. It includes the rows above c.

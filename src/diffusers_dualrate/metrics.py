@@ -1,7 +1,7 @@
 """The metrics of a set of images: what feature extractors and judges see in it, its distances from a reference, and v-losses.
 
-What depends on the data, `fd_local`, is held to the reference augmented as the training was: that is the law a model
-learns. Published metrics, FID and FD-DINOv2, are held to the images as they are, resized and cut at the centre alone.
+`fd_local` compares samples with a reference that is augmented as the training was, since a model learns that distribution.
+FID and FD-DINOv2, as they are published, compare with the images as they are, only resized and cut at the centre.
 """
 
 import hashlib
@@ -74,7 +74,14 @@ def check_classifier(path: str, classifier: ImageClassifier, channels: int, num_
 
 @dataclass
 class Measured:
-    """What a set of images shows, gathered over processes: by extractor, features; and how many have their class."""
+    """What was measured on a set of images, over all processes.
+
+    Args:
+        statistics: Statistics of the features of each extractor.
+        features: Features of the first images by each extractor, for precision and recall.
+        right: How many images have their class by each judge.
+        first: A few images to look at.
+    """
 
     statistics: dict[str, FeatureStatistics]
     features: dict[str, Tensor]
@@ -144,14 +151,14 @@ def measure_reference(
     content = sum(gather_object([total])) % 2**256  # the same in any order
     paths = {}
     for name, extract in extractors.items():
-        # What an extractor does to noise says which one it is.
+        # Its features of fixed noise identify an extractor.
         shape = (2, images.channels, images.height, images.width)
         noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         with torch.no_grad():
             response = extract(noise.to(accelerator.device)).cpu().numpy().tobytes()
         key = hashlib.sha256(f"{name} {content:x} {len(chosen)}".encode() + response).hexdigest()
         paths[name] = Path(cache_dir) / f"{key}.safetensors"
-    # Another device may respond with other last digits: the main process says where everything is.
+    # Another device may give other last digits, so all processes take the names that the main process found.
     missing = [name for name in extractors if not paths[name].is_file()]
     paths, missing = broadcast_object_list([paths, missing])
     if missing:

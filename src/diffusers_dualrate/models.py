@@ -6,8 +6,8 @@ projection of the map: [h, e] → h + W e. W e does not change between two refre
 W starts at zero, the encoder's heads do not: if both were zero, neither would ever learn.
 
 Beyond the paper, with `prediction_hand_over` the encoder also returns its prediction x̂ of the clean image, and a
-variance. The denoiser updates this Gaussian by what z_t tells beyond z_τ (`diffusion.gaussian_update`). The velocity that
-follows is where it starts from; it learns a correction.
+variance. The denoiser updates this Gaussian by what z_t tells beyond z_τ (`diffusion.gaussian_update`). The updated mean
+gives a velocity. The network learns a correction that is added to it.
 
 Both networks condition on log-SNR instead of a step number, so the same weights serve any variance-preserving schedule.
 """
@@ -61,14 +61,15 @@ class UViTContextEncoder(UViTNetwork):
     """Heavy network of a pair: turns a noisy image into context, one feature map per resolution.
 
     Args:
-        sample_size: Side of the square images it is trained on, or (height, width); others work where divisible by
-            patch size times downsampling.
+        sample_size: Side of the square images it is trained on, or (height, width). Other sizes work if they are divisible
+            by patch size times downsampling.
         in_channels: Image channels.
         patch_size: Side of the patches that the highest level works on.
         num_classes: Number of classes, or `None` for an unconditional model.
         level_channels: Width of each level, from the highest resolution to the middle.
         level_types: "res", "transformer" or "depthwise" for each level.
-        level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
+        level_blocks: Number of blocks that each level has going down, and again going up. The last entry is the number of
+            blocks in the middle.
         attention_head_dim: Channels of one attention head.
         embedding_dim: Width of the noise-level and class embedding.
         dropout: Dropout rate in transformer blocks.
@@ -182,14 +183,15 @@ class UViTDenoiser(UViTNetwork):
     """Light network of a pair, or with `context_channels=None` the single-rate network: predicts velocity.
 
     Args:
-        sample_size: Side of the square images it is trained on, or (height, width); others work where divisible by
-            patch size times downsampling.
+        sample_size: Side of the square images it is trained on, or (height, width). Other sizes work if they are divisible
+            by patch size times downsampling.
         in_channels: Image channels.
         patch_size: Side of the patches that the highest level works on.
         num_classes: Number of classes, or `None` for an unconditional model.
         level_channels: Width of each level, from the highest resolution to the middle.
         level_types: "res", "transformer" or "depthwise" for each level.
-        level_blocks: Blocks of each level, as many going down as going up; for the last, the middle, all its blocks.
+        level_blocks: Number of blocks that each level has going down, and again going up. The last entry is the number of
+            blocks in the middle.
         attention_head_dim: Channels of one attention head.
         embedding_dim: Width of the noise-level and class embedding.
         dropout: Dropout rate in transformer blocks.

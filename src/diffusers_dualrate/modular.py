@@ -79,9 +79,8 @@ class DualRateSampleBlock(ModularPipelineBlocks):
             **arguments,
         )
         with torch.no_grad(), own_caches(chain.context_encoder, chain.denoiser):
-            for each in sample_at_two_rates(
-                block_state.latents, chain.plan, chain.encode, chain.denoise, chain.step, chain.serves
-            ):
+            loop = sample_at_two_rates(block_state.latents, chain.plan, chain.encode, chain.denoise, chain.step)
+            for each in loop:
                 block_state.latents = each.z
         self.set_block_state(state, block_state)
         return components, state

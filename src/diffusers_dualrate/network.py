@@ -71,7 +71,7 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs) -> tuple[dict, dict, dict]:
-        """Where the host takes the constructor's arguments from a configuration; it would pass over unknown ones.
+        """Refuse unknown arguments where the host reads the constructor's from a configuration. It ignores them.
 
         Raises:
             ValueError: If the configuration holds an argument that this network does not know.

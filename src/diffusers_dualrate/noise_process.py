@@ -44,7 +44,7 @@ class NoiseProcess(ConfigMixin):
         rescale_betas_zero_snr: Whether the table is rescaled to end in noise alone.
 
     Raises:
-        ValueError: If there is no such process, or a prediction of noise that ends in noise alone.
+        ValueError: If there is no such process, or the network predicts noise and the table ends in noise alone.
     """
 
     config_name = "host_network.json"
@@ -119,14 +119,14 @@ class NoiseProcess(ConfigMixin):
         return torch.where((timestep - whole).abs() < _WHOLE, whole, timestep)
 
     def scale(self, log_snr: Tensor) -> Tensor:
-        """What z at a log-SNR is multiplied by to be what the network sees."""
+        """The factor [B] that turns z at a log-SNR [B] into the network's input."""
         if self.log_snrs is not None:
             return torch.ones_like(log_snr)
         alpha, sigma = diffusion.alpha_sigma(log_snr)
         return 1 / (alpha + sigma)
 
     def velocity(self, output: Tensor, z: Tensor, log_snr: Tensor) -> Tensor:
-        """The velocity [B, C, H, W] that a network's output [B, C, H, W] at z says.
+        """Convert a network's output at z to velocity, both [B, C, H, W].
 
         Args:
             output: What the network predicted.

@@ -16,7 +16,7 @@ from torch import Tensor
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
 from .guidance import Guidance
-from .hosts import PIPELINES, HostNetwork, open_pipeline
+from .hosts import PIPELINES, HostNetwork, open_host_pipeline
 from .inputs import (
     check_components,
     check_delivery,
@@ -158,7 +158,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         if index.is_file():
             config = cls._dict_from_json_file(index)
             if config["_class_name"] in PIPELINES:
-                return cls(**open_pipeline(pretrained_model_name_or_path, **kwargs))
+                return cls(**open_host_pipeline(pretrained_model_name_or_path, **kwargs))
             for name in _REQUIRED:
                 if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
                     raise ValueError(f"{index} names no {name}: give one as an argument.")

@@ -1,8 +1,8 @@
-"""A budget becomes a plan: how many steps, which of them refresh, of which order, and where guidance acts.
+"""Choose for a budget how a model samples: number and order of its steps, which of them refresh, where guidance acts.
 
-Candidates that cost at most the budget are tried on one set of noises. The best by a criterion is kept. By default that is
-the energy distance of the samples from those of a long chain along the same noise, with a fresh context at every step. A
-distance image by image would prefer blander images: steps of first order, and less guidance.
+Candidates that cost at most the budget are tried on one set of noises. The best by a criterion is kept. By default the
+criterion is an energy distance, from the samples of a long chain along the same noise. That chain has a fresh context at
+every step. A distance image by image would prefer blander images: steps of first order, and less guidance.
 """
 
 import math
@@ -35,7 +35,7 @@ PLANNING_SEED = 7_000_003
 
 # Steps of the long chain, and the most that a plan has.
 _LONG, _MOST_STEPS = 64, 64
-# A plan that costs less than this share of the budget has a neighbour that costs more of it.
+# Even plans that cost less than this share of the budget are not tried at first: others use it better.
 _LEAST_SHARE = 0.75
 # Shares of the steps that a plan may take before its first refresh, and that guidance may leave out at either end.
 _OPENINGS, _UNGUIDED = (0.0, 0.25, 1 / 3, 0.5, 2 / 3), ((0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.25, 0.25))
@@ -175,7 +175,7 @@ class _Search:
                 own = noise[i][rows].to(z.device)
                 return chain.scheduler.step(v.float(), chain.timesteps[i], z, return_dict=False, variance_noise=own)[0]
 
-            for state in sample_at_two_rates(z, chain.plan, chain.encode, chain.denoise, step, chain.serves):
+            for state in sample_at_two_rates(z, chain.plan, chain.encode, chain.denoise, step):
                 last = state.z
             parts.append(last.float().cpu())
         return torch.cat(parts)
@@ -225,7 +225,7 @@ class _Search:
         return plan_cost(choice.plan, *self._prices, guided=guided, encoder_denoises=spared)
 
     def intervals(self) -> list[tuple[float, float] | None]:
-        """Where guidance may act: as the model has it, everywhere, or but for a share of the steps at either end."""
+        """Intervals of guidance to try: the model's own, all log-SNRs, and those that leave out steps at the ends."""
         if self.scale == 1:
             return [self.interval]
         scheduler, found = self.pipe.scheduler, [self.interval, *({None} - {self.interval})]
@@ -293,7 +293,7 @@ class _Search:
         num_trials: int,
         note: Callable[[], object],
     ) -> None:
-        """Try those that wait, then what is next to the best that was not yet looked around, and so on."""
+        """Try the waiting choices, then the neighbours of the best choice whose neighbours were not tried, and so on."""
         first, best, begun = len(waiting), math.inf, set()
         while len(self.tried) < num_trials:
             if not waiting:
@@ -329,8 +329,8 @@ def plan_for(
 ) -> Planned:
     """Choose how a model samples within a budget: N, refreshes, order of the steps, and where guidance acts.
 
-    Half of the trials go to even plans of all sizes that use the budget; the others go from the best so far to what
-    differs from it in one thing, so that refreshes may become uneven. Guidance has the model's own scale.
+    Half of the trials are even plans of all sizes that use the budget. Each of the others differs in one thing from the
+    best so far, so refreshes may become uneven. Guidance has the model's own scale.
 
     Args:
         pipe: The model; it stays as it is.

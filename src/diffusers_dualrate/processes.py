@@ -8,8 +8,8 @@ A script ends through `run_script`:
 With several processes the group of torch.distributed stays alive until all are done, and none takes it apart. Threads of
 a gloo group free the tensors of finished work, for which they need the interpreter's lock. After
 `destroy_process_group` DDP's reducer is the group's last owner. Its destructor joins those threads while it holds that
-lock, so each waits for the other, for ever. So processes wait for each other, then each is
-ended by the system at once, which frees whatever the group held.
+lock, so each waits for the other for ever. Instead, the processes wait for each other. Then the system ends each at once,
+which frees whatever the group held.
 """
 
 import atexit
@@ -27,10 +27,10 @@ EXIT_SECONDS = 30.0
 """How long what was registered with `atexit` may take in one of several processes."""
 
 FLOPS_PER_THREAD = 5e9
-"""A call of a network takes one thread for each so many FLOPs, and at least one.
+"""FLOPs of a call for each thread that it is given; it is given at least one.
 
-On two busy cores a training step of the preset `emoji32`, 8 GFLOP a call, took 3 times as long with two threads as with
-one, of `letters16` 6 times, of `digits8` 7 times, of `tiny` 13 times.
+On two busy cores a second thread made training steps slower: 3 times with the preset `emoji32` (8 GFLOP a call), 6 times
+with `letters16`, 7 times with `digits8`, 13 times with `tiny`.
 """
 
 _THREADS_AT_START = torch.get_num_threads()

@@ -14,7 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LONGEST_SIDE = 2**14
-"""Longest side of an image in pixels: no model's images are nearly as large, and no memory holds one's features."""
+"""Longest side of an image in pixels. No model draws images nearly as large, and no memory holds their features."""
 MOST_AT_ONCE = 2**20
 """Most images of a training step, or classes of a model."""
 

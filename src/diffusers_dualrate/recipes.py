@@ -99,8 +99,8 @@ class PairRecipe(SingleRateRecipe):
     """How a pair is trained.
 
     Args:
-        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly (repeat a
-            value to draw it more often); its context is then up to that old. 0 is a fresh context.
+        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly, and its
+            context is at most that old. 0 is a fresh context. A value that is repeated is drawn more often.
         context_from: Time of the first context, in shares of the chain; 1 is the noisy end. Rows above it see no context,
             and the encoder learns nothing there. Their share is rounded to whole rows of the batch.
         context_dropout: Share of the other rows of a batch that see no context.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from .ranges import check_integer
 
 MOST_STEPS = 2**23
-"""Steps that single precision still tells apart, whose relative spacing is 2^-23."""
+"""Most steps of a chain. Single precision, with a relative spacing of 2^-23, still tells the times of so many apart."""
 _MOST_DRAWN = 32
-# By how much tables of single precision miss a log-SNR at most, far less than a step changes it by.
+# Largest rounding error of a log-SNR in a table of single precision. A step changes log-SNR by far more.
 _ROUNDED = 1e-3
 
 

@@ -1,7 +1,7 @@
 """How our classes are saved to a repository and loaded from it: the host's way, with every failure in one sentence.
 
-A model's folder is more than its weights: a card, the pictures that it shows, and the records that it was made of. They are
-published with the weights, and what else lies in a run's folder, such as checkpoints, is not.
+A model's folder holds more than weights: a card, the pictures that it shows, and the records that it was made of. They are
+published with the weights. Whatever else lies in a run's folder, such as checkpoints, is not.
 """
 
 import glob
@@ -87,8 +87,8 @@ class RepositoryMixin:
     ) -> str:
         """Publish on the Hub. Takes what the host's method takes.
 
-        What was loaded from a folder with a card takes the card along, with its pictures and its records: it speaks of the
-        model as it was loaded. Where there is none, the repository keeps the card that it has, or gets the host's.
+        A model that was loaded from a folder with a card is published with that card, its pictures and its records. They
+        describe the model as it was loaded. Without one, the repository keeps the card that it has, or gets the host's.
         """
         hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         source = None if subfolder else self._find_card_folder()

@@ -76,7 +76,7 @@ SAMPLES = 32
 
 
 def _leave_signals(worker: int) -> None:
-    """Lets a data worker live through one signal to all processes of a job; the next one, from the run's end, ends it."""
+    """Lets a data worker survive the first signal, sent to all processes of a job. The second, at the run's end, ends it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
@@ -190,8 +190,8 @@ class Run:
 
         Args:
             ema: Its weights go into checkpoints and, at each sampling, into `averaged`.
-            averaged: Copy, made before `prepare`, of the module that is averaged. So whatever samples leave the
-                trained weights alone, and wrappers that spread them need not know.
+            averaged: Copy of the trained module, made before `prepare`. Samples are drawn from the copy. So the trained
+                weights stay as they are, and wrappers such as FSDP never see a call of it.
             pipeline: Pipeline of the networks in `averaged`, to sample and to save.
         """
         self.ema, self.averaged, self.pipeline = ema, averaged, pipeline

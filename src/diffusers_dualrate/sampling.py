@@ -5,8 +5,9 @@ refreshes. It hands out features, the context. The light denoiser g runs at ever
 
     v = g(z_t, t, τ, E(z_τ, τ))
 
-Here z_t is the noisy image at time t, and τ ≥ t is the time of the last refresh. The denoiser was trained on contexts of
-earlier times, so it is told τ.
+Here z_t is the noisy image at time t, which falls from 1 (noise) to 0 (image). The last refresh was at τ ≥ t, where the
+image was noisier. The denoiser was trained on such older contexts, and it is told τ. From the velocity v that it predicts,
+a scheduler makes the less noisy image of the next step.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ class SamplingState:
 
     Args:
         z: Noisy image, less noisy at every step [B, C, H, W].
-        context: What the heavy network made at the last refresh; `None` before the first.
+        context: What the heavy network made at the last refresh, with the time τ of that; `None` before the first.
     """
 
     z: Tensor
@@ -47,7 +48,8 @@ def sample_at_two_rates(
         encode: Slow rate: (i, z) to a context, and the velocity if the heavy network predicts it too, else `None`.
         denoise: Fast rate: (i, z, context) to the velocity.
         step: (i, v, z) to the less noisy image.
-        serves: Whether a context (i, z, context) still serves this step; where it does not, the step refreshes it.
+        serves: (i, z, context) to whether the context still fits. A step whose context does not fit refreshes it, too. By
+            default every context fits.
 
     Yields:
         The state after each step, the same object every time.

@@ -1,6 +1,7 @@
 """`DualRateScheduler`: the ancestral sampler of a variance-preserving process, and when to refresh the context.
 
-The host's contract over `diffusion.py` and `refreshes.py`. A `timestep` is the time t in [0, 1] times `num_train_timesteps`, a float.
+It gives `diffusion.py` and `refreshes.py` the interface that diffusers expects of a scheduler. A `timestep` is a float, the
+time t in [0, 1] times `num_train_timesteps`.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ class DualRateSchedulerOutput(BaseOutput):
 
 
 class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
-    """Ancestral sampling, the Markov chain whose law a pair is trained on, with steps uniform in time.
+    """Ancestral sampling with steps uniform in time. A pair is trained on the distribution of this Markov chain.
 
-    Of first order it is the paper's sampler; of second order it needs far fewer steps.
+    With first order it is the paper's sampler. With second order it needs far fewer steps.
 
     Args:
         num_train_timesteps: Timestep of pure noise, t = 1.
@@ -183,7 +184,7 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         return times
 
     def _set_timesteps(self, times: Tensor, device: str | torch.device | None) -> None:
-        """Tabulate, in float64, what `step` needs at every time, so that a step is a look-up on the device."""
+        """Tabulate in float64 what `step` needs at every time. A step is then a look-up on the device."""
         log_snr = self.log_snr(times)
         log_snr_next = self.log_snr(torch.cat([times[1:], times.new_zeros(1)]))
         factor_z, factor_x, std = diffusion.posterior(

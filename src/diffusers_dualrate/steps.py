@@ -20,7 +20,7 @@ class ChainSteps(NamedTuple):
 
     Attributes:
         scheduler: The chain's own scheduler, with its steps set.
-        plan: Which steps refresh: none for a single-rate model, and before the first one no step sees a context.
+        plan: Which steps refresh; none for a single-rate model. Steps before the first refresh see no context.
         log_snrs: Log-SNR [N] of each step, on the CPU.
     """
 
@@ -40,7 +40,7 @@ def plan_steps(
     is_pair: bool = True,
     device: str | torch.device | None = None,
 ) -> ChainSteps:
-    """Choose the steps of a chain: what is asked for, and where nothing is, the model's own.
+    """Choose the steps of a chain: those that are asked for, or else the model's own.
 
     Args:
         scheduler: Ours, or any in-tree variance-preserving scheduler that predicts v. It stays as it is: the chain gets a
@@ -54,8 +54,8 @@ def plan_steps(
         device: Where the chain's tensors live.
 
     Raises:
-        ValueError: If the scheduler does not fit the networks, there is no such chain, or it begins without context and
-            the pair never learned to.
+        ValueError: If the scheduler does not fit the networks, or there is no such chain. Also if the chain begins without
+            context and the pair never learned to.
     """
     if num_inference_steps is None and timesteps is None:
         num_inference_steps = defaults.num_inference_steps
@@ -125,7 +125,7 @@ def _log_snr_at(scheduler: SchedulerMixin, share: float) -> Tensor:
     """Log-SNR [] of a scheduler's process at a share in (0, 1] of the chain; 1 is its noisy end."""
     if isinstance(scheduler, DualRateScheduler):
         return scheduler.log_snr_at(share)
-    # In one that was made of our scheduler's betas, as pairs need it, the same noise level.
+    # A scheduler made from our betas, as a pair needs one, has the same noise level there.
     table = scheduler.alphas_cumprod.cpu().double()
     return torch.logit(table[min(round(share * len(table)), len(table) - 1)])
 
