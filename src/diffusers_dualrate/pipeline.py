@@ -22,6 +22,7 @@ from .inputs import (
     check_delivery,
     check_encoder_denoises,
     check_images,
+    check_returned,
     describe_unsaid,
     find_label_ids,
     make_chain,
@@ -385,6 +386,7 @@ def _call_back(
     if not (returned is None or isinstance(returned, dict)):
         raise ValueError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}.")
     returned = returned or {}
+    check_returned(returned, tensors)
     state.z = returned.pop("latents", state.z)
     chain.class_labels = returned.pop("class_labels", chain.class_labels)
     maps = returned.pop("context", context)
