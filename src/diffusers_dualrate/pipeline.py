@@ -16,7 +16,7 @@ from torch import Tensor
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
 from .guidance import Guidance
-from .hosts import PIPELINES, HostNetwork, open_pipeline
+from .hosts import HostNetwork, OfHostError, check_own, open_pipeline
 from .inputs import (
     check_components,
     check_delivery,
@@ -150,24 +150,22 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         `trust_remote_code` ask for it.
         """
         index = Path(str(pretrained_model_name_or_path), cls.config_name)
-        if index.is_file():
-            config = cls._dict_from_json_file(index)
-            if config["_class_name"] in PIPELINES:
-                return cls._from_host(pretrained_model_name_or_path, **kwargs)
-            for name in _REQUIRED:
-                if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
-                    raise ValueError(f"{index} names no {name}: give one as an argument.")
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-
-    @classmethod
-    def _from_host(cls, name, **kwargs) -> "DualRatePipeline":
-        """One of diffusers' own pipelines as a single-rate model, with its scheduler and its number of steps."""
-        network, scheduler, num_inference_steps = open_pipeline(name, **kwargs)
-        return cls(network, scheduler, num_inference_steps=num_inference_steps)
+        try:
+            if index.is_file():
+                config = cls._dict_from_json_file(index)
+                for name in _REQUIRED:
+                    if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
+                        raise ValueError(f"{index} names no {name}: give one as an argument.")
+            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        except OfHostError:  # a single-rate model, with its scheduler and its number of steps
+            given = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
+            network, scheduler, steps = open_pipeline(pretrained_model_name_or_path, **kwargs)
+            return cls(network, scheduler, **{"num_inference_steps": steps} | given)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
-        return check_index(json_file, super()._dict_from_json_file(json_file), ("context_encoder", *_REQUIRED))
+        index = check_index(json_file, super()._dict_from_json_file(json_file), ("context_encoder", *_REQUIRED))
+        return check_own(json_file, index)
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, *args, **kwargs) -> None:
         """Save the model as a repository. Takes what the host's method takes.
