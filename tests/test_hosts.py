@@ -148,6 +148,48 @@ def test_a_ddpm_pipeline_samples_its_own_images_with_its_own_noise(tmp_path):
     assert abs(images - expected).max() < 1e-5
 
 
+def test_a_scheduler_given_for_a_pipeline_of_diffusers_samples_it_and_does_not_say_how_it_was_trained(tmp_path):
+    """Mutants: the process of the given scheduler, whose betas or prediction are others."""
+    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    expected = NoiseProcess.of(DDPMScheduler()).config
+    for scheduler in (
+        DualRateScheduler(),
+        DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
+    ):
+        ours = DualRatePipeline.from_pretrained(tmp_path, scheduler=scheduler)
+        assert dict(ours.denoiser.process.config) == dict(expected)
+        assert type(ours.scheduler) is type(scheduler)
+        assert ours.scheduler.config.get("beta_schedule") == scheduler.config.get("beta_schedule")
+
+
+def test_defaults_given_for_a_pipeline_of_diffusers_are_taken(tmp_path):
+    DDPMPipeline(make_unet(num_class_embeds=3), DDPMScheduler()).save_pretrained(tmp_path)
+    given = {"num_inference_steps": 7, "guidance_scale": 2.0, "id2label": {0: "a", 1: "b"}}
+    ours = DualRatePipeline.from_pretrained(tmp_path, **given)
+    assert (ours.config.num_inference_steps, ours.config.guidance_scale) == (7, 2.0)
+    assert ours.id2label == given["id2label"]
+    with pytest.raises(ValueError, match="is a pipeline of diffusers, loaded as it is: give no context_encoder"):
+        DualRatePipeline.from_pretrained(tmp_path, context_encoder=make_unet())
+
+
+def test_a_pipeline_of_diffusers_is_loaded_by_its_name_on_the_hub(tmp_path):
+    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path / "models--you--ddim/snapshots" / ("a" * 40))
+    (tmp_path / "models--you--ddim/refs").mkdir()
+    (tmp_path / "models--you--ddim/refs/main").write_text("a" * 40)
+    ours = DualRatePipeline.from_pretrained("you/ddim", cache_dir=tmp_path)
+    assert isinstance(ours.denoiser, HostNetwork) and ours.config.num_inference_steps == 50
+
+
+def test_another_pipeline_of_diffusers_is_named(tmp_path):
+    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "PNDMPipeline"}))
+    with pytest.raises(
+        ValueError, match="is of a PNDMPipeline; .* can be loaded: DDPMPipeline, DDIMPipeline, DiTPipeline"
+    ):
+        DualRatePipeline.from_pretrained(tmp_path)
+
+
 def test_a_transformer_with_variances_predicts_as_it_does_itself_and_its_tokens_are_a_map():
     dit = make_dit(out_channels=8)
     scheduler = DDIMScheduler()
@@ -394,13 +436,14 @@ def test_flops_are_those_of_the_network_itself():
             "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
         }), NoiseProcess()), "must be one of UNet2DModel, DiTTransformer2DModel, got UNet2DConditionModel"),
         (lambda: HostNetwork(make_unet(out_channels=4), NoiseProcess()), "out_channels=4"),
+        (lambda: HostNetwork(make_unet(), DDPMScheduler()), "process must be a NoiseProcess, .* got DDPMScheduler"),
         (lambda: HostNetwork(make_unet(), NoiseProcess(), ["up_blocks.7"]), "no submodule 'up_blocks.7'"),
         (lambda: HostNetwork(make_unet(class_embed_type="timestep"), NoiseProcess()), "class_embed_type='timestep'"),
         (lambda: HostNetwork(make_unet(), NoiseProcess(prediction_type="score")), "prediction_type must be one of"),
         (lambda: HostNetwork(make_unet(), NoiseProcess())(torch.zeros(1, 3, 8, 8), 0.0, torch.tensor([0])), "takes no class"),
         (lambda: DualRatePipeline(make_pair().denoiser, DualRateScheduler(), HostNetwork(make_unet(), NoiseProcess(), ["mid_block"])), "widths"),
     ],
-    ids=["class", "channels", "tap", "classes", "prediction", "labels", "pair"],
+    ids=["class", "channels", "process", "tap", "classes", "prediction", "labels", "pair"],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(make, message):
     with pytest.raises(ValueError, match=message):

@@ -184,3 +184,18 @@ def test_a_stop_from_outside_ends_every_running_call_and_one_from_a_callback_its
 
     run(pipe, lambda p, i, t, tensors: {} if run(pipe, press_stop) is not None else None)
     assert len(calls.denoiser) == 2
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": 3}, r"latents as a tensor of shape \(2, 3, 8, 8\), got int"),
+        ({"latents": torch.zeros(2, 3, 8, 4)}, r"latents as a tensor of shape \(2, 3, 8, 8\), got one of shape \(2, 3, 8, 4\)"),
+        ({"class_labels": "heart"}, r"class_labels as a tensor of shape \(2,\), got str"),
+        ({"context": 3}, "context as 2 tensors, got int"),
+    ],
+    ids=["number", "shape", "name", "context"],
+)  # fmt: skip
+def test_what_a_callback_returns_and_no_step_can_take_is_named(make_pipe, returned, message):
+    with pytest.raises(ValueError, match=message):
+        run(make_pipe(), lambda *_: dict(returned))

@@ -189,6 +189,8 @@ def test_images_come_as_pil_arrays_or_tensors_of_the_same_pixels(make_pipe):
 REFUSED = [
     ({"class_labels": [9]}, "got 9"),
     ({"class_labels": "lynx"}, "lynx"),
+    ({"class_labels": {"cat", "dog"}}, "a number, a name or a list of them, got a set"),
+    ({"class_labels": b"cat"}, "a number, a name or a list of them, got a bytes"),
     ({"class_labels": 1.5}, "1.5"),
     ({"batch_size": 3}, "3"),
     ({"class_labels": None, "batch_size": 0}, "at least 1"),

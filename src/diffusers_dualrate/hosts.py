@@ -4,6 +4,7 @@ The network keeps its own format: what a `HostNetwork` saves can be loaded by th
 host_network.json, which says how it was trained. Feature maps are the outputs of submodules that are named, its taps.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         name = type(network).__name__
         if name not in KINDS:
             raise ValueError(f"A heavy network of diffusers must be one of {', '.join(KINDS)}, got {name}.")
+        if not isinstance(process, NoiseProcess):
+            raise ValueError(
+                f"process must be a NoiseProcess, as of NoiseProcess.of(scheduler), got {type(process).__name__}."
+            )
         self._kind, config = KINDS[name], network.config
         out_channels = config.get("out_channels") or config.in_channels
         if out_channels not in (config.in_channels, 2 * config.in_channels):
@@ -261,25 +266,61 @@ def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
     return features.transpose(1, 2).unflatten(2, (height, -1))
 
 
+class OfHostError(Exception):
+    """What is to be loaded is one of `PIPELINES`."""
+
+
+def check_own(json_file: str | os.PathLike, index: dict) -> dict:
+    """Tell a model_index.json of diffusers' own pipelines from one of ours.
+
+    Args:
+        json_file: Where it was read from.
+        index: What it holds.
+
+    Returns:
+        `index`, of ours.
+
+    Raises:
+        OfHostError: If it is of one of `PIPELINES`.
+        ValueError: If it is of another pipeline of diffusers.
+    """
+    name = index["_class_name"]
+    if isinstance(name, str) and name in PIPELINES:
+        raise OfHostError
+    if isinstance(name, str) and "denoiser" not in index and hasattr(diffusers, name):
+        raise ValueError(
+            f"{json_file} is of a {name}; of diffusers' own pipelines these can be loaded: {', '.join(PIPELINES)}."
+        )
+    return index
+
+
 def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any]:
     """Take one of the `PIPELINES` apart.
 
     Args:
-        pretrained_model_name_or_path: Its folder.
-        kwargs: Of `DiffusionPipeline.from_pretrained`.
+        pretrained_model_name_or_path: Its folder, or its name on the Hub.
+        kwargs: Of `DiffusionPipeline.from_pretrained`. A `scheduler` samples, and says nothing of how the network was trained.
 
     Returns:
         The arguments of a [`DualRatePipeline`] that samples the same: its network and, for one that predicts velocity, its
         scheduler, with what else it has of autoencoder, names of classes and defaults.
     """
+    for name in ("denoiser", "context_encoder"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a pipeline of diffusers, loaded as it is: give no {name}."
+            )
+    given = kwargs.pop("scheduler", None)
+    place = {name: kwargs[name] for name in ("revision", "cache_dir", "local_files_only", "token") if name in kwargs}
     pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
     component, defaults = PIPELINES[type(pipeline).__name__]
-    process, config = NoiseProcess.of(pipeline.scheduler), pipeline.scheduler.config
+    process = NoiseProcess.of(pipeline.scheduler)
+    scheduler = pipeline.scheduler if given is None else given
     parts: dict[str, Any] = {
         "denoiser": HostNetwork(getattr(pipeline, component), process),
-        "scheduler": type(pipeline.scheduler).from_config(config, prediction_type="v_prediction"),
+        "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
         "vae": pipeline.components.get("vae"),
-        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path).get("id2label"),
+        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place).get("id2label"),
     }
     steps = min(defaults["num_inference_steps"], process.config.num_train_timesteps)
     return {**parts, **defaults, "num_inference_steps": steps}

@@ -3,7 +3,7 @@
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import cast
 
@@ -98,6 +98,10 @@ def find_label_ids(
                 f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
             )
         class_labels = class_labels.reshape(-1).tolist()
+    elif isinstance(class_labels, (bytes, Set, Mapping)):  # in no order that says which image is of which class
+        raise ValueError(
+            f"class_labels must be a number, a name or a list of them, got a {type(class_labels).__name__}."
+        )
     elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
         class_labels = [class_labels]
     numbers = {name: number for number, name in reversed(list(id2label.items()))}
@@ -185,6 +189,29 @@ def check_delivery(
     if not (listed and set(names) <= set(known)):
         raise ValueError(f"Callbacks may ask for a list of {list(known)}, got {tensor_inputs!r}.")
     return names
+
+
+def check_returned(returned: Mapping, given: Mapping[str, Tensor | Sequence[Tensor] | None]) -> None:
+    """Check the tensors that a callback returned, with which a call goes on.
+
+    Args:
+        returned: What it returned.
+        given: What stood there before.
+    """
+    for name in given.keys() & returned.keys():
+        value, before = returned[name], given[name]
+        if isinstance(before, Tensor):
+            if not (isinstance(value, Tensor) and value.shape == before.shape):
+                got = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"callback_on_step_end must return {name} as a tensor of shape {tuple(before.shape)}, got {got}."
+                )
+        elif before is not None:
+            listed = isinstance(value, Sequence) and all(isinstance(part, Tensor) for part in value)
+            if not listed or len(value) != len(before):
+                raise ValueError(
+                    f"callback_on_step_end must return {name} as {len(before)} tensors, got {type(value).__name__}."
+                )
 
 
 def check_components(

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from .callbacks import Call, call_back
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
-from .guidance import Guidance
-from .hosts import PIPELINES, HostNetwork, open_host_pipeline
+from .hosts import HostNetwork, OfHostError, check_own, open_host_pipeline
 from .inputs import (
     check_components,
     check_delivery,
@@ -30,22 +29,12 @@ from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, refuse_pickles
-from .sampling import SamplingState, sample_at_two_rates
+from .sampling import sample_at_two_rates
 from .steps import plan_steps
 
 _REQUIRED = ("denoiser", "scheduler")
 # What a single-rate model has no use for.
 _OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
-
-
-@dataclass(eq=False)  # two calls that happen to be alike are still two
-class _Call:
-    """What a call shows of itself, and what a callback or a stop button changes in it."""
-
-    guidance: Guidance = field(default_factory=Guidance)
-    num_timesteps: int | None = None
-    timestep: Tensor | None = None
-    interrupt: bool = False
 
 
 class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
@@ -138,11 +127,11 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         self.register_to_config(**{name: getattr(defaults, name) for name in NAMES} | {"id2label": names})
         self.image_processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
         # The newest call, and all that are running.
-        self._call, self._running = _Call(), list[_Call]()
+        self._call, self._running = Call(), list[Call]()
 
     @property
     def components(self) -> dict[str, Any]:
-        """Networks and scheduler. The denoiser carries this pipeline's defaults to the next one made of them."""
+        """All parts. The denoiser carries this pipeline's defaults to the next one made of them."""
         parts = super().components
         parts["denoiser"].pipeline_defaults = {name: self.config[name] for name in NAMES}
         return parts
@@ -155,18 +144,21 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         `trust_remote_code` ask for it.
         """
         index = Path(str(pretrained_model_name_or_path), cls.config_name)
-        if index.is_file():
-            config = cls._dict_from_json_file(index)
-            if config["_class_name"] in PIPELINES:
-                return cls(**open_host_pipeline(pretrained_model_name_or_path, **kwargs))
-            for name in _REQUIRED:
-                if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
-                    raise ValueError(f"{index} names no {name}: give one as an argument.")
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        try:
+            if index.is_file():
+                config = cls._dict_from_json_file(index)
+                for name in _REQUIRED:
+                    if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
+                        raise ValueError(f"{index} names no {name}: give one as an argument.")
+            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        except OfHostError:  # a single-rate model, with its scheduler and its number of steps
+            given = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
+            return cls(**open_host_pipeline(pretrained_model_name_or_path, **kwargs) | given)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
-        return check_index(json_file, super()._dict_from_json_file(json_file), ("context_encoder", *_REQUIRED))
+        index = super()._dict_from_json_file(json_file)
+        return check_own(json_file, check_index(json_file, index, ("context_encoder", *_REQUIRED)))
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, *args, **kwargs) -> None:
         """Save the model as a repository. Takes what the host's method takes.
@@ -337,7 +329,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
 
     def _sample(self, chain: Chain, noise: Tensor, callback: Callable | None, tensor_inputs: Sequence[str]) -> Tensor:
         """Go through the loop with what the host adds to it: progress, callbacks, interruption."""
-        call = _Call(chain.guidance, num_timesteps=len(chain.plan))
+        call = Call(chain.guidance, num_timesteps=len(chain.plan))
         own = self._copy_for(call, chain)
         latents, timesteps = noise, chain.timesteps
         try:
@@ -351,7 +343,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 loop = sample_at_two_rates(noise, chain.plan, chain.encode, chain.denoise, chain.step, chain.serves)
                 for i, state in enumerate(loop):
                     if callback is not None:
-                        _call_back(callback, own, i, timesteps[i], chain, state, tensor_inputs)
+                        call_back(callback, own, i, timesteps[i], chain, state, tensor_inputs)
                     latents = state.z
                     progress_bar.update()
                     if call.interrupt:
@@ -363,34 +355,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 self._running.remove(call)
         return latents
 
-    def _copy_for(self, call: _Call, chain: Chain) -> "DualRatePipeline":
+    def _copy_for(self, call: Call, chain: Chain) -> "DualRatePipeline":
         """This pipeline as the callbacks of one call see it."""
         own = copy.copy(self)
         # Past the host's setter, which would write the configuration anew.
         own.__dict__.update(_call=call, _running=[], scheduler=chain.scheduler)
         return own
-
-
-def _call_back(
-    callback: Callable,
-    pipeline: DualRatePipeline,
-    i: int,
-    timestep: Tensor,
-    chain: Chain,
-    state: SamplingState,
-    tensor_inputs: Sequence[str],
-) -> None:
-    """Hand the tensors asked for to a callback, and take over those that it returns."""
-    context = None if state.context is None else state.context.maps
-    tensors = {"latents": state.z, "class_labels": chain.class_labels, "context": context}
-    returned = callback(pipeline, i, timestep, {name: tensors[name] for name in tensor_inputs})
-    if not (returned is None or isinstance(returned, dict)):
-        raise ValueError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}.")
-    returned = returned or {}
-    state.z = returned.pop("latents", state.z)
-    chain.class_labels = returned.pop("class_labels", chain.class_labels)
-    maps = returned.pop("context", context)
-    if maps is not context:
-        if state.context is None:
-            raise ValueError("callback_on_step_end returned a context, but there is none to replace.")
-        state.context = state.context._replace(maps=maps)
