@@ -187,7 +187,8 @@ def target_flops(
 ) -> float:
     """FLOPs of a forward pass in training for each denoising target, a noisy image at one t; a whole step is thrice that.
 
-    Rows that see no context, a share p, spare the encoder, so it is L + (1 − p)(H + projection).
+    Rows that see no context, a share p, spare the encoder and run the context-free branch, whose cost is F, so it is
+    p F + (1 − p)(L + H + projection).
 
     Args:
         denoiser: The network that sees every target.
@@ -200,7 +201,8 @@ def target_flops(
     if context_encoder is None:
         return light
     heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
-    return light + heavy * (1 - context_dropout)
+    free = network_flops(denoiser, size, with_context=False)
+    return context_dropout * free + (1 - context_dropout) * (light + heavy)
 
 
 def training_image_flops(
