@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
@@ -134,6 +134,15 @@ def take_over_student(configuration, student, args):
     return configuration
 
 
+def check_processes(accelerator, recipe):
+    """Refuse late contexts where weights are spread: a process with none but early rows leaves the encoder, which waits."""
+    if accelerator.distributed_type is DistributedType.FSDP and recipe.plan.num_steps_alone:
+        raise ValueError(
+            f"Distillation with context_from={recipe.context_from} does not run with FSDP, whose processes must all "
+            "evaluate the encoder equally often: choose DDP."
+        )
+
+
 def make_student(configuration, teacher, student):
     """The student, made from the teacher or trained before, and the auxiliary, as one module to train."""
     denoiser, context_encoder = (None, None) if student is None else (student.denoiser, student.context_encoder)
@@ -248,6 +257,7 @@ def main(args, open_images=training.open_images):
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     teacher, student, configuration = open_models(args, configuration)
+    check_processes(accelerator, configuration.recipe)
     images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
     configuration = configuration.with_classes(images.num_classes)
     preset = {**configuration.networks.denoiser, **configuration.networks.scheduler}
