@@ -1,8 +1,10 @@
-"""Pages of the site that are files of the repository, and links that lead out of it."""
+"""Pages of the site that are files of the repository, links that lead out of it, and formulas."""
 
+import html
 import re
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,3 +41,16 @@ def on_files(files, config):
         if page not in files.src_uris:
             files.append(File.generated(config, page, content=read_page(source)))
     return files
+
+
+def on_page_content(page_html, page, config, files):
+    """Formulas as MathML, which browsers draw themselves: no script of others is loaded."""
+    for left, right, display in ((r"\\\(", r"\\\)", "inline"), (r"\\\[", r"\\\]", "block")):
+        formula = rf'class="arithmatex">{left}(.*?){right}'
+        page_html = re.sub(
+            formula,
+            lambda found, display=display: 'class="arithmatex">' + convert(html.unescape(found[1]), display=display),
+            page_html,
+            flags=re.DOTALL,
+        )
+    return page_html

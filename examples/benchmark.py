@@ -9,35 +9,58 @@ accelerator they are wall time, the median, with its queue empty before and afte
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
+
+from diffusers_dualrate.flags import HelpFormatter
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--preset", required=True, help="File of a preset, whose networks are timed.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Images of a loop.")
+    parser.add_argument("--num_inference_steps", type=int, default=64, help="N, the number of steps.")
+    parser.add_argument("--num_context_steps", type=int, default=8, help="K, how many of them refresh the context.")
+    parser.add_argument("--repeats", type=int, default=20, help="Loops of each arm.")
+    parser.add_argument("--device", default="cpu", help="Where the loops run.")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Precision of the networks."
+    )
+    parser.add_argument("--compile", action="store_true", help="Compile each network to one graph; timed apart.")
+    args = parser.parse_args(argv)
+    if args.repeats < 2:
+        parser.error("argument --repeats: a spread needs at least 2")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import time
 from statistics import median, quantiles
 
 import torch
 from tqdm.auto import tqdm
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.arguments import find_preset, read_preset
+from diffusers_dualrate.configuration import Networks
 from diffusers_dualrate.flops import image_flops
 from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.ranges import check_integer
+from diffusers_dualrate.records import build
 from diffusers_dualrate.refreshes import plan_refreshes
 
+PRESETS = Path(__file__).with_name("presets")
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", required=True)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--num_inference_steps", type=int, default=64)
-    parser.add_argument("--num_context_steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--device", type=torch.device, default="cpu", help="where the loops run")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile each network to one graph; timed apart")
-    args = parser.parse_args(argv)
-    if args.repeats < 2:
-        parser.error("argument --repeats: a spread needs at least 2")
-    return args
+
+def find_device(name):
+    """A device that is there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine") from error
+    return device
 
 
 class Stopwatch:
@@ -79,18 +102,23 @@ def main(args):
     for name in ("batch_size", "num_inference_steps"):
         check_integer(name, getattr(args, name), least=1)
     plan_refreshes(args.num_inference_steps, args.num_context_steps)
-    on_cpu = args.device.type == "cpu"
+    device = torch.device(args.device)
+    on_cpu = device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)
-    preset = json.loads(Path(args.preset).read_text())
-    scheduler = DualRateScheduler(**preset["scheduler"])
-    heavy = UViTDenoiser(**{**preset["context_encoder"], **SINGLE_RATE}).eval()
-    encoder, denoiser = UViTContextEncoder(**preset["context_encoder"]), UViTDenoiser(**preset["denoiser"])
-    arms = {
-        "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval()),
-        "single-rate": DualRatePipeline(heavy, scheduler),
-    }
+    path, parts = find_preset(args.preset, PRESETS), ("context_encoder", "denoiser", "scheduler")
+    preset = read_preset(path, parts)
+    networks = build(Networks, str(path), {name: preset[name] for name in parts})
+    networks.check_pair()
+    scheduler = DualRateScheduler(**networks.scheduler)
+    heavy = UViTDenoiser(**{**networks.context_encoder, **SINGLE_RATE}).eval()
+    encoder, denoiser = UViTContextEncoder(**networks.context_encoder), UViTDenoiser(**networks.denoiser)
     n, k = args.num_inference_steps, args.num_context_steps
+    defaults = {"num_inference_steps": n, "guidance_scale": 1.0}
+    arms = {
+        "dual-rate": DualRatePipeline(denoiser.eval(), scheduler, encoder.eval(), num_context_steps=k, **defaults),
+        "single-rate": DualRatePipeline(heavy, scheduler, **defaults),
+    }
     steps = {"dual-rate": {"num_context_steps": k}, "single-rate": {}}
     expected = {"dual-rate": n + k, "single-rate": n}
     watches, flops = {}, {}
@@ -98,7 +126,7 @@ def main(args):
         flops[name] = image_flops(pipe.denoiser, pipe.context_encoder, num_inference_steps=n, num_context_steps=k)
         networks = [network for network in (pipe.context_encoder, pipe.denoiser) if network is not None]
         watches[name] = Stopwatch(*networks, on_cpu=on_cpu)
-        pipe.to(args.device, getattr(torch, args.dtype)).set_progress_bar_config(disable=True)
+        pipe.to(device, getattr(torch, args.dtype)).set_progress_bar_config(disable=True)
         for network in networks if args.compile else ():
             # Not `network.compile()`, which would take the hooks in, too.
             network.forward = torch.compile(network.forward, fullgraph=True)
@@ -109,21 +137,21 @@ def main(args):
     began = time.perf_counter()
     for name in arms:  # to warm up
         sample(name)
-    read_clock(args.device)  # until all is done
+    read_clock(device)  # until all is done
     began = time.perf_counter() - began
     totals, inside = {name: [] for name in arms}, {name: [] for name in arms}
     for _ in tqdm(range(args.repeats)):
         for name in arms:
             watch = watches[name]
             watch.seconds, watch.evaluations = 0.0, 0
-            started = read_clock(args.device)
+            started = read_clock(device)
             sample(name)
-            totals[name].append(read_clock(args.device) - started)
+            totals[name].append(read_clock(device) - started)
             if watch.evaluations != expected[name]:
                 raise RuntimeError(f"{name} made {watch.evaluations} evaluations instead of {expected[name]}.")
             inside[name].append(watch.seconds)
 
-    kind = "process time on one thread" if on_cpu else f"wall time on {args.device}"
+    kind = "process time on one thread" if on_cpu else f"wall time on {device}"
     print(f"\nbatch {args.batch_size}, N = {n}, K = {k}, {args.dtype}{', compiled' * args.compile}, {kind}")
     print(f"warming up took {began:.0f} s\n")
     print(f"{'':14}{'seconds':>9}{'p10':>8}{'p90':>8}{'GFLOP/image':>13}{'outside the networks' * on_cpu:>22}")
@@ -144,4 +172,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -1,54 +1,31 @@
 """Distil a single-rate teacher into a student of few steps, Dual-Rate or single-rate, by Moment Matching.
 
-    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 \\
-        --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
+    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
 
-Without `--student` a Dual-Rate student is made: its encoder starts from the teacher and, frozen, lets a new denoiser learn
-by denoising first, for `pretraining_steps`. With it the student starts from a trained model: a pair, or a single-rate model
-such as the teacher itself. With `--full_rollout` as well no data is needed. Then steps of an auxiliary and of the student
-alternate, `max_train_steps` in all. The result is a folder that `DualRatePipeline.from_pretrained` loads, holding the EMA
-weights and the student's N and K.
+Without `--student` a new Dual-Rate student is made. Its encoder starts from the teacher. For `pretraining_steps` that
+encoder is frozen, and a new denoiser learns by plain denoising. With `--student` the student starts from a trained model:
+a pair, or a single-rate model such as the teacher itself. With `--full_rollout` as well no data is needed.
+
+Then steps of an auxiliary and of the student alternate, `max_train_steps` in all. The result is a folder that
+`DualRatePipeline.from_pretrained` loads, holding the EMA weights and the student's N and K.
 """
 
-import copy
-import dataclasses
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, set_seed
-from diffusers.training_utils import EMAModel
-
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, training
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.checkpoints import tell_last_good_state
-from diffusers_dualrate.configuration import Networks
-from diffusers_dualrate.losses import seed_of
-from diffusers_dualrate.moment_matching import (
-    auxiliary_loss,
-    draw_on_grid,
-    grid_denoising_loss,
-    grid_log_snr,
-    roll_out,
-    student_loss,
-)
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.runs import LOGGING_STEPS, Run
-
-SHARED = {"in_channels", "sample_size", "num_classes"}
-SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
-PROBES, TEACHER_STEPS = 32, 16
-# The student samples as it learns to: along the posterior, its predictions as they are.
-OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
+from diffusers_dualrate.flags import argument_parser
 
 
-def parse_args(argv=None):
-    parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(
+        __doc__,
+        presets=Path(__file__).with_name("presets"),
+        steps="Number of steps of the auxiliary and of the student, in turns. Those of --pretraining_steps come before "
+        "and are not among them.",
+    )
     parser.add_argument("--teacher", required=True, help="Single-rate model, a Hub repository or a folder.")
     parser.add_argument("--student", help="Trained model to start from, a Hub repository or a folder.")
-    parser.add_argument(
-        "--full_rollout", action="store_true", default=None, help="Start from noise, not from noisy images."
-    )
     parser.add_argument(
         "--context_from",
         type=float,
@@ -56,9 +33,13 @@ def parse_args(argv=None):
         "Default: the preset's, or that of a pair given as --student.",
     )
     parser.add_argument(
+        "--full_rollout", action="store_true", default=None, help="Start from noise, not from noisy images."
+    )
+    parser.add_argument(
         "--pretraining_steps",
         type=int,
-        help="Steps of denoising, without --student; they come before those of --max_train_steps.",
+        help="Number of steps in which a new student learns to denoise, before those of --max_train_steps; with "
+        "--student there are none. Default: the preset's.",
     )
     args = parser.parse_args(argv)
     if args.lr_scheduler is not None:
@@ -66,37 +47,84 @@ def parse_args(argv=None):
     return args
 
 
-class Distillation(training.TrainablePair):
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.checkpoints import tell_last_good_state
+from diffusers_dualrate.configuration import Configuration, Networks
+from diffusers_dualrate.losses import Denoise, seed_of
+from diffusers_dualrate.moment_matching import (
+    Grid,
+    Judges,
+    Rollout,
+    auxiliary_loss,
+    draw_on_grid,
+    grid_denoising_loss,
+    roll_out,
+    student_loss,
+)
+from diffusers_dualrate.optimization import make_accelerator, make_optimizer
+from diffusers_dualrate.pair import TrainablePair, schedule_of
+from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.recipes import DistillationRecipe
+from diffusers_dualrate.runs import LOGGING_STEPS, Run
+from diffusers_dualrate.sources import check_classes, open_images, open_model
+
+# What teacher and student must share.
+SHARED = {"in_channels", "sample_size", "num_classes"}
+SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
+# Samples that tell whether the student has collapsed, and the steps that the teacher takes for them.
+PROBES, TEACHER_STEPS = 32, 16
+# The student samples as it learns to: from the posterior, without clipping.
+OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
+
+
+class Distillation(TrainablePair):
     """The student and the auxiliary as one module."""
 
-    def __init__(self, denoiser, context_encoder, auxiliary):
+    def __init__(self, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None, auxiliary: UViTDenoiser):
         super().__init__(denoiser, context_encoder)
         self.auxiliary = auxiliary
 
-    def predict_midpoint(self, z, log_snr, class_labels, context, context_log_snr):
+    def predict_midpoint(
+        self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None, context: None, context_log_snr: None
+    ) -> Tensor:
+        """The auxiliary's prediction as losses take it."""
         return self.auxiliary(z, log_snr, class_labels).sample
 
 
 class ClassesAlone(torch.utils.data.Dataset):
-    """What stands for the data set where a student learns without data: the teacher's classes, all alike."""
+    """The data set of a student that learns without data: the teacher's classes, each equally often."""
 
     corrupt = ()  # nothing is decoded
 
-    def __init__(self, teacher):
+    def __init__(self, teacher: DualRatePipeline):
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
         self.class_labels = torch.arange(self.num_classes) if self.num_classes else None
         self.fingerprint = {"classes": list(self.id2label.values()), "images": None, "rows": "none"}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_classes or 1
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, Tensor]:
         _, index = position
         return {"class_labels": torch.tensor(index)} if self.num_classes else {"index": torch.tensor(index)}
 
 
-def check_fit(teacher, **others):
-    """Refuse a teacher that is none, or that differs from something else in what both must share."""
+def check_teacher(teacher: DualRatePipeline, **others: dict) -> None:
+    """Refuse a teacher that is a pair, or that differs from the student or the preset in what both must share."""
     if teacher.context_encoder is not None:
         raise ValueError("The teacher must be a single-rate model, but it has a context encoder.")
     known = {**teacher.denoiser.config, **teacher.scheduler.config}
@@ -109,11 +137,15 @@ def check_fit(teacher, **others):
                 )
 
 
-def take_over_student(configuration, student, args):
+def take_over_student(
+    configuration: Configuration, student: DualRatePipeline, args: argparse.Namespace
+) -> Configuration:
     """The configuration of a distillation that starts from a trained model: its networks, and no denoising first.
 
     A pair keeps the time of its first context, unless the flag gives another.
     """
+    if args.pretraining_steps:
+        raise ValueError(f"--pretraining_steps {args.pretraining_steps} is for a new student, without --student.")
     size = {"sample_size": args.resolution} if args.resolution else {}
     own = {"denoiser": {**student.denoiser.config, **size}}
     own["context_encoder"] = {**(student.context_encoder or student.denoiser).config, **size}
@@ -134,7 +166,7 @@ def take_over_student(configuration, student, args):
     return configuration
 
 
-def check_processes(accelerator, recipe):
+def check_processes(accelerator: Accelerator, recipe: DistillationRecipe) -> None:
     """Refuse late contexts where weights are spread: a process with none but early rows leaves the encoder, which waits."""
     if accelerator.distributed_type is DistributedType.FSDP and recipe.plan.num_steps_alone:
         raise ValueError(
@@ -143,7 +175,9 @@ def check_processes(accelerator, recipe):
         )
 
 
-def make_student(configuration, teacher, student):
+def make_networks(
+    configuration: Configuration, teacher: DualRatePipeline, student: DualRatePipeline | None
+) -> Distillation:
     """The student, made from the teacher or trained before, and the auxiliary, as one module to train."""
     denoiser, context_encoder = (None, None) if student is None else (student.denoiser, student.context_encoder)
     if student is None:
@@ -151,16 +185,18 @@ def make_student(configuration, teacher, student):
         context_encoder = UViTContextEncoder.from_denoiser(
             teacher.denoiser, denoiser.config.context_channels, denoiser.config.prediction_hand_over
         )
-    trained = Distillation(denoiser, context_encoder, copy.deepcopy(teacher.denoiser))
+    networks = Distillation(denoiser, context_encoder, copy.deepcopy(teacher.denoiser))
     if configuration.options.gradient_checkpointing:
-        trained.enable_gradient_checkpointing()
-    return trained.train()
+        networks.enable_gradient_checkpointing()
+    return networks.train()
 
 
-def make_lr_scheduler(optimizer, recipe):
+def make_phased_lr_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: DistillationRecipe
+) -> torch.optim.lr_scheduler.LRScheduler:
     """Warm-up, then linear to 0, anew for each phase."""
 
-    def rate_factor(step):
+    def rate_factor(step: int) -> float:
         first, last, rate = 0, recipe.pretraining_steps, recipe.pretraining_learning_rate
         if step >= last:
             first, last, rate = last, recipe.num_steps, recipe.learning_rate
@@ -170,10 +206,12 @@ def make_lr_scheduler(optimizer, recipe):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
 
 
-def make_teacher(teacher, guidance_scale):
+def guide_teacher(teacher: DualRatePipeline, guidance_scale: float) -> Denoise:
     """The teacher's prediction as losses take it, guided."""
 
-    def predict_teacher(z, log_snr, class_labels, context, context_log_snr):
+    def predict_teacher(
+        z: Tensor, log_snr: Tensor, class_labels: Tensor | None, context: object, context_log_snr: Tensor | None
+    ) -> Tensor:
         v = teacher.denoiser(z, log_snr, class_labels).sample
         if guidance_scale == 1:
             return v
@@ -184,17 +222,19 @@ def make_teacher(teacher, guidance_scale):
 
 
 class VarianceCheck:
-    """A collapsed student samples ever the same: a fixed few of its samples are held against the teacher's.
+    """Compares the variance of a few samples, always from the same noise, with that of the teacher's.
+
+    A student that has collapsed samples nearly the same image each time.
 
     Args:
-        run: Whose networks are checked; it ends where the student has collapsed.
+        run: The run, which ends where the student has collapsed.
         teacher: Pipeline of the teacher.
         guidance_scale: Its guidance.
-        log_snr: The noise schedule, t [B] → λ_t.
+        grid: The student's steps.
     """
 
-    def __init__(self, run, teacher, guidance_scale, log_snr):
-        recipe, seed, device = run.recipe, run.options.seed, run.accelerator.device
+    def __init__(self, run: Run, teacher: DualRatePipeline, guidance_scale: float, grid: Grid):
+        seed, device = run.options.seed, run.accelerator.device
         labels = torch.arange(PROBES) % run.images.num_classes if run.images.num_classes else None
         teacher.set_progress_bar_config(disable=True)
         from_teacher = teacher(
@@ -206,25 +246,25 @@ class VarianceCheck:
             output_type="latent",
         ).images
         self.shape, self._teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
-        self._run, self._labels = run, None if labels is None else labels.to(device)
-        n = recipe.num_inference_steps
-        self._noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, n, device).noise
-        self._log_snrs = grid_log_snr(log_snr, n, self._noise)
-        start = torch.zeros(PROBES, dtype=torch.long, device=device)
-        self._ends = {"first": start, "last": start + n, "refreshes": recipe.plan}
+        noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, len(grid.plan), device).noise
+        self._run, self._plan = run, grid.plan
+        self._rollout = Rollout(None if labels is None else labels.to(device), noise, grid.log_snrs(noise))
 
-    def is_due(self, step):
-        """Whether the step just done is looked at: before what it finds is logged, or kept in a checkpoint."""
+    def is_due(self, step: int) -> bool:
+        """Whether the step just done is checked: it is logged, or kept in a checkpoint."""
         every = (LOGGING_STEPS, self._run.options.checkpointing_steps)
         is_last = self._run.is_stopping or step + 1 == self._run.recipe.num_steps
         return step >= self._run.recipe.pretraining_steps and (is_last or any((step + 1) % n == 0 for n in every))
 
     @torch.no_grad()
-    def look(self, networks):
-        """Note the share of the teacher's variance that the student's samples have, and end the run if it is too small."""
+    def look(self, networks: torch.nn.Module) -> None:
+        """Note the student's variance as a share of the teacher's; refuse to go on where it is too small."""
         run = self._run
         networks.eval()  # without dropout, so that all processes find the same
-        samples = networks(roll_out, self._noise[:, 0], self._labels, self._noise, self._log_snrs, **self._ends)
+        noise = self._rollout.noise[:, 0]
+        first = torch.zeros(PROBES, dtype=torch.long, device=noise.device)
+        last = first + len(self._plan)
+        samples = networks(roll_out, noise, self._rollout, first, last, refreshes=self._plan)
         networks.train()
         share = samples.var(0).mean() / self._teacher_variance
         run.note(variance_share=share)
@@ -235,23 +275,25 @@ class VarianceCheck:
             )
 
 
-def open_models(args, configuration):
+def open_models(
+    args: argparse.Namespace, configuration: Configuration
+) -> tuple[DualRatePipeline, DualRatePipeline | None, Configuration]:
     """Teacher and student, and the configuration with the student's networks where there is one."""
-    teacher = DualRatePipeline.from_pretrained(args.teacher)
-    student = DualRatePipeline.from_pretrained(args.student) if args.student else None
+    teacher = open_model(args.teacher)
+    student = open_model(args.student) if args.student else None
     if student is not None:
         configuration = take_over_student(configuration, student, args)
-        check_fit(teacher, student={**student.denoiser.config, **student.scheduler.config})
+        check_teacher(teacher, student={**student.denoiser.config, **student.scheduler.config})
     _ = configuration.recipe.plan  # which is refused now, if there is none
     return teacher, student, configuration
 
 
-def main(args, open_images=training.open_images):
+def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     configuration = configure(args, "distill")
     has_data = bool(args.dataset_name or args.train_data_dir)
     if not has_data and not (args.student and configuration.recipe.full_rollout):
         raise ValueError("Without data, both --student and --full_rollout are needed.")
-    accelerator = training.make_accelerator(
+    accelerator = make_accelerator(
         configuration.options,
         # A step trains some of the networks, and the others have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -259,18 +301,15 @@ def main(args, open_images=training.open_images):
     teacher, student, configuration = open_models(args, configuration)
     check_processes(accelerator, configuration.recipe)
     images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
+    check_classes(args.teacher, teacher, images)
     configuration = configuration.with_classes(images.num_classes)
-    preset = {**configuration.networks.denoiser, **configuration.networks.scheduler}
-    check_fit(teacher, preset=preset, data={"num_classes": images.num_classes})
-    training.check_classes(args.teacher, teacher, images)
+    check_teacher(teacher, preset={**configuration.networks.denoiser, **configuration.networks.scheduler})
+    recipe = configuration.recipe
 
     # One seed for the weights; the randomness of a step comes from (seed, step, row).
     set_seed(configuration.options.seed)
-    trained = make_student(configuration, teacher, student)
-    averaged, recipe = (
-        copy.deepcopy(trained).eval(),
-        configuration.recipe,
-    )  # will hold the EMA weights, to sample from and to save
+    networks = make_networks(configuration, teacher, student)
+    averaged = copy.deepcopy(networks).eval()  # will hold the EMA weights, to sample from and to save
     pipeline = DualRatePipeline(
         averaged.denoiser,
         DualRateScheduler(**configuration.networks.scheduler | OWN_SAMPLING),
@@ -281,32 +320,37 @@ def main(args, open_images=training.open_images):
         context_from=recipe.context_from if recipe.context_from < 1 else None,
         context_free=recipe.context_from < 1,
     )
-    run = Run(accelerator, configuration, trained, images, {"teacher": teacher, "student": student})
-    return train(run, trained, averaged, pipeline, teacher, is_new=student is None)
+    run = Run(accelerator, configuration, networks, images, {"teacher": teacher, "student": student})
+    return train(run, networks, averaged, pipeline, teacher, is_new=student is None)
 
 
-def train(run, trained, averaged, pipeline, teacher, is_new):
+def train(
+    run: Run,
+    networks: Distillation,
+    averaged: Distillation,
+    pipeline: DualRatePipeline,
+    teacher: DualRatePipeline,
+    is_new: bool,
+) -> int:
     """The loop of a run; `is_new` where the student is made from the teacher."""
     accelerator, recipe, seed = run.accelerator, run.recipe, run.options.seed
-    optimizer = training.make_optimizer(trained.parameters(), recipe)
-    lr_scheduler = make_lr_scheduler(optimizer, recipe)
+    optimizer = make_optimizer(networks.parameters(), recipe)
+    lr_scheduler = make_phased_lr_scheduler(optimizer, recipe)
+    predict_midpoint = networks.predict_midpoint  # of the module itself, which `prepare` may wrap
     networks, optimizer, lr_scheduler, loader = accelerator.prepare(
-        trained, optimizer, lr_scheduler, run.make_loader()
+        networks, optimizer, lr_scheduler, run.make_loader()
     )
     ema = EMAModel(networks.parameters(), decay=recipe.ema_decay)
     ema.to(accelerator.device)
     run.load(ema)
 
-    n = recipe.num_inference_steps
-    log_snr = training.schedule_of(pipeline.scheduler).log_snr
-    steps = {name: getattr(recipe, name) for name in ("num_inference_steps", "num_context_steps", "context_from")}
-    steps |= {"log_snr": log_snr, "min_variance": recipe.min_variance}
+    grid = Grid(schedule_of(pipeline.scheduler).log_snr, recipe.plan)
     guidance_scale = recipe.guidance_scale if run.images.num_classes else 1.0
     teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
-    judges = {"auxiliary": trained.predict_midpoint, "teacher": make_teacher(teacher, guidance_scale)}
-    variance_check = VarianceCheck(run, teacher, guidance_scale, log_snr)
+    judges = Judges(predict_midpoint, guide_teacher(teacher, guidance_scale), recipe.min_variance)
+    variance_check = VarianceCheck(run, teacher, guidance_scale, grid)
 
-    # What a new encoder has from the teacher waits until the denoiser, and what is new in the encoder, have learned.
+    # Weights that a new encoder has from the teacher stay fixed in pretraining; what is new in it learns at once.
     known = teacher.denoiser.state_dict().keys() if is_new else ()
     encoder = accelerator.unwrap_model(networks).context_encoder
     waiting = [parameter for name, parameter in encoder.named_parameters() if name in known] if known else []
@@ -315,26 +359,27 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
         for step, part, batch in run.batches(loader):
             x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
             start = None if recipe.full_rollout else x
-            draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, n, accelerator.device)
+            draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, len(grid.plan), accelerator.device)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe.pretraining_steps
-            # The auxiliary comes first: while it equals the teacher it has nothing to tell the student.
+            # The auxiliary comes first: while it equals the teacher, the student's gradient is zero.
             is_auxiliary_step = not is_pretraining and (step - recipe.pretraining_steps) % 2 == 0
             for parameter in waiting:
                 parameter.requires_grad_(not is_pretraining)
             if waiting:
                 encoder.train(not is_pretraining)  # it stays as it is, without dropout
 
-            # What has no part in a step's loss has no gradient, so that clip and optimizer pass over it.
+            # A network that has no part in the loss has no gradient, so clip and optimizer pass over it.
             with accelerator.accumulate(networks):
                 if is_pretraining:
-                    loss = networks(grid_denoising_loss, x, class_labels, draws, **steps)
+                    learned = {"grid": grid, "min_variance": recipe.min_variance}
+                    loss = networks(grid_denoising_loss, x, class_labels, draws, **learned)
                     run.note(loss=loss)
                 elif is_auxiliary_step:
-                    loss = networks(auxiliary_loss, start, class_labels, draws, **judges, **steps)
+                    loss = networks(auxiliary_loss, start, class_labels, draws, grid=grid, judges=judges)
                     run.note(auxiliary=loss)
                 else:
-                    loss, distance = networks(student_loss, start, class_labels, draws, **judges, **steps)
+                    loss, distance = networks(student_loss, start, class_labels, draws, grid=grid, judges=judges)
                     run.note(student=loss, distance=distance)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -351,4 +396,4 @@ def train(run, trained, averaged, pipeline, teacher, is_new):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

@@ -1,9 +1,6 @@
 """Measure a trained model on the data it was trained on, and write every metric into evaluation.json.
 
-    python examples/evaluate.py --model model_cards/dualrate-emoji32 --heavy model_cards/single-rate-emoji32 \\
-        --light runs/light-emoji32 --dataset_name examples/data/emoji32 \\
-        --label_column label --classifier examples/classifiers/emoji32.safetensors \\
-        --output model_cards/dualrate-emoji32/evaluation.json --grid model_cards/dualrate-emoji32/samples.png
+    python examples/evaluate.py --model model_cards/dualrate-emoji32 --heavy model_cards/single-rate-emoji32 --light runs/light-emoji32 --dataset_name examples/data/emoji32 --label_column label --classifier examples/classifiers/emoji32.safetensors --output model_cards/dualrate-emoji32/evaluation.json --grid model_cards/dualrate-emoji32/samples.png
 
 `v_loss`: the mean of (v − v̂)² on freshly augmented images with fixed noise, of the model, of the model with its context
 dropped, and of the single-rate networks it is compared with; a student has none, as it knows the times of its few steps
@@ -21,33 +18,76 @@ Any number of processes measure the same images: `accelerate launch examples/eva
 """
 
 import argparse
+from pathlib import Path
+
+from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
+from diffusers_dualrate.flags import HelpFormatter
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", required=True, help="Hub repository or folder of the model to measure.")
+    parser.add_argument("--heavy", help="Single-rate model of the encoder's shape, to compare with.")
+    parser.add_argument("--light", help="Single-rate model of the denoiser's shape, to compare with.")
+    parser.add_argument("--rivals", nargs="*", default=[], help="Folders of more models that were measured so.")
+    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
+    parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
+    parser.add_argument("--image_column", default="image", help="Column of the images.")
+    parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
+    parser.add_argument("--label_column", help="Column of classes, 'label' for sub-folders.")
+    parser.add_argument("--num_classes", type=int, help="Number of classes, if the training was given it.")
+    parser.add_argument(
+        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
+    )
+    parser.add_argument("--reference_split", default="train", help="Split of the data set that samples are held to.")
+    parser.add_argument(
+        "--max_image_pixels", type=int, default=MAX_IMAGE_PIXELS, help="A larger image counts as unreadable."
+    )
+    parser.add_argument("--floor_split", help="Split of the floor; default: the reference's, augmented again.")
+    parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as the set has.")
+    parser.add_argument("--classifier", help="File of train_classifier.py, for fd_local and the class accuracy.")
+    parser.add_argument("--dinov2", help="Hub repository or folder of DINOv2, for fd_dinov2.")
+    parser.add_argument("--inception", action="store_true", help="Measure fid; needs torch-fidelity.")
+    parser.add_argument("--num_samples", type=int, default=500, help="Samples of each seed.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="Each samples a set of its own.")
+    parser.add_argument("--num_noises", type=int, default=3000, help="Images with noise that the v-loss is taken on.")
+    parser.add_argument("--num_inference_steps", type=int, help="N; default: the model's.")
+    parser.add_argument("--num_context_steps", type=int, help="K; default: the model's.")
+    parser.add_argument("--solver_steps", type=int, nargs="*", default=[], help="Also sample with DPM-Solver++ so.")
+    parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
+    parser.add_argument("--batch_size", type=int, default=50, help="Images sampled or measured at a time.")
+    parser.add_argument(
+        "--cache_dir",
+        default=Path.home() / ".cache" / "diffusers-dualrate",
+        help="Where measured references are kept.",
+    )
+    parser.add_argument("--output", default="evaluation.json", help="Where every figure is written.")
+    parser.add_argument("--grid", help="Where to write a picture of the first samples.")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
 import functools
 import json
 import math
-import platform
 import shlex
-import shutil
-import subprocess
-import sys
 import warnings
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DPMSolverMultistepScheduler
-from diffusers.utils import make_image_grid
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 
-from diffusers_dualrate import DualRatePipeline, __version__, training
+from diffusers_dualrate import DualRatePipeline, sources
 from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.cards import sample_rows, v_loss_rows
+from diffusers_dualrate.commands import EVALUATION
 from diffusers_dualrate.configuration import FILE, Configuration, Data
+from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
@@ -62,9 +102,13 @@ from diffusers_dualrate.metrics import (
     metrics_of,
     spread,
 )
+from diffusers_dualrate.pictures import draw_grid
 from diffusers_dualrate.processes import choose_threads, run_script
-from diffusers_dualrate.ranges import check_integer
+from diffusers_dualrate.provenance import environment
+from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
+from diffusers_dualrate.repositories import read_record
+from diffusers_dualrate.steps import make_dpm_solver
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -72,51 +116,14 @@ _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
 _NEAREST_LIMIT = 5_000
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub repository or folder of the model to measure.")
-    parser.add_argument("--heavy", help="Single-rate model of the encoder's shape, to compare with.")
-    parser.add_argument("--light", help="Single-rate model of the denoiser's shape, to compare with.")
-    parser.add_argument("--rivals", nargs="*", default=[], help="Folders of more models that were measured so.")
-    parser.add_argument("--dataset_name", help="Data set on the Hub or in a local folder; or digits.")
-    parser.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
-    parser.add_argument("--label_column")
-    parser.add_argument("--num_classes", type=int, help="Number of classes, if the training was given it.")
-    parser.add_argument(
-        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
-    )
-    parser.add_argument("--reference_split", default="train", help="Split of the data set that samples are held to.")
-    parser.add_argument("--max_image_pixels", type=int, default=Data.max_image_pixels)
-    parser.add_argument("--floor_split", help="Split of the floor; default: the reference's, augmented again.")
-    parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as the set has.")
-    parser.add_argument("--classifier", help="File of train_classifier.py, for fd_local and the class accuracy.")
-    parser.add_argument("--dinov2", help="Hub repository or folder of DINOv2, for fd_dinov2.")
-    parser.add_argument("--inception", action="store_true", help="Measure fid; needs torch-fidelity.")
-    parser.add_argument("--num_samples", type=int, default=500, help="Samples of each seed.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="Each samples a set of its own.")
-    parser.add_argument("--num_noises", type=int, default=3000, help="Images with noise that the v-loss is taken on.")
-    parser.add_argument("--num_inference_steps", type=int, help="N; default: the model's.")
-    parser.add_argument("--num_context_steps", type=int, help="K; default: the model's.")
-    parser.add_argument("--solver_steps", type=int, nargs="*", default=[], help="Also sample with DPM-Solver++ so.")
-    parser.add_argument("--guidance_scale", type=float, help="Default: the model's.")
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--cache_dir", default=Path.home() / ".cache" / "diffusers-dualrate", help="Of references.")
-    parser.add_argument("--output", default="evaluation.json")
-    parser.add_argument("--grid", help="Where to write a picture of the first samples.")
-    return parser.parse_args(argv)
-
-
 def choose_steps(args, pipe):
     """N, K and guidance to sample with: what was asked for, else the model's."""
-    n, k, guidance_scale = args.num_inference_steps, args.num_context_steps, args.guidance_scale
-    n = pipe.config.num_inference_steps if n is None else n
+    defaults, n, k = SamplingDefaults.of(pipe.config), args.num_inference_steps, args.num_context_steps
+    n = defaults.num_inference_steps if n is None else n
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
     k = None if pipe.context_encoder is None else pipe.plan_run(n, k).num_context_steps
-    if guidance_scale is None:
-        guidance_scale = pipe.config.guidance_scale if pipe.denoiser.config.num_classes else 1.0
+    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, bool(pipe.denoiser.config.num_classes))
     if not guidance_scale >= 1:
         raise ValueError(f"guidance_scale must be at least 1, which is none, got {guidance_scale}.")
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
@@ -126,9 +133,7 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
     """Sample a set of images for each seed; returns their metrics beside what they cost, and the first images."""
     own_scheduler = pipe.scheduler
     if solver == "dpmsolver++":
-        pipe.scheduler = DPMSolverMultistepScheduler(
-            trained_betas=own_scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
-        )
+        pipe.scheduler = make_dpm_solver(own_scheduler)
     # What was not asked for is the model's: its K, or the steps that it names.
     called = steps if args.num_context_steps is not None else steps | {"num_context_steps": None}
     plan = pipe.plan_run(called["num_inference_steps"], called["num_context_steps"])
@@ -166,30 +171,6 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
     return report, first
 
 
-def environment(accelerator):
-    """What the figures were measured with."""
-    commit = ""
-    if git := shutil.which("git"):  # of these scripts, wherever they are called from
-        command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    packages = ("diffusers", "torch", "accelerate", "torchmetrics", "transformers", "numpy")
-    versions = {name: version(name) for name in packages if find_spec(name)}
-    hardware = accelerator.device.type
-    if hardware == "cpu":
-        hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    elif hardware == "cuda":
-        hardware = torch.cuda.get_device_name(accelerator.device)
-    main_module = sys.modules["__main__"].__spec__  # of `python -m`, and none of a script
-    program = sys.argv[:1] if main_module is None else ["-m", main_module.name]
-    return {
-        "command": shlex.join(["python", *program, *sys.argv[1:]]),
-        "commit": commit or None,
-        "versions": {"diffusers-dualrate": __version__} | versions,
-        "hardware": hardware,
-        "processes": accelerator.num_processes,
-    }
-
-
 def describe_floor(args, images):
     """In words, which real images the floor and the v-loss are measured with."""
     if args.floor_split:
@@ -197,27 +178,39 @@ def describe_floor(args, images):
     return getattr(images, "other_epochs", "the same images, augmented again")
 
 
-def read_record(model, name):
-    """A JSON file beside the weights, in a folder or on the Hub; `None` where there is none."""
-    record = Path(model) / name
-    if not Path(model).is_dir():
-        try:
-            record = Path(hf_hub_download(model, name))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # there may be one, out of reach
-                warnings.warn(f"{name} of {model} is not at hand: {error}", stacklevel=2)
-            return None
-    return json.loads(record.read_text()) if record.is_file() else None
-
-
 def read_records(model):
     """What a model's training was told, and what happened in it; `None` for what nobody recorded."""
     return read_record(model, FILE), read_record(model, "training.json")
 
 
-def configuration_of(told):
-    """The content of a configuration.json, typed."""
-    return Configuration.from_json({name: value for name, value in told.items() if name != "found"})
+def draw_first(first, pipe, images, args):
+    """A picture of the first samples, each under the name of its class."""
+    pictures, names = pipe.image_processor.postprocess(first, output_type="pil"), None
+    if images.num_classes:
+        drawn = choose(images, args.num_samples, args.seeds[0])[: len(first)]
+        labels = images.class_labels[[index for _, index in drawn]].tolist()
+        names = [pipe.id2label.get(label, str(label)) for label in labels]
+    return draw_grid(pictures, names)
+
+
+def tell(report, args):
+    """What was found, as a table, where all of it is, and what to do next."""
+    columns = list(report["floor"])
+    head = ["", "heavy + light", "guidance", "GFLOP", *columns]
+    rows = [head, *sample_rows(report, report["model"], columns)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    print()
+    for how, *cells in rows:
+        print(
+            "  ".join(
+                [how.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+            )
+        )
+    if "v_loss" in report:
+        print(f"\nv-loss: {', '.join(f'{name} {loss}' for name, loss in v_loss_rows(report))}")
+    print(f"\nGFLOP are per image. Every figure is in {args.output}.")
+    if Path(args.output).resolve() == Path(args.model, EVALUATION).resolve() and report["training"] is not None:
+        print(f"Make the card: python examples/make_card.py {shlex.quote(args.model)}")
 
 
 def check(args):
@@ -238,8 +231,12 @@ def check(args):
         raise ValueError(f"seeds must differ, since equal ones shrink the spread, got {args.seeds}.")
     if args.grid and Image.registered_extensions().get(Path(args.grid).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--grid must end in a kind of picture, such as .png, got {args.grid!r}.")
-    for path in filter(None, (args.output, args.grid)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if args.classifier or args.dinov2 or args.inception:  # what the reference shows them is kept there
+        check_output("--cache_dir", str(args.cache_dir), is_folder=True)
+    for flag, path in (("--output", args.output), ("--grid", args.grid)):
+        if path is not None:
+            check_output(flag, path)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def take_up_rivals(report, pipe, images, args, accelerator):
@@ -251,8 +248,8 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     paths = compared | {Path(path).name: path for path in args.rivals}
     rivals = {name: DualRatePipeline.from_pretrained(path).to(accelerator.device) for name, path in paths.items()}
     for name, path in paths.items():
-        training.check_classes(path, rivals[name], images)
-        measured = read_record(path, "evaluation.json") or {}
+        sources.check_classes(path, rivals[name], images)
+        measured = read_record(path, EVALUATION) or {}
         is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
         if path in args.rivals and not is_alike:
             raise ValueError(f"{path} has no evaluation.json of the same data and classifier: measure it first.")
@@ -270,7 +267,7 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     for found, model in [(report, pipe), *((report["rivals"][name], rival) for name, rival in rivals.items())]:
         found["training_flops"] = None
         if found["configuration"] is not None and found["training"] is not None:
-            configuration = configuration_of(found["configuration"])
+            configuration = Configuration.from_json(found["configuration"])
             teacher = by_name.get(Path(configuration.start.teacher or "").name)
             images_seen = found["training"]["images_seen"]
             found["training_flops"] = training_flops(model, configuration.recipe, images_seen, teacher)
@@ -319,7 +316,7 @@ def make_judges(classifier, images, fresh, augmentation, args, accelerator):
     return judges
 
 
-def main(args, open_images=training.open_images):
+def main(args, open_images=sources.open_images):
     check(args)
     accelerator = Accelerator()
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
@@ -329,7 +326,7 @@ def main(args, open_images=training.open_images):
             f"{args.model} has no {FILE}: its images count as not augmented, and no card can be made of this.",
             stacklevel=2,
         )
-    augmentation = Augmentation() if told is None else configuration_of(told).recipe.augmentation
+    augmentation = Augmentation() if told is None else Configuration.from_json(told).recipe.augmentation
     accelerator.print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
@@ -340,7 +337,7 @@ def main(args, open_images=training.open_images):
     if args.floor_split:
         floor_images = fresh(augmentation=augmentation, split=args.floor_split)
     plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
-    training.check_classes(args.model, pipe, images)
+    sources.check_classes(args.model, pipe, images)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     steps = choose_steps(args, pipe)
@@ -371,8 +368,8 @@ def main(args, open_images=training.open_images):
     compared = take_up_rivals(report, pipe, images, args, accelerator)
 
     k = steps["num_context_steps"]
-    if told is not None and isinstance(configuration_of(told).recipe, DistillationRecipe):
-        report["images_by_phase"] = configuration_of(told).recipe.images_by_phase
+    if told is not None and isinstance(Configuration.from_json(told).recipe, DistillationRecipe):
+        report["images_by_phase"] = Configuration.from_json(told).recipe.images_by_phase
     else:
         report["v_loss"] = measure_v_losses(pipe, compared, floor_images, k, args, accelerator)
     extractors = own | published
@@ -388,17 +385,14 @@ def main(args, open_images=training.open_images):
         found, first = measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator)
         report["samples"].append(found)
         if args.grid and len(report["samples"]) == 1 and accelerator.is_main_process:
-            columns = min(16, len(first))
-            rows = len(first) // columns
-            pictures = pipe.image_processor.postprocess(first[: rows * columns], output_type="pil")
-            make_image_grid(pictures, rows=rows, cols=columns, resize=64).save(args.grid)
+            draw_first(first, pipe, images, args).save(args.grid)
 
     report |= {"seeds": args.seeds, **environment(accelerator)}
     if accelerator.is_main_process:
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report, indent=2))
+        tell(report, args)
     return report
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

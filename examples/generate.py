@@ -8,37 +8,50 @@ guidance that it was distilled for. What each costs is printed.
 """
 
 import argparse
-import math
-import os
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from diffusers import DPMSolverMultistepScheduler
-from PIL import Image, ImageDraw
-
-from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
-from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.flags import HelpFormatter
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="Hub repository or folder of a pair.")
     parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
     parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
     parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
     parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
-    parser.add_argument("--num_images_per_class", type=int, default=2)
+    parser.add_argument(
+        "--num_images_per_class", type=int, default=2, help="Images of each class, one below the other."
+    )
     parser.add_argument("--num_inference_steps", type=int, help="N, not of a student; default: the model's.")
     parser.add_argument("--num_context_steps", type=int, help="K, not of a student; default: the model's.")
     parser.add_argument("--solver_steps", type=int, default=8, help="Steps of DPM-Solver++ in the comparison.")
     parser.add_argument("--guidance_scale", type=float, help="Not of a student; default: the model's.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="samples.png")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first image; the others follow.")
+    parser.add_argument("--output", default="samples.png", help="The picture to write.")
     parser.add_argument("--zoom", type=int, default=3, help="Pixels in the picture per pixel of an image.")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw
+
+from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
+from diffusers_dualrate.defaults import SamplingDefaults
+from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
+from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.ranges import check_output
+from diffusers_dualrate.steps import make_dpm_solver
+
+GAP, LINE = 4, 16  # pixels between images, and of a line of text
 
 
 @dataclass
@@ -86,15 +99,18 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     return Row(title, images, (n, refreshes if is_pair else None), heavy, light, flops, guidance_scale, seconds)
 
 
+def picture_size(num_columns, num_rows, image_size, per_column):
+    """Width and height of the picture in pixels."""
+    width, height = image_size
+    return num_columns * (width + GAP) + GAP, LINE + num_rows * (LINE + per_column * (height + GAP)) + GAP
+
+
 def draw(rows, column_names, args):
     """Arrange rows of images under their titles, the classes' names on top."""
-    per_column, zoom = args.num_images_per_class, args.zoom
-    width, height = (side * zoom for side in rows[0].images[0].size)
-    gap, line = 4, 16
+    per_column, gap, line = args.num_images_per_class, GAP, LINE
+    width, height = (side * args.zoom for side in rows[0].images[0].size)
     columns = len(rows[0].images) // per_column
-    picture = Image.new(
-        "RGB", (columns * (width + gap) + gap, line + len(rows) * (line + per_column * (height + gap)) + gap), "white"
-    )
+    picture = Image.new("RGB", picture_size(columns, len(rows), (width, height), per_column), "white")
     pen = ImageDraw.Draw(picture)
     for column, name in enumerate(column_names):
         limit = max(1, width // 6)  # the default font is about 6 pixels wide
@@ -123,17 +139,30 @@ def check(args):
         raise ValueError(f"guidance_scale must be at least 1, which is none, and finite, got {args.guidance_scale}.")
     if Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output must end in a kind of picture, such as .png, got {args.output!r}.")
-    if Path(args.output).is_dir():
-        raise ValueError(f"--output must be a file, but {args.output!r} is a folder.")
-    folder = next(folder for folder in Path(args.output).absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--output is {args.output!r}, but {str(folder)!r} is no folder that can be written to.")
+    check_output("--output", args.output)
+
+
+def check_size(pipe, args, num_columns):
+    """Refuse a picture that no viewer would open, before its images take memory."""
+    num_rows = 1 + 2 * bool(args.compare) + bool(args.distilled)
+    height, width = (side * args.zoom for side in pipe.denoiser.image_size)
+    sides = picture_size(num_columns, num_rows, (width, height), args.num_images_per_class)
+    if math.prod(sides) > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"The picture would have {sides[0]} x {sides[1]} pixels, more than {MAX_IMAGE_PIXELS}: lower --num_columns, "
+            "--num_images_per_class or --zoom."
+        )
 
 
 def read_labels(pipe, names):
     """Numbers of classes given by name or number; a name wins, so a class may be called 3 and have another number."""
     known = set(pipe.id2label.values())
-    return pipe.get_label_ids([int(name) if name not in known and name.isdecimal() else name for name in names])
+    is_number = [name not in known and name.isdecimal() for name in names]
+    labels = pipe.get_label_ids([int(name) if is_one else name for name, is_one in zip(names, is_number, strict=True)])
+    for name, is_one, label in zip(names, is_number, labels, strict=True):
+        if is_one and label in pipe.id2label:
+            print(f"--class_labels {name}: no class has this name, so it is the number of {pipe.id2label[label]!r}.")
+    return labels
 
 
 def open_beside(flag, args, pipe):
@@ -162,15 +191,15 @@ def main(args):
         raise ValueError(f"--model must be a pair, but {args.model} is a single-rate model: give it to --compare.")
     single, student = (open_beside(flag, args, pipe) for flag in ("compare", "distilled"))
     num_classes = pipe.denoiser.config.num_classes
+    check_size(pipe, args, len(args.class_labels) if args.class_labels else args.num_columns)
     class_labels = args.class_labels and read_labels(pipe, args.class_labels)
     if class_labels is None and num_classes:
         class_labels = [i * num_classes // args.num_columns for i in range(args.num_columns)]
     names = [pipe.id2label.get(label, str(label)) for label in class_labels or []]
-    guidance_scale, steps = args.guidance_scale, args.num_inference_steps
-    if guidance_scale is None:
-        guidance_scale = pipe.config.guidance_scale if num_classes else 1.0
+    defaults, steps = SamplingDefaults.of(pipe.config), args.num_inference_steps
+    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, num_classes is not None)
     if steps is None:
-        steps = pipe.config.num_inference_steps
+        steps = defaults.num_inference_steps
     pipe.plan_run(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
@@ -182,9 +211,7 @@ def main(args):
     ]
     if single is not None:
         rows.append(sample(single, "single-rate", *common, num_inference_steps=steps))
-        single.scheduler = DPMSolverMultistepScheduler(
-            trained_betas=single.scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
-        )
+        single.scheduler = make_dpm_solver(single.scheduler)
         rows.append(
             sample(single, "single-rate, DPM-Solver++", *common, num_inference_steps=args.solver_steps),
         )
@@ -194,7 +221,9 @@ def main(args):
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     draw(rows, names, args).save(args.output)
 
-    print(f"\n{len(rows[0].images)} images a row; per image, where guidance above 1 evaluates both branches:\n")
+    print(
+        f"\nImages in each row of the picture: {len(rows[0].images)}. Per image, where guidance above 1 evaluates both branches:\n"
+    )
     print(f"{'':28}{'N':>5}{'K':>5}{'guidance':>10}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
     for row in rows:
         name, count = row.title.partition(":")[0], len(row.images)
@@ -208,4 +237,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -9,33 +9,18 @@ chain along the same noise, or with `--classifier` and data `fd_local`. No repor
 """
 
 import argparse
-import json
-import shutil
-import sys
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from diffusers_dualrate import DualRatePipeline, evaluation, training
-from diffusers_dualrate.arguments import add_data_flags, select
-from diffusers_dualrate.augmentation import Augmentation
-from diffusers_dualrate.configuration import FILE, Configuration, Data
-from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
-from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
-from diffusers_dualrate.planning import UNITS, plan_for
-from diffusers_dualrate.processes import run_script
-from diffusers_dualrate.records import read_json
-
-PLAN, TRAINING = "plan.json", "training.json"
+from diffusers_dualrate.flags import HelpFormatter, add_data_flags
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="Hub repository or folder of a pair or a single-rate model.")
     parser.add_argument("--budget", type=float, required=True, help="What an image may cost, guidance included.")
     parser.add_argument(
         "--unit",
-        choices=UNITS,
+        choices=["gflop", "milliseconds", "share"],
         default="gflop",
         help="Of the budget: 10^9 FLOPs, milliseconds of the networks on this machine, or a share of what the heavy "
         "network alone costs at the model's own N.",
@@ -46,15 +31,42 @@ def parse_args(argv=None):
     parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as there are.")
     parser.add_argument("--num_images", type=int, default=64, help="Images that every candidate draws.")
     parser.add_argument("--num_trials", type=int, default=40, help="Candidates to try at most.")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16, help="Images drawn at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Of the choice's own noises.")
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    ARGS = parse_args()  # now, since what follows takes seconds to import
+
+import json
+import shutil
+import sys
+
+from accelerate import Accelerator
+
+from diffusers_dualrate import DualRatePipeline, evaluation, sources
+from diffusers_dualrate.arguments import select
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.configuration import FILE, Configuration, Data
+from diffusers_dualrate.flops import network_flops
+from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
+from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
+from diffusers_dualrate.planning import plan_for
+from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.ranges import check_output
+from diffusers_dualrate.records import read_json
+
+PLAN, TRAINING = "plan.json", "training.json"
+
+
 def check(args):
     """Refuse, before anything is computed, what could not be kept or judged."""
+    check_output("--output", args.output, is_folder=True)
+    if args.cache_dir is not None:
+        check_output("--cache_dir", args.cache_dir, is_folder=True)
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output must be a new or an empty folder, and {args.output!r} holds something.")
     has_data = bool(args.dataset_name or args.train_data_dir)
     if bool(args.classifier) != has_data:
@@ -67,12 +79,11 @@ def make_criterion(args, pipe, accelerator):
     told = Path(args.model, FILE)
     augmentation = Augmentation()
     if told.is_file():
-        values = {name: value for name, value in read_json(told).items() if name != "found"}
-        augmentation = Configuration.from_json(values).recipe.augmentation
+        augmentation = Configuration.from_json(read_json(told)).recipe.augmentation
     config = pipe.denoiser.config
     options = {"channels": config.in_channels, "augmentation": augmentation, "seed": FRESH_SEED}
-    images = training.open_images(Data(**select(args, Data)), config.sample_size, **options)
-    training.check_classes(args.model, pipe, images)
+    images = sources.open_images(Data(**select(args, Data)), config.sample_size, **options)
+    sources.check_classes(args.model, pipe, images)
     classifier, extractors, _ = load_extractors(args.classifier, None, False, accelerator.device)
     check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     cache = args.cache_dir or Path.home() / ".cache" / "diffusers-dualrate"
@@ -107,6 +118,7 @@ def main(args):
     if accelerator.num_processes > 1:
         raise ValueError(f"A plan is chosen by one process, and there are {accelerator.num_processes}.")
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
+    print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     criterion = make_criterion(args, pipe, accelerator) if args.classifier else None
     pipe.set_progress_bar_config(desc="plans")
     planned = plan_for(
@@ -125,9 +137,9 @@ def main(args):
     print(f"\n{choice.plan}\n")
     print(f"{order} order, guidance {'at all steps' if interval is None else f'at log-SNR {interval}'}")
     print(f"{choice.cost:.4g} of {args.budget:g} {args.unit}, {planned.criterion} {choice.score:.4g}")
-    print(f"Tried {len(planned.tried)} plans. The model is in {Path(args.output).resolve()}.")
+    print(f"Plans tried: {len(planned.tried)}. The model is in {Path(args.output).resolve()}.")
     return planned
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, ARGS)

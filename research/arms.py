@@ -81,7 +81,7 @@ def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, late: boo
 
     def draw(labels, generators):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*samples off the Markov law")
+            warnings.filterwarnings("ignore", message=".*takes other steps than those the pair")
             options = {"guidance_scale": 1.0, "output_type": "latent"} | refreshes
             return pipe(labels, n, generator=generators, **options).images
 

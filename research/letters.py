@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_dualrate import training
+from diffusers_dualrate import sources
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
 
@@ -126,7 +126,7 @@ def open_images(
     seed: int = 0,
     split: str = "train",
 ):
-    """As `training.open_images`, which scripts call unless they are given this, and for `--dataset_name letters` the letters.
+    """As `sources.open_images`, which scripts call unless they are given this, and for `--dataset_name letters` the letters.
 
     They have no splits, and change from epoch to epoch without an augmentation.
 
@@ -134,7 +134,7 @@ def open_images(
         ValueError: If flags ask for other letters than there are.
     """
     if data.dataset_name != "letters":
-        return training.open_images(
+        return sources.open_images(
             data, resolution, channels=channels, augmentation=augmentation, seed=seed, split=split
         )
     if data.streaming or data.num_classes not in (None, len(LETTERS)):

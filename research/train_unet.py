@@ -18,11 +18,13 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import training
-from diffusers_dualrate.arguments import argument_parser, configure
-from diffusers_dualrate.batches import ShuffledIndices
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.flags import argument_parser
 from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
+from diffusers_dualrate.optimization import make_lr_scheduler, make_optimizer
+from diffusers_dualrate.pair import schedule_of
 from diffusers_dualrate.records import read_json
+from diffusers_dualrate.streams import ShuffledIndices
 
 from . import EXAMPLES
 from .letters import open_images as open_any
@@ -62,10 +64,10 @@ def main(args, open_images=open_any):
     unet = UNet2DModel(**shape, num_class_embeds=None if images.num_classes is None else images.num_classes + 1).to(
         device
     )
-    scheduler = training.make_scheduler(configuration)
-    schedule = training.schedule_of(scheduler)
-    optimizer = training.make_optimizer(unet.parameters(), recipe)
-    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
+    scheduler = configuration.make_scheduler()
+    schedule = schedule_of(scheduler, recipe.bias)
+    optimizer = make_optimizer(unet.parameters(), recipe)
+    lr_scheduler = make_lr_scheduler(optimizer, recipe)
     batch_size, steps = recipe.train_batch_size, recipe.max_train_steps
     loader = DataLoader(images, batch_size, sampler=ShuffledIndices(len(images), seed, 0, steps * batch_size))
     ema = EMAModel(unet.parameters(), decay=recipe.ema_decay)
@@ -78,7 +80,7 @@ def main(args, open_images=open_any):
         x, class_labels = batch["pixel_values"], batch.get("class_labels")
         draws = draw(seed, step, range(len(x)), x.shape[1:], device)
         class_labels = drop_labels(class_labels, draws, recipe.label_dropout, images.num_classes)
-        result = denoising_loss(denoise, None, x, class_labels, draws, schedule=schedule, bias=recipe.bias)
+        result = denoising_loss(denoise, None, x, class_labels, draws, schedule=schedule)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)
         if not norm.isfinite():

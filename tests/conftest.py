@@ -82,6 +82,9 @@ def make_pipe(make_networks):
         if single_rate:
             encoder, denoiser = None, make_networks(denoiser={"context_channels": None}, num_classes=num_classes)[1]
         scheduler = scheduler or DualRateScheduler(**PRESET["scheduler"])
+        options = {
+            "num_inference_steps": 64
+        } | options  # as the constructor has it, which says so where nobody else does
         pipe = DualRatePipeline(denoiser=denoiser, scheduler=scheduler, context_encoder=encoder, **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -2,20 +2,29 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
+import evaluate
 import make_card
 import train_dual_rate
+from diffusers_dualrate import cards
+from diffusers_dualrate.commands import evaluation_command
 
-CARDS = sorted((Path(__file__).parents[1] / "model_cards").iterdir())
-PAIR = Path(__file__).parents[1] / "model_cards" / "dualrate-emoji32"
+ROOT = Path(__file__).parents[1]
+CARDS = sorted((ROOT / "model_cards").iterdir())
+PAIR = ROOT / "model_cards" / "dualrate-emoji32"
 
 
 def read(card):
     return [json.loads((card / f"{name}.json").read_text()) for name in ("evaluation", "model_index", "notes")]
+
+
+def card_of(evaluation, index, notes, **options):
+    return cards.make_card(evaluation, index, notes, presets=ROOT / "examples/presets", **options)
 
 
 @pytest.fixture
@@ -37,7 +46,8 @@ def row_of(text, start):
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_a_card_is_what_its_json_makes_of_it(card):
-    assert (card / "README.md").read_text() == make_card.make_card(*read(card)) + "\n", (
+    text = card_of(*read(card), source=f"model_cards/{card.name}")
+    assert (card / "README.md").read_text() == text + "\n", (
         f"run: python examples/make_card.py model_cards/{card.name}"
     )
 
@@ -85,7 +95,7 @@ def test_figures_over_seeds_come_with_their_spread_and_rivals_and_floor_stand_be
     ):
         way["fd_local_5k"] = {"values": [mean, mean], "mean": mean, "std": 0.0625}
         way["class_accuracy_5k"] = {"values": [mean / 2, mean / 2], "mean": mean / 2, "std": 0.0125}
-    text = make_card.make_card(*parts)
+    text = card_of(*parts)
     header = row_of(text, "how")
     for start, distance, accuracy in (
         ("this pair, second-order anc", 1.25, 62.5),
@@ -109,7 +119,7 @@ def test_a_model_without_classes_or_comparison_gets_a_card_too(parts):
     evaluation["floor"] = {"fid_50k": {"values": [2.5], "mean": 2.5, "std": None}}
     evaluation["samples"][0]["fid_50k"] = {"values": [3.5], "mean": 3.5, "std": None}
     del notes["example_label"]
-    text = make_card.make_card(*parts)
+    text = card_of(*parts)
     assert "image = pipe().images[0]" in text and "class_labels" not in text and "recovers" not in text
     assert (
         row_of(text, "this pair, second-order anc")[-1] == "3.500"
@@ -125,13 +135,20 @@ def test_the_command_of_a_card_trains_the_model_with_all_that_it_was_told(parts)
     evaluation, index, notes = parts
     told = evaluation["configuration"]
     told["data"] |= {"num_classes": 98, "streaming": True}
-    text = make_card.make_card(*parts)
+    text = card_of(*parts)
     start = "accelerate launch examples/train_dual_rate.py --preset emoji32 --dataset_name examples/data/emoji32 "
     assert f"{start}--label_column label --num_classes 98 --streaming --seed 1 --output_dir runs/dualrate-" in text
     assert "with preset `emoji32` and seed 1" in text
     told["training"]["bias"] = 0.5
-    text = make_card.make_card(*parts)
+    told["denoiser"]["level_blocks"] = [1, 1, 2]
+    told["sampling"]["num_inference_steps"] = 16
+    text = card_of(*parts)
     assert "with preset `emoji32`, changed as below, and seed 1" in text
+    assert row_of(text, "`bias`")[1] == "**0.5** (the preset has 0.0)" and row_of(text, "`ema_decay`")[1] == "0.999"
+    preset = json.loads((ROOT / "examples/presets/emoji32.json").read_text())["denoiser"]["level_blocks"]
+    assert row_of(text, "`denoiser.level_blocks`")[1] == f"**[1, 1, 2]** (the preset has {preset})"
+    assert row_of(text, "`sampling.num_inference_steps`")[1] == "**16** (the preset has 12)"
+    assert "`context_encoder." not in text and "`scheduler." not in text
     assert "examples/train_dual_rate.py --preset configuration.json --dataset_name" in text
     _, preset, *flags = re.search(r"train_dual_rate.py (.*)", text).group(1).split()
     assert (
@@ -139,39 +156,94 @@ def test_the_command_of_a_card_trains_the_model_with_all_that_it_was_told(parts)
     )
 
 
+def test_a_card_of_a_preset_of_ones_own_names_what_was_overridden(parts):
+    told = parts[0]["configuration"]
+    told |= {"preset": "mine", "overrides": ["denoiser.level_blocks=[1,1,2]", "training.bias=0.5"]}
+    told["denoiser"]["level_blocks"], told["training"]["bias"] = [1, 1, 2], 0.5
+    text = card_of(*parts)
+    assert "with the preset `mine`, which lies beside this card as `configuration.json`, and seed 1" in text
+    assert row_of(text, "`denoiser.level_blocks`")[1] == "**[1, 1, 2]** (overridden)"
+    assert row_of(text, "`bias`")[1] == "**0.5** (overridden)" and row_of(text, "`ema_decay`")[1] == "0.999"
+    assert "--preset configuration.json" in text
+
+
+def test_a_card_that_only_sampling_was_changed_for_repeats_that_too(parts):
+    """A flag of sampling is a value of the preset like any other, and a student's is none."""
+    parts[0]["configuration"]["sampling"]["guidance_scale"] = 2.0
+    text = card_of(*parts)
+    assert row_of(text, "`sampling.guidance_scale`")[1] == "**2.0** (the preset has 4.0)"
+    assert "--preset configuration.json" in text
+
+
+def test_the_snippet_of_a_card_names_what_a_reader_can_load_and_no_folder_of_somebody_else(parts):
+    parts[0]["model"] = "quick"
+    for source, line in (
+        (None, 'from_pretrained("quick")  # or this repository on the Hub'),
+        ("you/quick", 'from_pretrained("you/quick")\n'),
+    ):
+        text = card_of(*parts, source=source)
+        assert line in text and "model_cards/" not in text.replace("../..", "")
+
+
+def test_a_card_shows_a_picture_only_where_there_is_one(parts):
+    assert "![Samples with the defaults](samples.png)" in card_of(*parts)
+    assert "![" not in card_of(*parts, picture=None)
+
+
 def test_a_card_without_notes_says_what_the_records_know(parts):
     evaluation, index, _ = parts
-    text = make_card.make_card(evaluation, index, {})
+    text = card_of(evaluation, index, {})
     assert "A Dual-Rate pair for images of 32x32 of 98 classes, trained on `emoji32`." in text
     assert f'class_labels="{next(iter(index["id2label"].values()))}"' in text and "None" not in text
 
 
 def test_only_a_data_set_of_the_hub_is_linked_as_one(parts):
-    assert "datasets:" not in make_card.make_card(*parts)
+    assert "datasets:" not in card_of(*parts)
     parts[0]["data"]["hub"] = "owner/set"
-    assert "datasets:\n- owner/set\n" in make_card.make_card(*parts)
+    assert "datasets:\n- owner/set\n" in card_of(*parts)
 
 
 def test_notes_with_an_unknown_part_are_refused_by_its_name(parts):
     parts[2]["limit"] = ["It is small."]
     with pytest.raises(ValueError, match="notes.json has no part 'limit'; it may have license, summary"):
-        make_card.make_card(*parts)
+        card_of(*parts)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("evaluation.json", None, "evaluation.json cannot be read: No such file or directory"),
+        ("evaluation.json", "[]", "evaluation.json must hold an object of names and values, and holds list"),
         ("model_index.json", "[]", "model_index.json must hold an object of names and values, and holds list"),
         ("notes.json", "{", "notes.json is no JSON"),
     ],
 )
 def test_a_file_that_no_card_can_be_made_of_is_named(tmp_path, name, text, message):
     shutil.copytree(PAIR, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
-    (tmp_path / "model" / name).unlink() if text is None else (tmp_path / "model" / name).write_text(text)
+    (tmp_path / "model" / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         make_card.main(make_card.parse_args([str(tmp_path / "model")]))
     assert not (tmp_path / "model/README.md").exists()
+
+
+def test_a_folder_without_a_measurement_is_refused_with_the_command_that_measures_it(tmp_path):
+    """The command has the data of the run, and evaluate.py takes it as it stands."""
+    shutil.copytree(PAIR, tmp_path / "my model", ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+    (tmp_path / "my model" / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="has no evaluation.json: measure it first, by accelerate launch") as refusal:
+        make_card.main(make_card.parse_args([str(tmp_path / "my model")]))
+    _, _, script, *flags = shlex.split(str(refusal.value).partition(", by ")[2])
+    args = evaluate.parse_args(flags)
+    assert script == "examples/evaluate.py" and args.model == str(tmp_path / "my model")
+    assert (args.dataset_name, args.label_column) == ("examples/data/emoji32", "label")
+    assert args.output == str(tmp_path / "my model/evaluation.json") and args.grid.endswith("my model/samples.png")
+    assert "--train_data_dir images" in evaluation_command("runs/quick", None)
+
+
+def test_a_repository_is_named_for_one_folder_that_is_published(capsys):
+    for arguments in (["a", "--hub_model_id", "you/a"], ["a", "b", "--push_to_hub", "--hub_model_id", "you/a"]):
+        with pytest.raises(SystemExit):
+            make_card.parse_args(arguments)
+        assert "--hub_model_id: it names the repository of one folder, with --push_to_hub" in capsys.readouterr().err
 
 
 def test_a_card_of_a_model_whose_training_nobody_recorded_is_refused(parts):
@@ -179,7 +251,7 @@ def test_a_card_of_a_model_whose_training_nobody_recorded_is_refused(parts):
     with pytest.raises(
         ValueError, match="put configuration.json and training.json beside the weights, and evaluate again"
     ):
-        make_card.make_card(*parts)
+        card_of(*parts)
 
 
 @pytest.fixture
@@ -211,7 +283,7 @@ def student(parts):
 
 
 def test_the_card_of_a_student_tells_what_it_needs_and_where_it_came_from_and_no_v_loss(student):
-    text = make_card.make_card(*student)
+    text = card_of(*student)
     assert "v-loss" not in text and "v_hat" not in text and "\n- mse" not in text and "arxiv:2406.04103" in text
     assert "Its defaults are N = 8, K = 2 and guidance 1.0. It was distilled for these" in text
     assert "Its teacher's guidance, 3.0, is distilled in" in text
@@ -238,7 +310,7 @@ def test_the_card_of_a_single_rate_student_from_noise_shows_no_other_solver_and_
     evaluation["configuration"]["distillation"] |= {"full_rollout": True, "guidance_scale": 1.0}
     evaluation["images_by_phase"] = {"pretraining": 320, "auxiliary": 6800, "student": 6800}
     del evaluation["parameters"]["context_encoder"]
-    text = make_card.make_card(*student)
+    text = card_of(*student)
     assert "13,920 samples of its own, from noise alone, 6,800 of them" in text and "after 320 of denoising" in text
     assert "DPMSolverMultistepScheduler(" not in text and "distilled in" not in text
 
@@ -247,5 +319,5 @@ def test_the_card_of_a_pair_whose_encoder_denoises_counts_what_it_spares(parts):
     evaluation, index, notes = parts
     n, k = index["num_inference_steps"], index["num_context_steps"]
     for spares, light in ((False, n), (True, n - k)):
-        text = make_card.make_card(evaluation, index | {"encoder_denoises": spares}, notes)
+        text = card_of(evaluation, index | {"encoder_denoises": spares}, notes)
         assert f"parameters runs {k} times per image" in text and f"parameters {light} times." in text

@@ -15,8 +15,8 @@ from PIL import Image
 
 from diffusers_dualrate import data
 from diffusers_dualrate.augmentation import Augmentation
-from diffusers_dualrate.batches import DealtBatches, ShuffledIndices
 from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.streams import DealtBatches, ShuffledIndices
 
 EMOJI32 = Path(__file__).parents[1] / "examples" / "data" / "emoji32"
 EVERYTHING = Augmentation(translation=3, scale=(0.8, 1.2), background=(0, 255), flip=True)
@@ -612,5 +612,9 @@ def test_a_saved_data_set_that_is_empty_or_damaged_is_refused_in_one_sentence(tm
 
 
 def test_a_data_set_that_does_not_exist_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(
+        ValueError, match="'nowhere' cannot be opened: there is no such folder, and on the Hub: .*reach"
+    ):
+        load_images("nowhere", cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="absent' cannot be opened"):
         load_images(str(tmp_path / "absent"), cache_dir=tmp_path / "cache")

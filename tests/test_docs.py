@@ -71,10 +71,11 @@ def install(folder):
 
 
 def upload(words, folder):
-    """`hf upload`, to a Hub on this machine, which then holds the model, its card and its measurement."""
+    """A command that publishes, to a Hub on this machine, which then holds the model, its card and its measurement."""
     with LoopbackHub() as hub:
-        environment = hub.environment(folder / "huggingface")
-        command = [str(Path(sys.executable).with_name("hf")), *words[1:]]
+        environment = hub.environment(folder / "huggingface") | {"PYTHONPATH": str(ROOT / "src")}
+        program = {"hf": str(Path(sys.executable).with_name("hf")), "python": sys.executable}[words[0]]
+        command = [program, *words[1:]]
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         (repository,) = hub.repositories.values()
@@ -92,7 +93,7 @@ def run_command(line, folder):
     elif words[:2] == ["pip", "install"]:
         assert words[2:] == [".[train,eval]"]
         install(folder)
-    elif words[:2] == ["hf", "upload"]:
+    elif words[:2] == ["hf", "upload"] or "--push_to_hub" in words:
         upload(words, folder)
     else:
         launcher = 2 if words[0] == "accelerate" else 1
@@ -167,6 +168,8 @@ def test_the_site_builds_without_a_warning_and_its_reference_has_every_public_na
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "--strict" in arguments, result.stderr
     assert (tmp_path / "site" / "research-log" / "index.html").is_file()
+    explained = (tmp_path / "site" / "how-it-works" / "index.html").read_text(encoding="utf-8")
+    assert 'display="block"' in explained and not re.search(r"\\[([]", explained), "a formula is not drawn"
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     modules = {path.stem for path in (ROOT / "src/diffusers_dualrate").glob("*.py")} - {"__init__", "registration"}
     assert modules == set(

@@ -6,13 +6,16 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_dualrate.evaluation import (
     FeatureStatistics,
     ImageClassifier,
     background_colour,
+    energy_distance,
     fd_local,
     frechet_distance,
+    load_dinov2,
     nearest_training_image,
     precision_recall,
 )
@@ -104,6 +107,14 @@ def test_fd_local_does_not_depend_on_the_scale_of_the_features_and_is_scaled_by_
     assert tenfold == pytest.approx(expected)
 
 
+def test_the_energy_distance_of_points_on_a_line_is_that_of_their_gaps_but_for_those_of_a_row():
+    """Kills: a factor 2 dropped, a sign, N² or N (N + 1) for N (N − 1), the pairs of a row kept."""
+    one, other = torch.tensor([0.0, 1, 2])[:, None], torch.tensor([10.0, 20, 40])[:, None]
+    between = (20 + 40) + (9 + 39) + (8 + 18)
+    within = 2 * (1 + 2 + 1), 2 * (10 + 30 + 20)
+    assert energy_distance(one, other) == pytest.approx((2 * between - sum(within)) / (3 * 2))
+
+
 def test_precision_and_recall_are_those_of_neighbours_found_by_scikit_learn():
     generated, real = torch.randn(60, 3) * 0.5 + 0.7, torch.randn(80, 3)
 
@@ -139,6 +150,40 @@ def test_a_classifier_comes_back_from_its_file_with_its_facts(tmp_path):
     assert back.facts == {"held_out_accuracy": 0.5} and back.config["num_features"] == 6
 
 
+def test_a_classifier_looks_at_each_place_with_a_pixel_around_it_and_halves_its_maps_from_level_to_level():
+    """Kills: `stride + 2` made 1 or 3, either convolution's stride or padding, no pooling or one too many."""
+    classifier, sizes = ImageClassifier(3, 5, stride=4).eval(), []
+    for level in classifier.levels:
+        level.register_forward_hook(
+            lambda module, inputs, output: sizes.append((*inputs[0].shape[2:], *output.shape[2:]))
+        )
+    classifier(torch.zeros(1, 3, 32, 64))
+    assert sizes == [(32, 64, 8, 16), (4, 8, 4, 8), (2, 4, 2, 4)]
+    assert [level[0].kernel_size for level in classifier.levels] == [(6, 6), (3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("size", "patch", "side"), [(20, 6, 18), (300, 100, 200)])
+def test_dinov2_sees_colours_in_units_of_imagenet_at_the_largest_size_of_whole_patches(tmp_path, size, patch, side):
+    """Kills: mean and std exchanged, the sign of the mean, [-1, 1] taken for [0, 1], another token, 224 passed over."""
+    shape = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": size,
+        "patch_size": patch,
+    }
+    network = Dinov2Model(Dinov2Config(**shape)).eval()
+    network.save_pretrained(tmp_path)
+    features = load_dinov2(tmp_path)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for level in (0.0, 1.0, -1.5):
+        seen = features((2 * (mean + level * std) - 1)[None, :, None, None].expand(1, 3, 24, 24))
+        with torch.no_grad():
+            expected = network(torch.full((1, 3, side, side), level)).last_hidden_state[:, 0]
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4)
+    assert features(torch.zeros(1, 1, 9, 9)).shape == (1, 8)  # grey is a colour, too
+
+
 def test_what_is_no_classifier_is_refused_with_its_name(tmp_path):
     with pytest.raises(ValueError, match="no classifier '.*nowhere'.*train_classifier.py"):
         ImageClassifier.load(tmp_path / "nowhere")
@@ -169,7 +214,8 @@ def test_an_image_shifted_onto_another_background_finds_its_origin():
     images = compose(p, see_through, torch.rand(12, 3)) * 2 - 1
     images = images.roll((2, -1), dims=(2, 3))  # the margin makes a roll a shift
     assert nearest_training_image(images, *as_arguments(p, see_through), translation=2).tolist() == list(range(12))
-    assert nearest_training_image(images, *as_arguments(p, see_through)).tolist() != list(range(12))
+    for less in (0, 1):
+        assert nearest_training_image(images, *as_arguments(p, see_through), less).tolist() != list(range(12))
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])

@@ -24,7 +24,7 @@ import generate
 import train_classifier
 import train_dual_rate
 import train_single_rate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, plan_refreshes, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, image_sets, metrics, plan_refreshes, sources
 from diffusers_dualrate.arguments import configure, select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import Data
@@ -187,6 +187,17 @@ def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mod
         (["--class_labels", "99"], "class_labels must lie in 0..7, got 99"),
         (["--output", "folder.png"], "--output must be a file, but 'folder.png' is a folder"),
         (["--output", "file/picture.png"], "--output is 'file/picture.png', but '.*file' is no folder"),
+        (["--output", "/proc/picture.png"], "--output is '/proc/picture.png', which cannot be written"),
+        (
+            ["--num_columns", "1000000000"],
+            r"picture would have 52000000004 x \d+ pixels, more than \d+: lower --num_c",
+        ),
+        (["--num_images_per_class", "1000000000"], r"would have 628 x 52000000036 pixels, more than"),
+        (["--zoom", "1000000000", "--class_labels", "1"], r"would have 16000000008 x 32000000044 pixels, more than"),
+        (
+            ["--num_inference_steps", "1000000000"],
+            r"num_inference_steps must be an integer in \[1, 8388608\], got 10+",
+        ),
     ],
 )
 def test_generate_refuses_what_would_fail_later_before_any_image(
@@ -203,8 +214,8 @@ def test_generate_refuses_what_would_fail_later_before_any_image(
         generate.main(generate.parse_args(["--model", "pair", *flags]))
 
 
-def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypatch):
-    """Wherever a name stands, it wins over the number; a number that names no class is a number."""
+def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypatch, capsys):
+    """Wherever a name stands, it wins over the number; a number that names no class is a number, and said to be one."""
     pair = DualRatePipeline.from_pretrained(models / "pair")
     names = {0: "3", 1: "0", 2: "two"}
     renamed = DualRatePipeline(**pair.components, id2label=names, num_inference_steps=2, num_context_steps=1)
@@ -216,12 +227,17 @@ def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypat
     arguments = ["--model", str(models / "renamed"), "--output", str(models / "new folder" / "picture.png")]
     generate.main(generate.parse_args([*arguments, "--class_labels", "3", "0", "2", "two", "1"]))
     assert seen == [[0, 1, 2, 2, 1]] and (models / "new folder" / "picture.png").exists()
+    said = [line for line in capsys.readouterr().out.splitlines() if "no class has this name" in line]
+    assert said == [
+        "--class_labels 2: no class has this name, so it is the number of 'two'.",
+        "--class_labels 1: no class has this name, so it is the number of '0'.",
+    ]
 
 
 def open_images(args, size, augmentation, **options):
     """The images that flags name, as an evaluation opens them."""
     data = Data(**select(args, Data))
-    return training.open_images(data, size, augmentation=augmentation, seed=image_sets.FRESH_SEED, **options)
+    return sources.open_images(data, size, augmentation=augmentation, seed=image_sets.FRESH_SEED, **options)
 
 
 @pytest.fixture
@@ -242,9 +258,10 @@ def measure(models, data):
 
 
 @pytest.mark.slow
-def test_evaluate_writes_every_metric_with_what_it_was_measured_with(measure, models):
+def test_evaluate_writes_every_metric_and_ends_in_a_table(measure, models, capsys):
     measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--solver_steps", 3)
     rivals = ["--heavy", models / "heavy", "--light", models / "light"]
+    capsys.readouterr()
     report = measure(*rivals, "--grid", models / "grid.png")
 
     v_loss = report["v_loss"]
@@ -267,7 +284,17 @@ def test_evaluate_writes_every_metric_with_what_it_was_measured_with(measure, mo
     assert samples["flops_with_guidance"] == 2 * samples["flops"]
     assert {"command", "commit", "versions", "hardware", "seeds", "processes"} <= report.keys()
     assert report["classifier"]["sha256"] == file_hash(models / "some.safetensors")
-    assert Image.open(models / "grid.png").width == 16 * 64
+    assert Image.open(models / "grid.png").size == (8 * (96 + 4) + 4, 3 * (14 + 96 + 4) + 4)  # of 20 samples
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    (head,), (row,) = (
+        [line for line in lines if line[:n] == start]
+        for n, start in ((2, ["heavy", "+"]), (2, ["pair,", "ancestral,"]))
+    )
+    assert head[-5:] == list(floor) and "{" not in printed  # no JSON
+    assert row[row.index("+") - 1 :][:3] == ["2", "+", "4"] and f"{samples['flops_with_guidance'] / 1e9:.2f}" in row
+    assert f"{samples['fd_local_20']['mean']:.3f}" in row and f"{v_loss['model']:.4f}" in printed
+    assert f"Every figure is in {models / 'evaluation.json'}." in printed
 
     ways = [
         (way["solver"], way["evaluations"]["denoiser"]) for way in report["rivals"]["single_rate_heavy"]["samples"]
@@ -357,6 +384,8 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
         (["--solver_steps", 4, 0], "solver_steps must be at least 1, got 0"),
         (["--seeds", 0, 0], "seeds must differ, since equal ones shrink the spread"),
         (["--seeds", -3], "seeds must be an integer of at least 0, got -3"),
+        (["--grid", "/proc/x.png"], "--grid is '/proc/x.png', which cannot be written"),
+        (["--classifier", "few.safetensors", "--cache_dir", "/proc/x"], "--cache_dir is '/proc/x', which cannot be"),
         (["--grid", "x.foo"], "--grid must end in a kind of picture"),
         (["--classifier", "grey.safetensors"], "classifier .*grey.safetensors has in_channels 1, and the data 3"),
         (["--classifier", "few.safetensors"], "classifier .*few.safetensors has num_classes 5, and the data 8"),
@@ -370,7 +399,7 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
     flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
     images = SimpleNamespace(num_classes=8, channels=3)
     monkeypatch.setattr(evaluate, "main", partial(evaluate.main, open_images=lambda *_, **__: images))
-    monkeypatch.setattr(evaluate.training, "check_classes", lambda *_: None)
+    monkeypatch.setattr(evaluate.sources, "check_classes", lambda *_: None)
     with pytest.raises(ValueError, match=sentence):
         measure(*flags)
 
@@ -378,14 +407,14 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
 def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     names = {i: f"class {i}" for i in range(NUM_CLASSES)}
-    training.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
+    sources.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
     for num_classes, id2label, sentence in (
-        (None, None, "pair has 8 classes and the data no: see --label_column"),
-        (9, names | {8: "class 8"}, "pair has 8 classes and the data 9"),
+        (None, None, "pair has 8 classes, and the data has none: see --label_column"),
+        (9, names | {8: "class 8"}, "pair has 8 classes, and the data has 9"),
         (8, names | {3: "class 4", 4: "class 3"}, "Class 3 is 'class 3' in pair and 'class 4' in the data"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            training.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
+            sources.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
 
 
 def test_classes_are_chosen_in_proportion_to_the_data():
@@ -577,8 +606,12 @@ def test_benchmark_times_an_accelerator_by_the_wall(capsys):
     ("flags", "sentence"),
     [
         (["--max_train_steps", "0"], "max_train_steps must be an integer of at least 1, got 0"),
-        (["--train_batch_size", "-4"], "train_batch_size must be an integer of at least 1, got -4"),
-        (["--learning_rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+        (["--train_batch_size", "-4"], "train_batch_size must be an integer in .*, got -4"),
+        (["--learning_rate", "nan"], r"learning_rate must be a finite number in \(0, 1\], got nan"),
+        (["--learning_rate", "1e30"], r"learning_rate must be a finite number in \(0, 1\], got 1e\+30"),
+        (["--output", "new/a.bin"], r"--output must end in \.safetensors, got 'new/a.bin'"),
+        (["--output", "/proc/a.safetensors"], "--output is '/proc/a.safetensors', which cannot be written"),
+        (["--dataset_name", "digits"], "--dataset_name digits and --train_data_dir nowhere are two sources of images"),
         (["--held_out", "1"], "held_out must lie between 0 and 1, got 1.0"),
     ],
 )
@@ -590,9 +623,20 @@ def test_a_classifier_that_could_not_be_trained_is_refused_before_images_are_rea
     assert not (tmp_path / "new").exists()
 
 
+def test_a_classifier_that_diverges_says_so_and_leaves_no_file(data, tmp_path):
+    args = ["--preset", "tiny", *data, "--output", str(tmp_path / "new/a.safetensors"), "--max_train_steps", "8"]
+    with pytest.raises(
+        ValueError, match=r"The training diverged at step \d, and no file is written: lower --learning_rate"
+    ):
+        train_classifier.main(train_classifier.parse_args([*args, "--weight_decay", "1e30"]))
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--preset", "nowhere"], "--preset 'nowhere' is neither a file nor one of digits8, emoji32, "),
+        (["--preset", "README.md"], "README.md is no JSON"),
         (["--batch_size", "0"], "batch_size must be an integer of at least 1, got 0"),
         (["--num_inference_steps", "-1"], "num_inference_steps must be an integer of at least 1, got -1"),
         (["--num_context_steps", "99"], "num_context_steps must be between 1 and num_inference_steps=4, got 99"),
@@ -601,6 +645,13 @@ def test_a_classifier_that_could_not_be_trained_is_refused_before_images_are_rea
 def test_a_benchmark_of_what_cannot_be_run_is_refused(flags, sentence):
     with pytest.raises(ValueError, match=sentence):
         run_benchmark(*flags)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:cpu"])
+def test_a_benchmark_on_a_device_that_is_not_there_is_refused_by_its_name(device, capsys):
+    with pytest.raises(SystemExit):
+        run_benchmark("--device", device)
+    assert f"argument --device: '{device}' is no device of this machine" in capsys.readouterr().err
 
 
 def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_single_rate
 from conftest import reset_accelerate
-from diffusers_dualrate import DualRatePipeline, UViTDenoiser, arguments
+from diffusers_dualrate import DualRatePipeline, UViTDenoiser, flags
 
 README = Path("examples/README.md").read_text(encoding="utf-8")
 COMMANDS = {
@@ -85,7 +85,7 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
 
 
 def test_the_flags_of_the_readme_exist():
-    known = set(arguments.argument_parser("", presets=Path("examples/presets"))._option_string_actions) | {
+    known = set(flags.argument_parser("", presets=Path("examples/presets"))._option_string_actions) | {
         "--config_file"
     }  # the last is Accelerate's
     for script in Path("examples").glob("*.py"):

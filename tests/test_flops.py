@@ -10,17 +10,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import PRESET
 from diffusers_dualrate import UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.flops import (
     block_multiply_adds,
     context_flops,
     image_flops,
     network_flops,
+    plan_cost,
     target_flops,
     training_image_flops,
 )
-from diffusers_dualrate.losses import Schedule, denoising_loss, draw
-from diffusers_dualrate.training import TrainablePair
+from diffusers_dualrate.losses import ContextTimes, Schedule, denoising_loss, draw
+from diffusers_dualrate.pair import TrainablePair
+from diffusers_dualrate.recipes import PairRecipe
+from diffusers_dualrate.refreshes import RefreshPlan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,13 +112,14 @@ def flops_by_hand(config, out_channels=None, context_channels=None, size=None, n
 def test_the_count_of_a_network_equals_a_count_by_hand(preset, size):
     """Kills: attention counted as 0; a batch of two; the size ignored or turned over; training graphs counted."""
     alone = {"prediction_hand_over": False}  # what it adds is counted in the tests of the hand-over
+    alone |= {} if size is None else {"sample_size": size}
     context_encoder, denoiser = (type(network)(**{**network.config, **alone}) for network in load(preset))
     heavy = flops_by_hand(context_encoder.config, context_channels=context_encoder.context_channels, size=size)
-    assert network_flops(context_encoder, size) == heavy
+    assert network_flops(context_encoder) == heavy
     light = flops_by_hand(denoiser.config, out_channels=3, size=size, noise_levels=2)  # of z_t and of z_τ
-    assert network_flops(denoiser, size) == light
+    assert network_flops(denoiser) == light
     single = UViTDenoiser(**{**denoiser.config, "context_channels": None})
-    assert network_flops(single, size) == flops_by_hand(denoiser.config, out_channels=3, size=size)
+    assert network_flops(single) == flops_by_hand(denoiser.config, out_channels=3, size=size)
 
 
 def denoiser_context(denoiser):
@@ -140,7 +145,8 @@ def test_the_cost_of_projecting_a_context_is_what_projecting_one_runs(size):
         context = context_encoder(torch.empty(1, 3, height, width), 0.0).context
         with FlopCounterMode(display=False) as counter:
             denoiser.project_context(context)
-    assert context_flops(denoiser, size) == counter.get_total_flops() > 0
+    sized = denoiser if size is None else denoiser.from_config({**denoiser.config, "sample_size": size})
+    assert context_flops(sized) == counter.get_total_flops() > 0
 
 
 def test_an_image_costs_its_light_steps_and_refreshes_twice_under_guidance():
@@ -150,17 +156,58 @@ def test_an_image_costs_its_light_steps_and_refreshes_twice_under_guidance():
     projection = context_flops(denoiser)
     cost = image_flops(denoiser, context_encoder, num_inference_steps=10, num_context_steps=3)
     assert cost == 10 * light + 3 * heavy + 3 * projection
-    for options in ({}, {"size": (32, 32)}):
+    large = [network.from_config({**network.config, "sample_size": 32}) for network in (denoiser, context_encoder)]
+    for networks in ((denoiser, context_encoder), large):
         plain, guided = (
-            image_flops(
-                denoiser, context_encoder, num_inference_steps=10, num_context_steps=3, guided=guided, **options
-            )
+            image_flops(*networks, num_inference_steps=10, num_context_steps=3, guided=guided)
             for guided in (False, True)
         )
         assert guided == 2 * plain
-    larger = image_flops(denoiser, context_encoder, num_inference_steps=10, num_context_steps=3, size=(32, 32))
-    assert larger > 4 * cost
+    assert plain > 4 * cost
     assert image_flops(denoiser, num_inference_steps=10, num_context_steps=3) == 10 * light
+
+
+def test_a_plan_costs_its_refreshes_its_steps_and_those_before_the_first_each_once_for_every_branch():
+    """In prices of which each kind shows its own digits. Kills: a kind at another's price, a refresh that looks at its own step
+    alone or beyond the next one, the light network counted at refreshes where it rests or not counted elsewhere."""
+    plan, prices = RefreshPlan((False, True, False, False, True, False)), (1000, 10, 1)
+    assert plan_cost(plan, *prices) == 2051
+    assert plan_cost(plan, *prices, encoder_denoises=True) == 2031
+    for guided, expected in (([2], 3061), ([4], 3061), ([0], 2052), ([3, 5], 4071), (range(6), 4102)):
+        assert plan_cost(plan, *prices, guided=[step in guided for step in range(6)]) == expected
+    assert plan_cost(plan, *prices, guided=[False] * 4 + [True, False], encoder_denoises=True) == 3031
+    assert plan_cost(RefreshPlan((False,) * 3), 1000, 10, 10, guided=[True, False, False]) == 40
+
+
+def test_steps_before_the_first_context_cost_the_light_network_without_one():
+    encoder, denoiser = load("tiny")
+    cost = image_flops(denoiser, encoder, num_inference_steps=10, num_context_steps=3, num_steps_alone=4)
+    heavy, opening = network_flops(encoder) + context_flops(denoiser), network_flops(denoiser, with_context=False)
+    assert cost == 3 * heavy + 6 * network_flops(denoiser) + 4 * opening
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_the_cost_of_training_has_its_closed_form_in_heavy_light_and_projection(p):
+    """Kills: 2 or 3 made another number, a sign, 1 − p dropped from or set at any term."""
+    encoder, denoiser = load("emoji32")
+    heavy, light, projection = network_flops(encoder), network_flops(denoiser), context_flops(denoiser)
+
+    def cost(**options):
+        return training_image_flops(denoiser, encoder, context_dropout=p, **options)
+
+    assert cost() == 3 * light + (1 - p) * 3 * (heavy + projection)
+    assert cost(frozen=True) == 3 * light + (1 - p) * (heavy + 2 * projection)
+    assert cost(frozen=True, followed=True) == 3 * light + (1 - p) * (2 * heavy + 3 * projection)
+
+
+def test_blocks_of_each_kind_have_the_multiply_adds_of_their_formula():
+    """(2 c + 9) c, 18 c², 12 c² + 2 H² c a pixel, at both sides of a level but the middle. Kills: any of these numbers changed."""
+    shape = {"in_channels": 3, "sample_size": (16, 32), "patch_size": 2, "level_blocks": [2, 1, 3]}
+    shape |= {"level_channels": [8, 16, 32], "attention_head_dim": 8, "embedding_dim": 12}
+    with torch.device("meta"):
+        network = UViTDenoiser(**shape, level_types=["depthwise", "res", "transformer"])
+    expected = 2 * 2 * (2 * 8 + 9) * 8 * 128 + 2 * 18 * 16**2 * 32 + 3 * (12 * 32**2 * 8 + 2 * 8**2 * 32)
+    assert block_multiply_adds(network) == expected
 
 
 class Allocations(TorchDispatchMode):
@@ -208,8 +255,9 @@ def test_the_cost_of_a_target_is_what_the_loss_runs(dropout):
     schedule = Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         TrainablePair(denoiser, context_encoder)(
-            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule, bias=0.0, context_dropout=dropout
-        )
+            denoising_loss, x, torch.zeros(8).long(), draws, schedule=schedule,
+            contexts=ContextTimes(num_without=round(8 * dropout)),
+        )  # fmt: skip
     cost = target_flops(denoiser, context_encoder, context_dropout=dropout)
     assert counter.get_total_flops() == 8 * cost
     alone = denoiser.from_config({**denoiser.config, "context_channels": None})
@@ -233,5 +281,6 @@ def test_the_table_of_training_costs_is_what_the_presets_cost():
                 type(network).from_config({**network.config, "prediction_hand_over": True})
                 for network in (context_encoder, denoiser)
             )
-        share = training_image_flops(light, encoder, frozen=True, followed=True) / (3 * alone)
+        recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.0, "follow_encoder": True})
+        share = training_image_flops(light, encoder, recipe) / (3 * alone)
         assert f"{share:.2f}" == following, preset

@@ -179,6 +179,31 @@ def test_what_can_be_read_in_two_ways_or_not_at_all_is_refused_in_one_sentence(t
         load_images(train_data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_asked_of_a_folder_that_shows_none_are_refused_with_what_to_do(tmp_path, streaming):
+    """Two classes called like splits become classes by what the sentence says; so do those of other such names."""
+    options = {"label_column": "label", "streaming": streaming}
+    write(tmp_path / "flat", "1.png", "2.png")
+    with pytest.raises(
+        ValueError,
+        match=r"no column 'label': all images lie in '.*flat' itself\. Move each class into a folder of its own",
+    ):
+        load_images(train_data_dir=tmp_path / "flat", **options)
+    for names in (["train", "test"], ["Training", "val"], ["train", "validation"]):
+        root = tmp_path / "-".join(names)
+        write(root, *(f"{name}/{i}.png" for name in names for i in range(2)))
+        sentence = (
+            r"no column 'label': all folders in .* called like splits \(.*train.*\), so they were taken for splits"
+        )
+        with pytest.raises(ValueError, match=sentence + r".*move them into one new folder called 'train'\.$"):
+            load_images(train_data_dir=root, **options)
+        (root / "new").mkdir()
+        for name in names:
+            (root / name).rename(root / "new" / name)
+        (root / "new").rename(root / "train")
+        assert counts_of(open_labelled(root)) == dict.fromkeys(sorted(names), 2)
+
+
 def test_a_file_given_as_a_folder_is_refused(tmp_path):
     write(tmp_path, "1.png")
     with pytest.raises(ValueError, match=r"1\.png' is no folder\."):

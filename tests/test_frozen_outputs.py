@@ -22,7 +22,8 @@ from conftest import PRESET, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, losses, moment_matching
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.data import LabelledImages, load_images
-from diffusers_dualrate.training import TrainablePair, schedule_of
+from diffusers_dualrate.pair import TrainablePair, schedule_of
+from diffusers_dualrate.refreshes import plan_segments
 
 MODELS = Path(__file__).parents[1] / "model_cards"
 PAIR, SINGLE, STUDENT = "dualrate-emoji32", "single-rate-emoji32", "dualrate-emoji32-distilled"
@@ -174,7 +175,7 @@ def learn(loss_of, pipe):
     networks = [network for network in (pipe.denoiser, pipe.context_encoder) if network is not None]
     pair = TrainablePair(*networks)
     pair.zero_grad()
-    loss = loss_of(pair, schedule_of(pipe.scheduler))
+    loss = loss_of(pair, schedule_of(pipe.scheduler, bias=1.0))
     loss.backward()
     norms = [
         torch.stack([w.grad.square().sum() for w in network.parameters() if w.grad is not None]).sum().sqrt().item()
@@ -197,14 +198,13 @@ def denoise_jointly(pair, schedule, **options):
     x, class_labels = emoji()
     draws = losses.draw(11, 7, range(8), x.shape[1:])
     class_labels = losses.drop_labels(class_labels, draws, 0.3, 98)
-    result = pair(losses.denoising_loss, x, class_labels, draws, schedule=schedule, bias=1.0, **options)
+    result = pair(losses.denoising_loss, x, class_labels, draws, schedule=schedule, **options)
     return result.loss + result.v_loss.sum()
 
 
 def learn_jointly(name):
     pipe = load(name)
-    options = {"context_ages": (1 / 2, 1 / 4), "context_dropout": 0.25} if pipe.context_encoder else {}
-    options |= {"encoder_prediction": pipe.denoiser.handed_over_prediction} if pipe.context_encoder else {}
+    options = {"contexts": losses.ContextTimes((1 / 2, 1 / 4), num_without=2)} if pipe.context_encoder else {}
     return learn(lambda *args: denoise_jointly(*args, **options), pipe)
 
 
@@ -217,11 +217,7 @@ def follow(pair, schedule):
         losses.drop_labels(class_labels, draws, 0.3, 98),
         draws,
         schedule=schedule,
-        bias=1.0,
-        context_ages=(1 / 4,),
-        deterministic=0.5,
-        even_in_log_snr=0.25,
-        encoder_prediction=pair.denoiser.handed_over_prediction,
+        contexts=losses.FollowingTimes((1 / 4,), num_even_in_log_snr=2, num_deterministic=4),
     ).loss
 
 
@@ -235,11 +231,13 @@ def distil(function, learner, *, rolls_out=False):
 
     def loss_of(_, schedule):
         x, class_labels = emoji()
-        steps = {"log_snr": schedule.log_snr, "num_inference_steps": 8, "num_context_steps": 2, "min_variance": 0.02}
-        judges = {"auxiliary": auxiliary, "teacher": teacher}
-        judges = {} if function is moment_matching.grid_denoising_loss else judges
+        told = {"grid": moment_matching.Grid(schedule.log_snr, plan_segments(8, 2))}
+        if function is moment_matching.grid_denoising_loss:
+            told |= {"min_variance": 0.02}
+        else:
+            told |= {"judges": moment_matching.Judges(auxiliary, teacher, 0.02)}
         draws = moment_matching.draw_on_grid(13, 9, range(8), x.shape[1:], 8)
-        loss = student(function, None if rolls_out else x, class_labels, draws, **judges, **steps)
+        loss = student(function, None if rolls_out else x, class_labels, draws, **told)
         return sum(loss) if isinstance(loss, tuple) else loss
 
     return learn(loss_of, load(learner))

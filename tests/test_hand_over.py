@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plain_loop
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
+from diffusers_dualrate.chain import Chain, Context
 from diffusers_dualrate.flops import count_evaluations, image_flops, network_flops
-from diffusers_dualrate.guidance import Context, GuidedRun
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.refreshes import plan_refreshes
-from diffusers_dualrate.scheduler import log_snr_of_steps
-from diffusers_dualrate.training import TrainablePair, schedule_of
+from diffusers_dualrate.steps import ChainSteps, log_snr_of_steps
 
 
 @pytest.fixture
@@ -55,17 +55,17 @@ def test_the_encoder_learns_its_prediction_from_a_loss_of_its_own(make_pair):
     x, labels = torch.randn(8, 3, 8, 8).clamp(-1, 1), torch.zeros(8, dtype=torch.long)
     schedule = schedule_of(DualRateScheduler())
 
-    def loss(prediction):
+    def loss(encode):
         draws = draw(0, 0, range(8), x.shape[1:])
-        return pair(denoising_loss, x, labels, draws, schedule=schedule, bias=0.0, encoder_prediction=prediction)
+        return denoising_loss(pair.denoise, encode, x, labels, draws, schedule=schedule)
 
-    without, beside = loss(None), loss(denoiser.handed_over_prediction)
+    without, beside = loss(lambda *args: (pair.encode(*args)[0], None)), loss(pair.encode)
     torch.testing.assert_close(without.v_loss, beside.v_loss)
     # Independently: the encoder as a single-rate network at τ, under the same weight.
     times = draw(0, 0, range(8), x.shape[1:])
-    from diffusers_dualrate.losses import coupled_pair, sigmoid_weight, window_times
+    from diffusers_dualrate.losses import ContextTimes, coupled_pair, sigmoid_weight, window_times
 
-    t, tau = window_times(times.uniforms[:, :3], (1,))
+    t, tau = window_times(times.uniforms[:, :3], ContextTimes((1,)))
     lambda_t, lambda_tau = (schedule.log_snr(time)[:, None, None, None] for time in (t, tau))
     _, z_tau = coupled_pair(x, times.eps, times.eps_tau, lambda_t, lambda_tau)
     x_hat = encoder(z_tau, lambda_tau.flatten(), labels).context[-2]
@@ -197,8 +197,8 @@ def test_the_velocity_that_is_taken_in_half_precision_is_the_encoders_own(make_n
     heavy, encoder, denoiser = (network.to(dtype) for network in (heavy, encoder, denoiser))
     z, level = torch.randn(3, 3, 8, 8), torch.tensor(9.9)
     with torch.no_grad():
-        run = GuidedRun(denoiser, encoder, DualRateScheduler(), plan_refreshes(1), level[None])
-        taken = run.take_prediction(z, Context(run.compute_context(z, level, False), level), False)
+        chain = Chain(denoiser, encoder, ChainSteps(DualRateScheduler(), plan_refreshes(1), level[None]))
+        taken = chain.take_prediction(z, Context(chain.compute_context(z, level, False), level), False)
         expected = heavy(z.to(dtype), level).sample.float()
     torch.testing.assert_close(taken, expected, rtol=0, atol=1e-3)
 
@@ -218,11 +218,11 @@ def test_a_prediction_keeps_its_digits_in_half_precision(make_pair, dtype, toler
     velocities = []
     for precision in (torch.float32, dtype):
         networks = denoiser.to(precision), encoder.to(precision)
-        run = GuidedRun(*networks, DualRateScheduler(), plan_refreshes(1), level[None])
+        chain = Chain(*networks, ChainSteps(DualRateScheduler(), plan_refreshes(1), level[None]))
         with torch.no_grad():
-            context = run.compute_context(z_tau, level_tau, False)
+            context = chain.compute_context(z_tau, level_tau, False)
             made = Context(context, level_tau)
-            velocities.append(run.compute_velocity(z.to(precision), level, made, False).float())
+            velocities.append(chain.compute_velocity(z.to(precision), level, made, False).float())
         assert context[0].dtype == precision and {part.dtype for part in context[-3:]} == {torch.float32}
     assert (velocities[0] - velocities[1]).norm() < tolerance * velocities[0].norm()
 

@@ -6,12 +6,13 @@ The projection of the context is called beside the network's forward, so everyth
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig
 
-from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 
 needs_gpu = pytest.mark.skipif(not torch.accelerator.is_available(), reason="moves weights to an accelerator")
 N, K = 8, 2
@@ -39,6 +40,24 @@ def test_pipelines_made_from_components_or_another_pipeline_share_weights_and_de
             assert other.config[name] == pipe.config[name]
     single_rate = DualRatePipeline.from_pipe(pipe, context_encoder=None)
     assert single_rate.context_encoder is None and pipe.context_encoder is not None
+
+
+def test_networks_put_together_by_hand_say_what_nobody_told_of_their_use(make_pipe, tmp_path):
+    """Loaded one by one they know no N, K or guidance, which the folder's model_index.json says."""
+    make_pipe(num_inference_steps=6, num_context_steps=3, guidance_scale=1.5).save_pretrained(tmp_path)
+    parts = {
+        "denoiser": UViTDenoiser.from_pretrained(tmp_path, subfolder="denoiser"),
+        "scheduler": DualRateScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+        "context_encoder": UViTContextEncoder.from_pretrained(tmp_path, subfolder="context_encoder"),
+    }
+    with pytest.warns(UserWarning, match="takes num_inference_steps=64, num_context_steps=None, guidance_scale=1.0"):
+        DualRatePipeline(**parts)
+    with pytest.warns(UserWarning, match="takes num_inference_steps=64, num_context_steps=None. Give"):
+        DualRatePipeline(**parts, guidance_scale=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DualRatePipeline(**parts, num_inference_steps=6)
+        DualRatePipeline(**DualRatePipeline.from_pretrained(tmp_path).components)
 
 
 def test_a_copy_samples_the_same_and_shares_nothing(make_pipe):

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 
 import diffusers_dualrate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.repositories import content_of
 from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
@@ -376,6 +377,89 @@ def test_a_card_that_is_there_already_stays(hub, environment, first_visit, folde
     assert "denoiser/config.json" in files
 
 
+PUBLISH = """
+import sys, torch
+import make_card
+from diffusers_dualrate import DualRatePipeline
+from huggingface_hub import snapshot_download
+
+folder, other, cache = sys.argv[1:]
+make_card.main(make_card.parse_args([folder, "--push_to_hub", "--hub_model_id", "you/made"]))
+pipe = DualRatePipeline.from_pretrained(folder, dtype=torch.bfloat16)
+pipe.push_to_hub("you/pushed")
+pipe.denoiser.push_to_hub("you/denoiser")
+pipe.save_pretrained(other, push_to_hub=True, repo_id="you/saved")
+print(snapshot_download("you/made", cache_dir=cache))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(hub, environment, tmp_path_factory):
+    """A trained model that was published in every way there is: its folder, one with another card, what came back."""
+    root = tmp_path_factory.mktemp("published")
+    folder, other = root / "model", root / "other"
+    shutil.copytree(ROOT / "model_cards/dualrate-emoji32-distilled", folder)
+    for name in (
+        "checkpoint-1/model.safetensors",
+        "diffusers-dualrate/events",
+        "samples/0000001.png",
+        ".lock",
+        "key.pem",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"1")
+    other.mkdir()
+    (other / "README.md").write_text("# Mine\n")
+    paths = f"{Path(diffusers_dualrate.__file__).parents[1]}:{ROOT / 'examples'}"
+    process = subprocess.run(
+        [sys.executable, "-c", PUBLISH, folder, other, root / "cache"],
+        env=environment | {"PYTHONPATH": paths},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return folder, other, Path(process.stdout.splitlines()[-1]), process.stdout
+
+
+def test_a_published_model_comes_back_file_by_file_with_its_card_its_pictures_and_its_measurement(published):
+    """Kills: the host's placeholder in the card's place; a checkpoint, a log or a stranger's file in the repository."""
+    folder, _, snapshot, printed = published
+    came = {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
+    assert set(came) - {".gitattributes"} == set(content_of(folder))
+    left_out = {"checkpoint-1/model.safetensors", "diffusers-dualrate/events", ".lock", "key.pem"}
+    everything = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert everything - set(came) == left_out
+    assert {"README.md", "evaluation.json", "samples.png", "samples/0000001.png", "notes.json"} < set(came)
+    for name in content_of(folder):
+        assert came[name].read_bytes() == (folder / name).read_bytes(), name
+    assert 'from_pretrained("you/made")\n' in came["README.md"].read_text() and "/you/made." in printed
+
+
+def test_a_pipeline_of_a_folder_with_a_card_takes_it_along_with_pictures_and_records(hub, published):
+    folder = published[0]
+    _, files = hub.repositories["you/pushed"].find("main")
+    assert set(files) - {".gitattributes"} == set(content_of(folder))
+    for name in content_of(folder):
+        if not name.endswith("config.json") and name != "model_index.json":  # in which the host names its version
+            assert files[name] == (folder / name).read_bytes(), name
+    _, files = hub.repositories["you/denoiser"].find("main")  # which is a part, and the card is that of the whole
+    assert "evaluation.json" not in files and "automatically generated" in files["README.md"].decode()
+
+
+def test_saving_with_push_to_hub_keeps_the_card_that_lies_in_the_folder(hub, published):
+    other = published[1]
+    _, files = hub.repositories["you/saved"].find("main")
+    assert (other / "README.md").read_text() == "# Mine\n" and files["README.md"] == b"# Mine\n"
+    assert files["pipeline.py"] == (other / "pipeline.py").read_bytes() and "evaluation.json" not in files
+
+
+def test_a_folder_without_a_model_is_not_published(tmp_path):
+    with pytest.raises(ValueError, match="holds no model: there is no model_index.json"):
+        content_of(tmp_path)
+
+
 def test_a_stranger_loads_a_repository_by_trusting_its_lines_of_code(
     hub, environment, first_visit, folders, tmp_path, pair
 ):
@@ -497,7 +581,7 @@ def test_an_evaluation_finds_the_records_of_a_model_on_the_hub(hub, folders, env
     hub.add_repo("org/trained", tmp_path / "trained")
     code = """
 import json
-from evaluate import read_record
+from diffusers_dualrate.repositories import read_record
 print(json.dumps([read_record("org/trained", name) for name in ("training.json", "evaluation.json")]))
 """
     paths = f"{Path(diffusers_dualrate.__file__).parents[1]}:{ROOT / 'examples'}"

@@ -9,10 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import plain_loop
 from conftest import PRESET
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, RefreshPlan, diffusion, plan_refreshes
+from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import image_flops, plan_flops
 from diffusers_dualrate.modular import DualRateBlocks
 from diffusers_dualrate.sampling import sample_at_two_rates
-from diffusers_dualrate.scheduler import start_run
+from diffusers_dualrate.steps import plan_steps
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
 N = 6
@@ -53,10 +54,8 @@ def test_the_variance_of_gaussian_data_follows_the_recursion_at_every_step_of_a_
     Mutants: the context of another step, one before the first refresh, or none after it; either sign of `_ROUNDED`.
     """
     n, variance = 10, std**2
-    scheduler, plan, log_snrs = start_run(
-        DualRateScheduler(clip_sample=False), None, num_inference_steps=n, num_context_steps=2,
-        context_from=context_from,
-    )  # fmt: skip
+    defaults = SamplingDefaults(n, 2, context_from=context_from, context_free=True)
+    scheduler, plan, log_snrs = plan_steps(DualRateScheduler(clip_sample=False), defaults)
     source, levels = torch.eye(n + 1, dtype=torch.float64), log_snrs.double()
 
     def gain_at(level):

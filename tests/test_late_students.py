@@ -11,6 +11,8 @@ from conftest import PRESET
 from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
+    Judges,
+    Rollout,
     draw_on_grid,
     grid_denoising_loss,
     roll_out,
@@ -31,6 +33,7 @@ from test_moment_matching import (
     best_gains,
     exact_draws,
     gaussian_teacher,
+    grid_of,
     linear_network,
     log_snr_at,
     posterior_of,
@@ -83,13 +86,13 @@ def test_rows_before_the_first_refresh_are_judged_without_context_and_the_others
     def encode(z, log_snr, class_labels):
         assert torch.isin(log_snr, refreshes).all()
         encoded.append(len(z))
-        return (encoder_gain * z,)
+        return (encoder_gain * z,), None
 
     q = torch.full((len(rows),), 0.4, dtype=torch.float64)
     loss, _ = student_loss(
         linear_network(GRID, gains, context_gains), encode, None if from_noise else std * x, None, draws,
-        auxiliary=linear_network(times_s(rows), q), teacher=gaussian_teacher(std**2), log_snr=cosine_log_snr,
-        num_inference_steps=N, num_context_steps=k, context_from=context_from, min_variance=FLOOR,
+        grid=grid_of(N, k, context_from),
+        judges=Judges(linear_network(times_s(rows), q), gaussian_teacher(std**2), FLOOR),
     )  # fmt: skip
     slopes = torch.autograd.grad(loss, (gains, context_gains, encoder_gain))
     assert encoded == [sum(n >= alone for n, _ in rows)] * (k if from_noise else 1)
@@ -114,13 +117,13 @@ def test_a_batch_that_stands_before_the_first_refresh_runs_no_encoder_and_gives_
     denoiser, encoder = Scale(0.5), Scale(0.3)
     draws = draw_on_grid(0, 0, range(8), (1, 4, 4), 4)
     draws.uniforms[:, 0] *= 0.5
-    steps = {"log_snr": cosine_log_snr, "num_inference_steps": 4, "num_context_steps": 1, "context_from": 0.5}
+    grid = grid_of(4, 1, 0.5)
     x = None if from_noise else torch.randn(8, 1, 4, 4)
-    sample_student(denoiser.denoise, encoder.encode, x, None, draws, **steps).x.sum().backward()
+    sample_student(denoiser.denoise, encoder.encode, x, None, draws, grid=grid).x.sum().backward()
     assert encoder.calls == [] and encoder.weight.grad is None
     assert denoiser.calls == [False, True] and denoiser.weight.grad is not None  # one step to go, at most
     draws.uniforms[:, 0] += 0.5
-    sample_student(denoiser.denoise, encoder.encode, x, None, draws, **steps).x.sum().backward()
+    sample_student(denoiser.denoise, encoder.encode, x, None, draws, grid=grid).x.sum().backward()
     assert encoder.calls == [True] and encoder.weight.grad is not None
 
 
@@ -134,11 +137,11 @@ def test_denoising_on_the_grid_sees_contexts_behind_the_first_refresh_alone():
 
     def encode(z, log_snr, class_labels):
         assert torch.equal(log_snr, refreshes[[0] * 12 + [1] * 12])
-        return (z,)
+        return (z,), None
 
     loss = grid_denoising_loss(
-        linear_network(GRID, gains, context_gains), encode, std * x, None, draws, log_snr=cosine_log_snr,
-        num_inference_steps=N, num_context_steps=2, context_from=0.75, min_variance=FLOOR,
+        linear_network(GRID, gains, context_gains), encode, std * x, None, draws,
+        grid=grid_of(N, 2, 0.75), min_variance=FLOOR,
     )  # fmt: skip
     assert [i for i in range(N) if plan[i]] == [2, 5]
     for slope in torch.autograd.grad(loss, (gains, context_gains)):
@@ -162,7 +165,7 @@ def test_a_rollout_without_an_encoder_takes_a_late_plan_for_none():
     start, network = torch.zeros(3).long(), Scale(0.5)
     plans = plan_segments(4, 1, 0.5), plan_segments(4, 4)
     ends = [
-        roll_out(network.denoise, None, noise[:, 0], None, noise, levels, start, start + 4, refreshes=plan)
+        roll_out(network.denoise, None, noise[:, 0], Rollout(None, noise, levels), start, start + 4, refreshes=plan)
         for plan in plans
     ]
     assert torch.equal(*ends)

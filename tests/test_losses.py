@@ -7,7 +7,9 @@ import torch
 
 from diffusers_dualrate import diffusion
 from diffusers_dualrate.losses import (
+    ContextTimes,
     Draws,
+    FollowingTimes,
     Schedule,
     denoising_loss,
     draw,
@@ -22,14 +24,15 @@ STDS = (0.25, 1.0, 2.0)
 SHAPE = (1, 2, 4)
 
 
-def schedule(image_size=None):
+def schedule(image_size=None, bias=0.0):
     """λ and −dλ/dt, shifted where `image_size` is given."""
     if image_size is None:
-        return Schedule(diffusion.cosine_log_snr, diffusion.cosine_log_snr_rate)
+        return Schedule(diffusion.cosine_log_snr, diffusion.cosine_log_snr_rate, bias)
     sizes = {"noise_low": 32, "noise_high": image_size}
     return Schedule(
         lambda t: diffusion.cosine_log_snr(t) + diffusion.resolution_shift(t, image_size=image_size, **sizes),
         lambda t: diffusion.cosine_log_snr_rate(t) + diffusion.resolution_shift_rate(**sizes),
+        bias,
     )
 
 
@@ -56,7 +59,7 @@ def test_the_window_never_puts_tau_before_t_or_after_one():
     """Kills: t − lag; the missing clamp."""
     uniforms = torch.rand(20000, 3)
     uniforms[:200, 0], uniforms[200:400, 2], uniforms[400:600] = 1 - 2**-24, 0.0, 1 - 2**-24
-    t, tau = window_times(uniforms, (1, 1 / 4, 1 / 32))
+    t, tau = window_times(uniforms, ContextTimes((1, 1 / 4, 1 / 32)))
     assert torch.equal(t, uniforms[:, 0])
     assert (tau >= t).all() and (tau <= 1).all()
     assert (tau[200:400] == t[200:400]).all()
@@ -70,7 +73,7 @@ def test_the_lag_is_uniform_up_to_one_refresh_interval(steps):
     uniforms[:, 0] *= 1 - 1 / steps  # where the clamp cannot act
     if steps == 1:
         uniforms[:, 0] = 0
-    t, tau = window_times(uniforms, (1 / steps,))
+    t, tau = window_times(uniforms, ContextTimes((1 / steps,)))
     ranks = ((tau - t) * steps).sort().values
     assert (ranks - midpoints(len(ranks))).abs().max() < 0.01
     if steps > 1:
@@ -82,7 +85,7 @@ def test_every_age_of_context_is_drawn_equally_often_whatever_the_time_and_lag()
     choices = (1, 2, 5, 10, 100)
     uniforms = torch.rand(50000, 3, dtype=torch.float64)
     uniforms[:, 0] = 0
-    t, tau = window_times(uniforms, [1 / steps for steps in choices])
+    t, tau = window_times(uniforms, ContextTimes([1 / steps for steps in choices]))
     implied = (uniforms[:, 2] / (tau - t)).round().long()
     for steps in choices:
         chosen = implied == steps
@@ -94,7 +97,7 @@ def test_every_age_of_context_is_drawn_equally_often_whatever_the_time_and_lag()
 def test_times_are_uniform_wherever_contexts_begin_and_no_context_is_older_than_the_first(start, without):
     """Kills: c and 1 − c swapped in either part; τ up to 1; the rows without context last."""
     uniforms = torch.rand(40000, 3, dtype=torch.float64)
-    t, tau = window_times(uniforms, (0.25, 0.5), context_from=start, without=without)
+    t, tau = window_times(uniforms, ContextTimes((0.25, 0.5), start, without, without))
     assert (t[:without] >= start).all() and (t[without:] <= start).all()
     assert (t.sort().values - midpoints(len(t))).abs().max() < 0.01
     assert (tau >= t).all() and (tau[without:] <= start).all() and (tau[without:] == start).any()
@@ -107,8 +110,7 @@ def test_rows_noisier_than_the_first_context_see_none_and_teach_the_encoder_noth
     """Kills: the encoder run on them; their times left uniform in all of [0, 1]; the other rows' times so."""
     recorder, draws, start = Recorder(), draw(0, 0, range(8), SHAPE), 0.75
     x = torch.randn(8, *SHAPE)
-    options = {"context_from": start, "late": 0.25, "context_dropout": 0.5}
-    loss_of(recorder, x, draws, **options)
+    loss_of(recorder, x, draws, context_from=start, num_above=2, num_without=4)
     (z_free, level_free, _, context, _), (_, level, _, _, level_tau) = recorder.denoised
     ((z_tau, encoder_level, _),) = recorder.encoded
     assert context is None and len(z_free) == 4 and len(z_tau) == 4
@@ -118,21 +120,21 @@ def test_rows_noisier_than_the_first_context_see_none_and_teach_the_encoder_noth
     torch.testing.assert_close(torch.cat([level_free, level]), expected)
     assert (level_free[:2] <= first).all() and (level_free[2:] >= first).all()
     assert torch.equal(encoder_level, level_tau) and (encoder_level >= first - 1e-5).all()
-    late = loss_of(Recorder(), x, draws, context_from=start, late=1.0, context_dropout=1.0)
+    late = loss_of(Recorder(), x, draws, context_from=start, num_above=8, num_without=8)
     alone = Recorder()
-    loss_of(alone, x, draws, context_from=start, late=1.0, context_dropout=1.0).loss.backward()
+    loss_of(alone, x, draws, context_from=start, num_above=8, num_without=8).loss.backward()
     assert late.loss > 0 and alone.encoder_gain.grad is None and not alone.encoded
 
 
 def test_a_context_from_the_beginning_is_bit_equal_to_one_that_says_nothing_of_it():
     x, draws = torch.randn(6, *SHAPE), draw(0, 0, range(6), SHAPE)
-    plain = loss_of(Recorder(), x, draws, context_dropout=0.5)
-    said = loss_of(Recorder(), x, draws, context_dropout=0.5, context_from=1.0, late=0.0)
+    plain = loss_of(Recorder(), x, draws, num_without=3)
+    said = loss_of(Recorder(), x, draws, num_without=3, context_from=1.0, num_above=0)
     assert torch.equal(plain.loss, said.loss) and torch.equal(plain.v_loss, said.v_loss)
 
 
 def test_a_fresh_context_has_the_age_zero():
-    t, tau = window_times(torch.rand(100, 3), (0,))
+    t, tau = window_times(torch.rand(100, 3), ContextTimes((0,)))
     assert torch.equal(t, tau)
 
 
@@ -207,8 +209,8 @@ def test_the_loss_of_a_linear_pair_is_the_bound_computed_pixel_by_pixel(image_si
         return k * z + label_scale * per_row(labels) + (0 if context is None else u * context)
 
     result = denoising_loss(
-        denoise, lambda z, log_snr, labels: z, x, labels, draws,
-        bias=bias, context_ages=[1 / k for k in steps], context_dropout=1 / 3, schedule=schedule(image_size),
+        denoise, lambda z, log_snr, labels: (z, None), x, labels, draws,
+        contexts=ContextTimes([1 / k for k in steps], num_without=2), schedule=schedule(image_size, bias),
     )  # fmt: skip
 
     def level(t):
@@ -251,8 +253,9 @@ def gaussian_loss(times, std, gain, context_gain=0.0, bias=1.0):
         return per_row(gain(log_snr)) * z + context_gain * context
 
     return denoising_loss(
-        denoise, lambda z, log_snr, labels: z, x, None, draws, bias=bias, context_ages=(1 / 4,), schedule=schedule()
-    )
+        denoise, lambda z, log_snr, labels: (z, None), x, None, draws,
+        contexts=ContextTimes((1 / 4,)), schedule=schedule(bias=bias),
+    )  # fmt: skip
 
 
 def ideal_gain(std):
@@ -313,22 +316,21 @@ class Recorder:
 
     def encode(self, z, log_snr, labels):
         self.encoded.append((z, log_snr, labels))
-        return self.encoder_gain * z
+        return self.encoder_gain * z, None
 
 
-def loss_of(recorder, x, draws, *, encode=True, labels=None, **options):
-    encoder = recorder.encode if encode else None
-    options = {"bias": 1.0, "context_ages": (1 / 2, 1 / 4)} | options
-    return denoising_loss(recorder.denoise, encoder, x, labels, draws, schedule=schedule(), **options)
+def loss_of(recorder, x, draws, *, encode=True, labels=None, **times):
+    encoder, contexts = recorder.encode if encode else None, ContextTimes((1 / 2, 1 / 4), **times)
+    return denoising_loss(recorder.denoise, encoder, x, labels, draws, schedule=schedule(bias=1.0), contexts=contexts)
 
 
-@pytest.mark.parametrize(("share", "rows", "free"), [(0.0, 8, 0), (0.25, 8, 2), (0.5, 7, 4), (0.4, 4, 2), (1.0, 8, 8)])
-def test_the_first_share_of_a_batch_sees_no_context_and_costs_the_encoder_nothing(share, rows, free):
-    """Kills: p and 1 − p swapped; floor for round; the encoder run on z_t, at λ_t or on all rows."""
+@pytest.mark.parametrize(("rows", "free"), [(8, 0), (8, 2), (7, 4), (4, 2), (8, 8)])
+def test_the_first_rows_of_a_batch_see_no_context_and_cost_the_encoder_nothing(rows, free):
+    """Kills: the first rows and the others swapped; the encoder run on z_t, at λ_t or on all rows."""
     recorder, draws = Recorder(), draw(0, 0, range(rows), SHAPE)
     x, labels = torch.randn(rows, *SHAPE), torch.arange(rows)
-    loss_of(recorder, x, draws, labels=labels, context_dropout=share)
-    t, tau = window_times(draws.uniforms[:, :3], (1 / 2, 1 / 4))
+    loss_of(recorder, x, draws, labels=labels, num_without=free)
+    t, tau = window_times(draws.uniforms[:, :3], ContextTimes((1 / 2, 1 / 4)))
     log_snr_t, log_snr_tau = diffusion.cosine_log_snr(t), diffusion.cosine_log_snr(tau)
     calls = list(recorder.denoised)
     if free > 0:
@@ -353,14 +355,6 @@ def test_the_first_share_of_a_batch_sees_no_context_and_costs_the_encoder_nothin
     assert not calls
 
 
-def test_a_share_that_no_row_of_a_small_batch_makes_up_is_refused_where_there_is_an_encoder():
-    x, draws = torch.randn(4, *SHAPE), draw(0, 0, range(4), SHAPE)
-    with pytest.raises(ValueError, match="context_dropout=0.1 of 4 images is none: use larger batches, or 0"):
-        loss_of(Recorder(), x, draws, context_dropout=0.1)
-    assert len(loss_of(Recorder(), x, draws, context_dropout=0.3).v_loss) == 4
-    assert len(loss_of(Recorder(), x, draws, encode=False, context_dropout=0.1).v_loss) == 4
-
-
 def test_split_batches_train_what_dropping_each_context_with_that_probability_would():
     """Over all rotations of a batch, loss and gradients average to p × context-free + (1 − p) × with context."""
     share, rows = 0.25, 8
@@ -375,13 +369,13 @@ def test_split_batches_train_what_dropping_each_context_with_that_probability_wo
         return torch.stack([loss.detach(), *gradients])
 
     order = torch.arange(rows)
-    split = sum(outcome(order.roll(i), context_dropout=share) for i in range(rows)) / rows
+    split = sum(outcome(order.roll(i), num_without=2) for i in range(rows)) / rows
     dropped = share * outcome(order, encode=False) + (1 - share) * outcome(order)
     torch.testing.assert_close(split, dropped, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("share", "free"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)])
-def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see_no_context(share, free):
+@pytest.mark.parametrize("free", [0, 1, 2, 3])
+def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see_no_context(free):
     """For x̂ = g z_τ and exactly balanced moments, E (v − v̂)² = (1 − g α)² s²/σ² + g² at λ_τ, in the rows with context.
 
     Kills: the mean over these rows alone; their first for their last; t or λ_t in the weight; x̂ taken for v̂.
@@ -390,11 +384,10 @@ def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see
     times = torch.tensor([0.15, 0.35, 0.55, 0.7], dtype=torch.float64)
     x, draws = balanced_batch(times, std)
 
-    def loss(encoder_prediction):
+    def loss(predict):
         return denoising_loss(
-            lambda z, log_snr, labels, context, context_log_snr: 0 * z, lambda z, log_snr, labels: z, x, None, draws,
-            bias=bias, context_ages=(1 / 4,), context_dropout=share, encoder_prediction=encoder_prediction,
-            schedule=schedule(),
+            lambda z, log_snr, labels, context, context_log_snr: 0 * z, lambda z, log_snr, labels: (z, predict(z)),
+            x, None, draws, contexts=ContextTimes((1 / 4,), num_without=free), schedule=schedule(bias=bias),
         )  # fmt: skip
 
     expected = 0.0
@@ -405,16 +398,15 @@ def test_an_encoders_own_loss_is_a_mean_over_the_whole_batch_where_some_rows_see
         v_loss = ((1 - gain * alpha) * std / sigma) ** 2 + gain**2
         rate = diffusion.cosine_log_snr_rate(tau)
         expected += (rate / 2 * math.exp(bias) * torch.sigmoid(level - bias) * sigma**2 * v_loss / rows).item()
-    without, beside = loss(None), loss(lambda context: gain * context)
+    without, beside = loss(lambda z: None), loss(lambda z: gain * z)
     assert torch.equal(without.v_loss, beside.v_loss) and len(beside.v_loss) == rows
     assert (beside.loss - without.loss).item() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(loss(lambda context: None).loss, without.loss)
 
 
 def test_gradient_flows_into_denoiser_and_encoder_and_into_neither_through_the_reported_velocity_loss():
     """Kills: a detached context."""
     recorder = Recorder()
-    result = loss_of(recorder, torch.randn(8, *SHAPE), draw(0, 0, range(8), SHAPE), context_dropout=0.5)
+    result = loss_of(recorder, torch.randn(8, *SHAPE), draw(0, 0, range(8), SHAPE), num_without=4)
     result.loss.backward()
     assert recorder.gain.grad.abs() > 0 and recorder.encoder_gain.grad.abs() > 0
     assert result.v_loss.shape == (8,) and not result.v_loss.requires_grad
@@ -423,7 +415,7 @@ def test_gradient_flows_into_denoiser_and_encoder_and_into_neither_through_the_r
 def test_a_single_rate_network_is_the_pair_whose_every_row_sees_no_context():
     x, draws = torch.randn(6, *SHAPE), draw(0, 0, range(6), SHAPE)
     single = loss_of(Recorder(), x, draws, encode=False)
-    paired = loss_of(Recorder(), x, draws, context_dropout=1.0)
+    paired = loss_of(Recorder(), x, draws, num_without=6)
     assert torch.equal(single.loss, paired.loss)
     assert torch.equal(single.v_loss, paired.v_loss)
 
@@ -444,7 +436,7 @@ def test_dropped_labels_become_the_null_label_at_the_given_rate_independently_of
 
 def test_all_parts_of_a_batch_see_the_labels_of_their_rows():
     draws, labels, recorder = draw(0, 0, range(8), SHAPE), torch.arange(8), Recorder()
-    loss_of(recorder, torch.randn(8, *SHAPE), draws, labels=labels, context_dropout=0.5)
+    loss_of(recorder, torch.randn(8, *SHAPE), draws, labels=labels, num_without=4)
     assert torch.equal(torch.cat([call[2] for call in recorder.denoised]), labels)
     assert torch.equal(recorder.encoded[0][2], labels[4:])
 
@@ -478,12 +470,11 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel(time):
     def denoise(z, log_snr, labels, context, context_log_snr):
         assert torch.equal(labels, expected_labels)
         seen.append((log_snr, context_log_snr))
-        return k * z + u * context[0]
+        return k * z + u * context
 
     result = following_loss(
-        denoise, encode, x, drop_labels(labels, draws, 0.5, 9), draws, schedule=schedule(), bias=bias,
-        context_ages=[1 / k for k in steps], deterministic=0.5, even_in_log_snr=0.25,
-        encoder_prediction=lambda context: context[1],
+        denoise, encode, x, drop_labels(labels, draws, 0.5, 9), draws, schedule=schedule(bias=bias),
+        contexts=FollowingTimes([1 / k for k in steps], num_even_in_log_snr=1, num_deterministic=2),
     )  # fmt: skip
 
     def level(t):
@@ -531,8 +522,8 @@ def test_rows_noisier_than_the_first_context_follow_the_images_and_ask_the_encod
         return k * z
 
     result = following_loss(
-        denoise, encode, x, None, draws, schedule=schedule(), bias=0.0, context_ages=(0.25,), context_from=start,
-        late=0.25, even_in_log_snr=0.5, deterministic=0.75, encoder_prediction=lambda context: context[1],
+        denoise, encode, x, None, draws, schedule=schedule(),
+        contexts=FollowingTimes((0.25,), start, 2, 2, num_even_in_log_snr=4, num_deterministic=6),
     )  # fmt: skip
     (_, _, has_context, level_tau), (z, level, is_free, _) = [(z, a, not free, b) for z, a, free, b in seen]
     assert has_context and not is_free and len(z) == 2
@@ -548,11 +539,12 @@ def test_rows_noisier_than_the_first_context_follow_the_images_and_ask_the_encod
 def test_the_following_loss_teaches_the_context_but_not_what_the_encoder_predicts():
     x, draws = balanced_batch(midpoints(4), 1.0)
     features, prediction = (torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    arguments = dict(deterministic=0.5, even_in_log_snr=0.25, bias=1.0, context_ages=(1 / 4,), schedule=schedule())
+    rows = len(x)
     loss = following_loss(
-        lambda z, log_snr, labels, context, context_log_snr: context[0],
+        lambda z, log_snr, labels, context, context_log_snr: context,
         lambda z, log_snr, labels: (features * z, prediction * z),
-        x, None, draws, encoder_prediction=lambda context: context[1], **arguments,
+        x, None, draws, schedule=schedule(bias=1.0),
+        contexts=FollowingTimes((1 / 4,), num_even_in_log_snr=rows // 4, num_deterministic=rows // 2),
     ).loss  # fmt: skip
     loss.backward()
     assert features.grad != 0 and prediction.grad is None

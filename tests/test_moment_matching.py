@@ -8,7 +8,10 @@ import torch
 from diffusers_dualrate import DualRateScheduler, moment_matching
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
+    Grid,
     GridDraws,
+    Judges,
+    Rollout,
     auxiliary_loss,
     draw_on_grid,
     grid_denoising_loss,
@@ -16,6 +19,7 @@ from diffusers_dualrate.moment_matching import (
     sample_student,
     student_loss,
 )
+from diffusers_dualrate.refreshes import plan_segments
 
 STDS = (0.25, 1.0, 2.0)
 N, FLOOR = 8, 0.02
@@ -137,9 +141,11 @@ def sampled_variance(gains, count=2**16):
     return z.var().item()
 
 
-SINGLE_RATE = {
-    "log_snr": cosine_log_snr, "num_inference_steps": N, "num_context_steps": N, "min_variance": FLOOR
-}  # fmt: skip
+def grid_of(n, k, context_from=1.0):
+    return Grid(cosine_log_snr, plan_segments(n, k, context_from))
+
+
+SINGLE_RATE = grid_of(N, N)
 
 
 def converged_auxiliary(student, x, draws, teacher, rows):
@@ -148,7 +154,8 @@ def converged_auxiliary(student, x, draws, teacher, rows):
     auxiliary, slopes = linear_network(times_s(rows), gains), []
     for value in (0.0, 1.0):
         gains.data.fill_(value)
-        loss = auxiliary_loss(student, None, x, None, draws, auxiliary=auxiliary, teacher=teacher, **SINGLE_RATE)
+        judges = Judges(auxiliary, teacher, FLOOR)
+        loss = auxiliary_loss(student, None, x, None, draws, grid=SINGLE_RATE, judges=judges)
         slopes.append(torch.autograd.grad(loss, gains)[0])
     gains.data = slopes[0] / (slopes[0] - slopes[1])
     return gains.detach()
@@ -160,8 +167,8 @@ def slope_of_student(gains, std):
     gains = gains.clone().requires_grad_()
     teacher, student = gaussian_teacher(std**2), linear_network(GRID, gains)
     midpoints = converged_auxiliary(student, std * x, draws, teacher, rows)
-    auxiliary = linear_network(times_s(rows), midpoints)
-    loss, _ = student_loss(student, None, std * x, None, draws, auxiliary=auxiliary, teacher=teacher, **SINGLE_RATE)
+    judges = Judges(linear_network(times_s(rows), midpoints), teacher, FLOOR)
+    loss, _ = student_loss(student, None, std * x, None, draws, grid=SINGLE_RATE, judges=judges)
     return torch.autograd.grad(loss, gains)[0], midpoints
 
 
@@ -251,14 +258,14 @@ def test_a_pair_is_judged_where_its_own_rollout_arrives_and_the_gradient_starts_
 
     def encode(z, log_snr, class_labels):
         assert torch.isin(log_snr, refreshes).all()
-        return (encoder_gain * z,)
+        return (encoder_gain * z,), None
 
     student = linear_network(GRID, gains, context_gains)
     q = torch.full((len(rows),), 0.4, dtype=torch.float64)
     loss, _ = student_loss(
         student, encode, None if from_noise else std * x, None, draws,
-        auxiliary=linear_network(times_s(rows), q), teacher=gaussian_teacher(std**2), log_snr=cosine_log_snr,
-        num_inference_steps=N, num_context_steps=num_context_steps, min_variance=FLOOR,
+        grid=grid_of(N, num_context_steps),
+        judges=Judges(linear_network(times_s(rows), q), gaussian_teacher(std**2), FLOOR),
     )  # fmt: skip
     slopes = torch.autograd.grad(loss, (gains, context_gains, encoder_gain))
     expected = [torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64), 0.0]
@@ -291,7 +298,7 @@ class Scale(torch.nn.Module):
 
     def encode(self, z, log_snr, class_labels):
         self.calls.append(torch.is_grad_enabled())
-        return (self.weight * z,)
+        return (self.weight * z,), None
 
 
 @pytest.mark.parametrize("from_noise", [False, True])
@@ -299,16 +306,16 @@ def test_a_step_records_gradient_for_one_network_and_none_for_the_teacher_z_s_or
     """Kills: z_s, the teacher, or the network that rests not detached; a rollout with gradient; more or fewer
     evaluations."""
     networks = student, encoder, auxiliary, teacher = [Scale(value) for value in (0.5, 0.3, 0.2, 0.1)]
-    shape, steps = (1, 4, 4), {"log_snr": cosine_log_snr, "num_inference_steps": 8, "num_context_steps": 2}
+    shape, grid = (1, 4, 4), grid_of(8, 2)
     inputs = student.denoise, encoder.encode, None if from_noise else torch.randn(16, *shape), None
     inputs += (draw_on_grid(0, 0, range(16), shape, 8),)
-    sample = sample_student(*inputs, **steps)
+    sample = sample_student(*inputs, grid=grid)
     assert sample.x.requires_grad and not sample.z_s.requires_grad and not sample.log_snr_s.requires_grad
-    steps |= {"auxiliary": auxiliary.denoise, "teacher": teacher.denoise, "min_variance": FLOOR}
+    judges = Judges(auxiliary.denoise, teacher.denoise, FLOOR)
     for step, learns in ((auxiliary_loss, [auxiliary]), (student_loss, [student, encoder])):
         for network in networks:
             network.calls, network.weight.grad = [], None
-        result = step(*inputs, **steps)
+        result = step(*inputs, grid=grid, judges=judges)
         loss, rest = (result, []) if step is auxiliary_loss else (result[0], result[1:])
         loss.backward()
         assert not any(value.requires_grad for value in rest)
@@ -330,7 +337,8 @@ def test_a_rollout_over_the_whole_grid_is_the_sampler():
     steps = {"refreshes": scheduler.refreshes_context[:-1]}
     start, last = torch.zeros(3, dtype=torch.long), torch.full((3,), N - 1)
     last[1] = 5
-    found = roll_out(student, lambda z, *_: (z,), noise[:, 0], None, noise, levels, start, last, **steps)
+    rollout = Rollout(None, noise, levels)
+    found = roll_out(student, lambda z, *_: ((z,), None), noise[:, 0], rollout, start, last, **steps)
 
     z = noise[:, 0].float()
     for i, t in enumerate(scheduler.timesteps[:-1]):
@@ -352,9 +360,8 @@ def test_under_autocast_the_prediction_has_its_gradient_after_a_rollout_without(
     layer = torch.nn.Conv2d(1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         sample = sample_student(
-            lambda z, *_: layer(z), None, None, None, draw_on_grid(0, 0, range(4), (1, 4, 4), 4), log_snr=cosine_log_snr,
-            num_inference_steps=4, num_context_steps=4,
-        )  # fmt: skip
+            lambda z, *_: layer(z), None, None, None, draw_on_grid(0, 0, range(4), (1, 4, 4), 4), grid=grid_of(4, 4)
+        )
     sample.x.sum().backward()
     assert layer.weight.grad.abs() > 0
 
@@ -425,12 +432,8 @@ def test_distillation_brings_the_modes_and_the_covariance_of_a_mixture_nearer_to
             torch.rand(384, 2, generator=generator), torch.randn(384, N + 1, 2, 1, 1, generator=generator)
         )
         inputs = student, None, x, None, draws
-        models = {"auxiliary": auxiliary, "teacher": mixture_teacher}
-        loss = (
-            student_loss(*inputs, **models, **SINGLE_RATE)[0]
-            if step % 2
-            else auxiliary_loss(*inputs, **models, **SINGLE_RATE)
-        )
+        told = {"grid": SINGLE_RATE, "judges": Judges(auxiliary, mixture_teacher, FLOOR)}
+        loss = student_loss(*inputs, **told)[0] if step % 2 else auxiliary_loss(*inputs, **told)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -448,12 +451,17 @@ def test_denoising_on_the_grid_has_its_minimum_at_the_best_gain_and_ignores_the_
 
     def encode(z, log_snr, class_labels):
         assert torch.equal(log_snr, refreshes[[0] * 16 + [1] * 16])
-        return (z,)
+        return (z,), None
 
     loss = grid_denoising_loss(
-        linear_network(GRID, gains, context_gains), encode, std * x, None, draws, log_snr=cosine_log_snr,
-        num_inference_steps=N, num_context_steps=2, min_variance=FLOOR,
-    )  # fmt: skip
+        linear_network(GRID, gains, context_gains),
+        encode,
+        std * x,
+        None,
+        draws,
+        grid=grid_of(N, 2),
+        min_variance=FLOOR,
+    )
     for slope in torch.autograd.grad(loss, (gains, context_gains)):
         torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-9, rtol=0)
     levels = [amplitudes(log_snr_at(t)) for t in GRID]
@@ -483,18 +491,18 @@ def test_a_time_s_that_rounding_puts_beyond_t_leaves_the_image_as_it_is():
     uniforms = torch.stack([(torch.arange(count) + 0.5) / count, torch.zeros(count)], dim=1)
     noise, student = torch.randn(count, 1, 1, 1, 1).expand(-1, count + 1, -1, -1, -1), Scale(0.5)
     sample = sample_student(
-        student.denoise, None, torch.zeros(count, 1, 1, 1), None, GridDraws(uniforms, noise), log_snr=cosine_log_snr,
-        num_inference_steps=count, num_context_steps=count,
-    )  # fmt: skip
+        student.denoise,
+        None,
+        torch.zeros(count, 1, 1, 1),
+        None,
+        GridDraws(uniforms, noise),
+        grid=grid_of(count, count),
+    )
     sigma = (-sample.log_snr_s).sigmoid().sqrt().reshape(-1, 1, 1, 1)
     torch.testing.assert_close(sample.z_s, sigma * noise[:, 0], atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("num_context_steps", [0, 3, 16])
 def test_a_number_of_refreshes_that_does_not_divide_the_steps_is_refused(num_context_steps):
-    student = Scale(0.5)
     with pytest.raises(ValueError, match=f"must divide num_inference_steps=8, got {num_context_steps}"):
-        sample_student(
-            student.denoise, student.encode, None, None, draw_on_grid(0, 0, range(2), (1, 4, 4), 8), log_snr=cosine_log_snr,
-            num_inference_steps=8, num_context_steps=num_context_steps,
-        )  # fmt: skip
+        grid_of(8, num_context_steps)

@@ -178,11 +178,12 @@ def test_the_archives_hold_the_package_and_neither_tests_nor_weights(archives):
     stem = f"diffusers_dualrate-{diffusers_dualrate.__version__}"
     modules = {f"diffusers_dualrate/{path.name}" for path in (ROOT / "src" / "diffusers_dualrate").glob("*.py")}
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
-    assert {name for name in in_wheel if ".dist-info/" not in name} == modules | {"diffusers_dualrate/py.typed"}
+    modules |= {"diffusers_dualrate/py.typed", "diffusers_dualrate/card_template.md"}
+    assert {name for name in in_wheel if ".dist-info/" not in name} == modules
     assert f"{stem}.dist-info/licenses/LICENSE" in in_wheel
 
     in_sdist = {name.removeprefix(f"{stem}/") for name in tarfile.open(sdist).getnames()}
-    assert {f"src/{name}" for name in modules | {"diffusers_dualrate/py.typed"}} | {"LICENSE", "setup.py"} <= in_sdist
+    assert {f"src/{name}" for name in modules} | {"LICENSE", "setup.py"} <= in_sdist
     assert not [name for name in in_sdist if name.startswith(("tests", "examples", "research", "model_cards"))]
 
 

@@ -7,7 +7,9 @@ import torch
 
 import plain_loop
 from diffusers_dualrate import plan_refreshes
-from diffusers_dualrate.guidance import Context, Guidance, GuidedRun
+from diffusers_dualrate.chain import Chain, Context
+from diffusers_dualrate.guidance import Guidance
+from diffusers_dualrate.steps import ChainSteps
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
 N = 8
@@ -65,22 +67,15 @@ def test_guidance_goes_from_the_null_branch_through_the_class_and_beyond(make_pi
             context = pipe.denoiser.project_context(pipe.context_encoder(z, -1.0, of_branch).context)
             branches[name] = pipe.denoiser(z, level, of_branch, context, -1.0).sample
         for scale in (1.5, 4.0):
-            run = GuidedRun(
-                pipe.denoiser,
-                pipe.context_encoder,
-                pipe.scheduler,
-                plan_refreshes(1),
-                level[None],
-                labels,
-                Guidance(scale),
-            )
+            steps = ChainSteps(pipe.scheduler, plan_refreshes(1), level[None])
+            chain = Chain(pipe.denoiser, pipe.context_encoder, steps, labels, Guidance(scale))
             early = torch.tensor(-1.0)
-            context = Context(run.compute_context(z, early, both=True), early)
-            v = run.compute_velocity(z, level, context, guides=True)
+            context = Context(chain.compute_context(z, early, both=True), early)
+            v = chain.compute_velocity(z, level, context, guides=True)
             torch.testing.assert_close(
                 v, branches["class"] + (scale - 1) * (branches["class"] - branches["null"]), rtol=1e-4, atol=1e-5
             )
-            unguided = run.compute_velocity(z, level, context, guides=False)
+            unguided = chain.compute_velocity(z, level, context, guides=False)
             torch.testing.assert_close(unguided, branches["class"], rtol=1e-4, atol=1e-5)
     assert (branches["class"] - branches["null"]).abs().max() > 0.1
 

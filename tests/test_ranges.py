@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 
-from diffusers_dualrate.ranges import check_boolean, check_choice, check_integer, check_number
+from diffusers_dualrate.ranges import check_boolean, check_choice, check_integer, check_number, check_output
 
 
 @pytest.mark.parametrize("value", [True, 2.0, "2", None, math.nan, [2], np.float32(2), 0, 6], ids=repr)
@@ -68,3 +69,46 @@ def test_a_long_value_is_cut_in_the_sentence():
     with pytest.raises(ValueError) as caught:
         check_integer("n", list(range(1000)))
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("path", "is_folder", "sentence"),
+    [
+        ("", True, "--to is empty, and must name a folder."),
+        ("", False, "--to is empty, and must name a file."),
+        ("file", True, "--to must be a folder, but 'file' is none."),
+        ("link", True, "--to must be a folder, but 'link' is none."),
+        ("folder", False, "--to must be a file, but 'folder' is a folder."),
+        ("file/deep/run", True, r"--to is 'file/deep/run', but '.*/file' is no folder."),
+        ("link/run", True, r"--to is 'link/run', but '.*/link' is no folder."),
+        ("file/a.png", False, r"--to is 'file/a.png', but '.*/file' is no folder."),
+        ("/proc/run", True, "--to is '/proc/run', which cannot be written: .+"),
+        ("/proc/a.png", False, "--to is '/proc/a.png', which cannot be written: .+"),
+        ("new/" + "long" * 100, True, "--to is 'new/long.*long', which cannot be written: File name too long."),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_by_the_flag_that_names_it(
+    tmp_path, monkeypatch, path, is_folder, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        check_output("--to", path, is_folder=is_folder)
+    assert sorted(os.listdir()) == ["file", "folder", "link"] and not os.listdir("folder")
+
+
+def test_a_place_that_can_be_written_is_found_so_without_a_trace(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here/file").touch()
+    for path, is_folder in (
+        ("file", False),
+        (".", True),
+        ("new/run", True),
+        ("new/a.png", False),
+        ("new/../../b", True),
+    ):
+        check_output("--to", path, is_folder=is_folder)
+    assert os.listdir() == ["file"] and os.listdir("..") == ["here"]

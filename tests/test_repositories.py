@@ -4,8 +4,11 @@ import json
 
 import pytest
 import safetensors.torch
+from huggingface_hub import constants
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.repositories import check_hub
+from loopback_hub import LoopbackHub
 
 CLASSES = [DualRatePipeline, UViTDenoiser, UViTContextEncoder, DualRateScheduler]
 
@@ -130,3 +133,29 @@ def test_classes_come_back_in_the_order_of_their_numbers(make_pipe, tmp_path):
     names = {number: f"class {number}" for number in (11, 2, 0, 10, 1)}
     make_pipe(num_classes=12, id2label=names).save_pretrained(tmp_path)
     assert list(DualRatePipeline.from_pretrained(tmp_path).id2label) == [0, 1, 2, 10, 11]
+
+
+def test_publishing_where_nothing_can_be_is_refused_with_the_reason_and_nothing_is_made(monkeypatch):
+    def check(name="org/model"):
+        check_hub("--push_to_hub", name)
+
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+        with pytest.raises(ValueError, match="^--push_to_hub needs the Hub, but HF_HUB_OFFLINE is set: publish"):
+            check()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        with pytest.raises(ValueError, match="my model"):
+            check("org/my model")
+        check()
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(
+            ValueError, match=f"^--push_to_hub needs the Hub at {hub.endpoint}, which .* used: .*[Tt]oken"
+        ):
+            check()
+        assert not hub.repositories
+    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
+    with pytest.raises(ValueError, match="--push_to_hub needs the Hub at .*:1, which cannot be used: .*refused"):
+        check()

@@ -337,6 +337,17 @@ def test_a_step_at_a_timestep_that_is_none_is_refused_by_its_value(timestep):
         scheduler.step(torch.zeros(1, 3, 8, 8), timestep, torch.zeros(1, 3, 8, 8))
 
 
+@pytest.mark.parametrize("timesteps", [[500.0, float("nan")], [-1.0], [1000.5], [float("inf")]], ids=repr)
+@pytest.mark.parametrize("draw", ["add_noise", "get_velocity"])
+def test_noise_at_a_timestep_that_is_none_is_refused_by_its_value(draw, timesteps):
+    """Mutants: either comparison made strict or dropped, `all` made `any`."""
+    x = torch.zeros(len(timesteps), 3, 8, 8)
+    with pytest.raises(ValueError, match=rf"timesteps must be finite numbers in \[0, 1000\], got .*{timesteps[-1]}\]"):
+        getattr(DualRateScheduler(), draw)(x, x, torch.tensor(timesteps))
+    ends = torch.tensor([0, 1000])  # whole numbers, and the ends themselves, are fine
+    assert getattr(DualRateScheduler(), draw)(x[:1], x[:1], ends).isfinite().all()
+
+
 def test_a_plan_printed_is_the_diagram_of_its_run():
     assert [line.rstrip() for line in str(plan_refreshes(6, 2)).splitlines()] == [
         "step           0    1    2    3    4    5        N = 6, K = 2",

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from diffusers_dualrate import DualRateScheduler
-from diffusers_dualrate.scheduler import log_snr_of_steps
+from diffusers_dualrate.steps import log_snr_of_steps
 from plain_loop import amplitudes, conditioned, log_snr_at
 
 CONFIGS = [{}, {"image_size": 64, "noise_low": 32, "noise_high": 256, "log_snr_max": 8.0}]

@@ -6,9 +6,8 @@ import datasets
 import pytest
 import torch
 
-from diffusers_dualrate.batches import DealtBatches
 from diffusers_dualrate.data import LabelledImages, load_images
-from diffusers_dualrate.streams import StreamedImages, Stretch
+from diffusers_dualrate.streams import DealtBatches, StreamedImages, Stretch
 from test_data import EVERYTHING, encode, make_pixels
 
 

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +23,16 @@ from safetensors.torch import load_file
 import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, claims, data, training
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, optimization, pair, run_folder, sources
 from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.cards import UNMEASURED
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints
 from diffusers_dualrate.configuration import Configuration, Data
 from diffusers_dualrate.flops import context_flops, network_flops
 from diffusers_dualrate.losses import denoising_loss, draw
+from diffusers_dualrate.pictures import draw_grid
 from diffusers_dualrate.recipes import SingleRateRecipe
-from diffusers_dualrate.runs import Run
+from diffusers_dualrate.runs import SAMPLES, Run
 
 SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
 
@@ -113,8 +118,8 @@ def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course
         **{"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6, "train_batch_size": 1},
         **{"bias": 0.0, "label_dropout": 0.0},
     )
-    optimizer = training.make_optimizer([weight], recipe)
-    lr_scheduler = training.make_lr_scheduler(optimizer, recipe)
+    optimizer = optimization.make_optimizer([weight], recipe)
+    lr_scheduler = optimization.make_lr_scheduler(optimizer, recipe)
     expected = 2.0
     for rate in (0, 0.05, 0.1, 0.075, 0.05, 0.025, 0):
         weight.grad = torch.tensor([3.0], dtype=torch.float64)
@@ -124,7 +129,7 @@ def test_a_step_of_the_optimiser_is_that_of_the_recipe_at_the_rate_of_its_course
         assert weight.item() == pytest.approx(expected, abs=1e-7)
     assert optimizer.defaults["betas"] == (0.5, 0.8) and optimizer.defaults["eps"] == 1e-8
     other = dataclasses.replace(recipe, adam_epsilon=1e-4)
-    assert training.make_optimizer([weight], other).defaults["eps"] == 1e-4
+    assert optimization.make_optimizer([weight], other).defaults["eps"] == 1e-4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -149,6 +154,99 @@ def test_a_training_run_leaves_a_model_that_loads_and_samples(script, folder, tm
     assert told["training"]["learning_rate"] == 0.003 and told["preset"] == "tiny"
     assert ("context_dropout" in told["training"]) == (script == "dual")
     assert told["found"]["images"]["classes"] == ["cat", "dog"] and told["found"]["images"]["images"] == 12
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_explains_its_numbers_at_the_first_step_and_says_at_its_end_what_to_do_next(
+    script, folder, tmp_path, capsys
+):
+    train(script, folder, tmp_path / "run")
+    printed, bar = capsys.readouterr()
+    assert re.search(r" 1/4 \[[^\]]*loss=\d\.\d+, v_loss=\d\.\d+", bar)
+    assert printed.count("\nloss: what is minimised") == printed.count("\nv_loss: mean squared error") == 1
+    assert f"The model is in {tmp_path / 'run'}, and its card is {tmp_path / 'run/README.md'}." in printed
+    commands = dict(re.findall(r"^(Look at it|Measure it): (.*)$", printed, re.MULTILINE))
+    assert set(commands) == ({"Look at it", "Measure it"} if script == "dual" else {"Measure it"})
+    for command in commands.values():
+        script_of, _, flags = command.partition(".py ")
+        args = importlib.import_module(script_of.rpartition("/")[2]).parse_args(shlex.split(flags))
+        assert args.model == str(tmp_path / "run")
+    assert args.label_column == "label" and args.output == str(tmp_path / "run/evaluation.json")
+
+
+def test_the_card_of_a_run_says_that_nobody_measured_it_and_one_that_somebody_wrote_stays(folder, tmp_path):
+    train("dual", folder, tmp_path / "run", "--validation_steps", 4, "--override", "training.bias=0.5")
+    card = tmp_path / "run/README.md"
+    text = card.read_text()
+    assert 'from_pretrained("run")' in text and "](samples/0000004.png)" in text and "datasets:" not in text
+    assert "32 images, 3 passes over the 12 of `images" in text and "| `bias` | **0.5** (overridden) |" in text
+    assert "Its defaults are N = 4, K = 2 and guidance 1.0." in text and str(tmp_path) not in text
+    assert UNMEASURED in text and "fd_local" not in text
+    train(
+        "dual",
+        folder,
+        tmp_path / "run",
+        "--max_train_steps",
+        5,
+        "--resume_from_checkpoint",
+        "latest",
+        "--override",
+        "training.bias=0.5",
+    )
+    assert "40 images" in card.read_text()
+    card.write_text("mine")
+    train(
+        "dual",
+        folder,
+        tmp_path / "run",
+        "--max_train_steps",
+        6,
+        "--resume_from_checkpoint",
+        "latest",
+        "--override",
+        "training.bias=0.5",
+    )
+    assert card.read_text() == "mine"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_defaults_of_a_model_are_the_part_sampling_of_its_preset_with_what_was_given(script, folder, tmp_path):
+    """Samples that a run draws, evaluate.py and generate.py name none of them, and so take the model's."""
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    preset["sampling"] |= {"second_order": True, "guidance_scale": 2.5}
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    changed = [
+        "--override",
+        "sampling.num_inference_steps=6",
+        "--preset",
+        tmp_path / "preset.json",
+        "--validation_steps",
+        1,
+    ]
+    tmp_path = tmp_path / "run"
+    train(script, folder, tmp_path, "--max_train_steps", 1, *changed)
+    pipe = DualRatePipeline.from_pretrained(tmp_path)
+    assert pipe.config.num_inference_steps == 6 and pipe.config.guidance_scale == 2.5
+    assert pipe.config.num_context_steps == (2 if script == "dual" else None)
+    assert pipe.scheduler.config.second_order
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 2.5, "num_inference_steps": 6, "num_context_steps": 2 if script == "dual" else None}
+    labels = [i * 2 // SAMPLES for i in range(SAMPLES)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(SAMPLES)]
+    told = pipe(labels, generator=generators, **options).images
+    grid = draw_grid(told, [pipe.id2label[label] for label in labels])
+    assert np.asarray(grid).tobytes() == np.asarray(Image.open(tmp_path / "samples" / "0000001.png")).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("steps", "told", "grids"), [(4, None, [1, 2, 3, 4]), (8, None, [2, 4, 6, 8]), (4, 3, [3]), (4, 0, [])]
+)
+def test_a_run_however_short_draws_while_it_trains(steps, told, grids, folder, tmp_path):
+    flags = [] if told is None else ["--validation_steps", told]
+    module = train_single_rate
+    argv = [word for word in arguments(folder, tmp_path) if word not in ("--validation_steps", "0")]
+    module.main(module.parse_args([*argv, "--max_train_steps", str(steps), *map(str, flags)]))
+    assert [int(path.stem) for path in sorted(tmp_path.glob("samples/*.png"))] == grids
 
 
 @pytest.mark.parametrize(
@@ -198,7 +296,9 @@ def test_sampling_changes_no_weight_and_its_grids_reach_the_tracker(folder, tmp_
     printed = capsys.readouterr().out
     assert "denoiser: 10,075 parameters, 0.5 MFLOP per image and evaluation" in printed
     first, second = (Image.open(tmp_path / "with/samples" / f"000000{step}.png") for step in (2, 4))
-    assert first.size == (8 * 16, 4 * 16) and first.tobytes() != second.tobytes()
+    # Enlarged six times, each under the name of its class.
+    assert first.size == (8 * (96 + 4) + 4, 4 * (14 + 96 + 4) + 4) and first.tobytes() != second.tobytes()
+    assert f"a grid of samples every 2 steps: {tmp_path / 'with/samples'}" in printed
 
 
 @pytest.mark.parametrize("way", [["--dataloader_num_workers", 2], ["--streaming", "--dataloader_num_workers", 1]])
@@ -211,7 +311,7 @@ def test_the_corrupt_images_that_data_workers_leave_out_are_counted_at_the_end(
         (tmp_path / "images" / name).write_bytes(b"no image")
     monkeypatch.setattr(data, "CACHE_BYTES", 0)  # so that the images are read as they are needed
     train("single", tmp_path / "images", tmp_path / "run", "--on_corrupt", "skip", "--max_train_steps", 6, *way)
-    assert "2 corrupt images were left out." in capsys.readouterr().out
+    assert "Corrupt images that were left out: 2." in capsys.readouterr().out
     assert json.loads((tmp_path / "run/training.json").read_text())["corrupt_images"] == 2
 
 
@@ -235,6 +335,21 @@ def test_accumulating_gradients_equals_a_larger_batch(folder, tmp_path):
         torch.testing.assert_close(large[key], parts[key], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("parts", "size"), [(1, 8), (2, 8), (4, 12), (1, 7)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.4, 0.5, 1.0])
+def test_a_share_of_a_batch_is_the_same_rows_however_the_batch_is_cut(parts, size, share):
+    """Kills: floor for round; rounded in each part by itself; the last rows for the first."""
+    run = SimpleNamespace(recipe=SimpleNamespace(train_batch_size=size), rows=lambda part: range(part, size, parts))
+    chosen = [row for part in range(parts) for row in run.rows(part)[: Run.count_of_first(run, part, share)]]
+    assert sorted(chosen) == list(range(round(share * size)))
+
+
+@pytest.mark.parametrize(("flag", "share"), [("--context_dropout", 0.01), ("--context_dropout", 0.06)])
+def test_a_share_that_no_row_of_a_batch_makes_up_is_refused(folder, tmp_path, flag, share):
+    with pytest.raises(ValueError, match=f"A share of {share} of 8 images is none: use larger batches, or 0"):
+        train("dual", folder, tmp_path, flag, share)
+
+
 def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_record_stays(folder, tmp_path):
     train("single", folder, tmp_path, "--max_train_steps", 3)
     record = (tmp_path / "configuration.json").read_text()
@@ -242,6 +357,17 @@ def test_a_run_that_is_told_fewer_steps_than_it_has_taken_is_refused_and_its_rec
         train("single", folder, tmp_path, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "configuration.json").read_text() == record
     train("single", folder, tmp_path, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+def test_a_warm_up_as_long_as_the_training_is_told_of(folder, tmp_path):
+    script = train_single_rate
+    for steps, is_short in ((5, True), (6, False)):
+        told = arguments(folder, tmp_path, "--lr_warmup_steps", 5, "--max_train_steps", steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            configure(script.parse_args(told), "train_single_rate")
+        said = "lr_warmup_steps is 5 and max_train_steps 5: the learning rate never reaches its peak."
+        assert [str(warning.message) for warning in caught] == [said] * is_short
 
 
 def test_an_empty_output_folder_is_refused_instead_of_the_current_one(folder):
@@ -358,6 +484,7 @@ def test_a_run_says_what_it_learns_from(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "images: 12, number of classes: 2" in printed and "classes: 'cat' 6, 'dog' 6" in printed
     assert "left out 1" in printed and "notes.txt" in printed
+    assert "steps 0 to 1, each of 8 images, on 1 process\n" in printed
 
 
 def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
@@ -377,7 +504,7 @@ def test_the_data_of_a_run_may_move_but_not_change(folder, tmp_path):
 
 
 def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder, tmp_path, at_loss, monkeypatch):
-    monkeypatch.setattr(claims, "_PATIENCE", 0.1)
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.1)
     caught = []
 
     def start_again(result):
@@ -394,10 +521,10 @@ def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder
 
 def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pipe):
     pipe = make_pipe(num_classes=3)
-    training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
-    training.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
-    with pytest.raises(ValueError, match="3 classes and the data 4"):
-        training.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
+    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
+    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
+    with pytest.raises(ValueError, match="3 classes, and the data has 4"):
+        sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
 
 
 def test_a_start_that_failed_does_not_block_its_folder(folder, tmp_path):
@@ -453,6 +580,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
     assert find_damage(tmp_path / "checkpoint-2") is None
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none(folder, tmp_path, at_loss):
+    at_loss("dual", 2, lambda result: result.loss.mul_(float("nan")))
+    with pytest.raises(ValueError, match="^The training diverged at step 1; no checkpoint had been saved\\.$"):
+        train("dual", folder, tmp_path)
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder, tmp_path, at_loss):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -484,7 +617,10 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--label_column", "kind"], "no column 'kind'"),
         (["--num_classes", 1], "has the label 1 in the column 'label', outside of the 1 classes"),
         (["--num_classes", 1, "--streaming"], "column 'label' names 2 classes, more than the 1 given"),
-        (["--gradient_accumulation_steps", 3], "train_batch_size 8 is not divisible by 1 processes times 3 parts"),
+        (
+            ["--gradient_accumulation_steps", 3],
+            "train_batch_size 8 is not divisible by 3: processes times parts of a step, 1 x 3",
+        ),
         (["--override", "training.speed=1"], "'training.speed=1' names no value of the preset"),
         (["--override", "distillation.guidance_scale=3"], "'distillation.guidance_scale=3' has no effect here: this "),
         (["--num_classes", 2, "--label_column", ""], "--num_classes 2 needs --label_column"),
@@ -494,23 +630,35 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--checkpoints_total_limit", 0], "checkpoints_total_limit must be an integer of at least 1, got 0"),
         (["--max_train_steps", 0], "max_train_steps must be an integer of at least 1, got 0"),
         (["--max_train_steps", -1], "max_train_steps must be an integer of at least 1, got -1"),
-        (["--learning_rate", 0], "learning_rate must be a finite number above 0, got 0.0"),
-        (["--learning_rate", "nan"], "learning_rate must be a finite number above 0, got nan"),
+        (["--learning_rate", 0], r"learning_rate must be a finite number in \(0, 1\], got 0.0"),
+        (["--learning_rate", "nan"], r"learning_rate must be a finite number in \(0, 1\], got nan"),
         (["--ema_decay", 1.5], r"ema_decay must be a finite number in \[0, 1\), got 1.5"),
         (["--max_grad_norm", -1], "max_grad_norm must be a finite number above 0, got -1.0"),
         (["--lr_warmup_steps", -3], "lr_warmup_steps must be an integer of at least 0, got -3"),
         (["--lr_scheduler", "piecewise_constant"], "lr_scheduler must be one of 'constant', "),
         (["--validation_steps", -1], "validation_steps must be an integer of at least 0, got -1"),
-        (["--train_batch_size", 0], "train_batch_size must be an integer of at least 1, got 0"),
+        (["--train_batch_size", 0], "train_batch_size must be an integer in .*, got 0"),
         (["--seed", -1], "seed must be an integer"),
         (["--shuffle_buffer", 0], "shuffle_buffer must be an integer of at least 1, got 0"),
-        (["--num_classes", 0], "num_classes must be an integer of at least 1, got 0"),
-        (["--resolution", 0], "resolution must be an integer of at least 1, got 0"),
-        (["--dataloader_num_workers", -1], "dataloader_num_workers must be an integer of at least 0, got -1"),
+        (["--train_batch_size", 10**9], r"train_batch_size must be an integer in \[1, 1048576\], got 1000000000"),
+        (
+            ["--override", "training.train_batch_size=1000000000"],
+            r"train_batch_size must be an integer in \[1, 1048576\]",
+        ),
+        (["--resolution", 100_000], r"resolution must be an integer in \[1, 16384\], got 100000"),
+        (["--num_classes", 10**9], r"num_classes must be an integer in \[1, 1048576\], got 1000000000"),
+        (
+            ["--dataloader_num_workers", 10**6],
+            r"dataloader_num_workers must be an integer in \[0, 1024\], got 1000000",
+        ),
+        (["--num_classes", 0], "num_classes must be an integer in .*, got 0"),
+        (["--resolution", 0], "resolution must be an integer in .*, got 0"),
+        (["--dataloader_num_workers", -1], "dataloader_num_workers must be an integer in .*, got -1"),
         (["--max_image_pixels", 0], "max_image_pixels must be an integer of at least 1, got 0"),
         (["--report_to", "wandb"], "The tracker 'wandb' is not installed: pip install wandb"),
         (["--report_to", "paper"], "report_to must be one of 'all', 'aim', "),
         (["--num_inference_steps", 0], "num_inference_steps must be an integer of at least 1, got 0"),
+        (["--guidance_scale", 3, "--label_column", ""], "--guidance_scale 3.0 needs classes: give --label_column"),
         (["--guidance_scale", 0.5], "guidance_scale must be a finite number of at least 1, got 0.5"),
         (["--num_context_steps", 2], "--num_context_steps 2 is for a pair: this is one network"),
         (["--override", "training.label_dropout=2"], r"label_dropout must be a finite number in \[0, 1\], got 2"),
@@ -520,7 +668,29 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--override", "denoiser.sample_size=8"], "sample_size must be the same in both networks, got 16 and 8"),
         (["--override", 'training.augmentation={"zoom":2}'], "augmentation has no value 'zoom'; it has background"),
         (["--preset", "nowhere"], "--preset 'nowhere' is neither a file nor one of digits8, emoji32, "),
-        (["--output_dir", __file__], "test_training.py' is a file, and must be a folder"),
+        (["--output_dir", __file__], "--output_dir must be a folder, but '.*test_training.py' is none"),
+        (["--output_dir", f"{__file__}/run"], "--output_dir is '.*/run', but '.*test_training.py' is no folder"),
+        (["--cache_dir", f"{__file__}/run"], "--cache_dir is '.*/run', but '.*test_training.py' is no folder"),
+        (["--output_dir", "/proc/run"], "--output_dir is '/proc/run', which cannot be written"),
+        (["--dataset_name", "digits"], "--dataset_name digits and --train_data_dir .* give one of them"),
+        (["--hub_model_id", "org/name"], "--hub_model_id org/name has no effect without --push_to_hub"),
+        (["--push_to_hub"], "--push_to_hub needs the Hub, but HF_HUB_OFFLINE is set"),
+        (["--push_to_hub", "--hub_model_id", "no name"], "Repo id must use alphanumeric"),
+        (["--learning_rate", 1e30], r"learning_rate must be a finite number in \(0, 1\], got 1e\+30"),
+        (
+            ["--override", "training.context_from=0.5"],
+            r"'training.context_from=0.5' names no value of the preset .*tiny.json\.$",
+        ),
+        (
+            ["--override", "training.num_inference_steps=2"],
+            "did you mean --num_inference_steps or sampling.num_inference_steps",
+        ),
+        (["--override", "distillation.ema_decay=0.5"], "did you mean --ema_decay or training.ema_decay"),
+        (["--override", "training.learnign_rate=0.5"], "did you mean training.learning_rate"),
+        (
+            ["--override", "training.ema_decay=0.5", "--ema_decay", 0.9],
+            "--ema_decay 0.9 and the override 'training.ema_decay=0.5' set one value twice",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path, options, message, at_loss):
@@ -534,6 +704,11 @@ def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path,
     ("options", "message"),
     [
         (["--num_context_steps", 99], r"num_context_steps must be an integer in \[1, 4\], got 99"),
+        (["--override", "training.context_from=0.5"], "names no value of the preset .*; did you mean --context_from"),
+        (
+            ["--override", "training.num_context_steps=2"],
+            "did you mean --num_context_steps or sampling.num_context_steps",
+        ),
         (["--override", "sampling.num_context_steps=99"], r"num_context_steps must be an integer in \[1, 4\], got 99"),
         (["--context_dropout", 2], r"context_dropout must be a finite number in \[0, 1\], got 2.0"),
         (["--context_dropout", -0.1], r"context_dropout must be a finite number in \[0, 1\], got -0.1"),
@@ -702,15 +877,14 @@ def test_contexts_that_begin_late_make_a_step_cheaper_by_whole_rows(folder, tmp_
 def test_both_networks_learn_through_one_forward(make_networks):
     encoder, denoiser = make_networks(sample_size=16)
     scheduler = DualRateScheduler()
-    pair = training.TrainablePair(denoiser, encoder)
+    networks = pair.TrainablePair(denoiser, encoder)
     x = torch.rand(4, 3, 16, 16)
-    result = pair(
+    result = networks(
         denoising_loss,
         x,
         torch.zeros(4, dtype=torch.long),
         draw(0, 0, range(4), x.shape[1:]),
-        schedule=training.schedule_of(scheduler),
-        bias=0.0,
+        schedule=pair.schedule_of(scheduler),
     )
     result.loss.backward()
-    assert all(parameter.grad is not None for parameter in pair.parameters())
+    assert all(parameter.grad is not None for parameter in networks.parameters())

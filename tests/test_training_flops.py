@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PRESET
 from diffusers_dualrate import losses, moment_matching
-from diffusers_dualrate.flops import distillation_image_flops, training_flops
+from diffusers_dualrate.flops import context_flops, distillation_image_flops, network_flops, training_flops
+from diffusers_dualrate.pair import TrainablePair
 from diffusers_dualrate.recipes import DistillationRecipe, PairRecipe
-from diffusers_dualrate.training import TrainablePair
 from distill import Distillation
 
 ROWS, N, K = 2, 6, 2
 SCHEDULE = losses.Schedule(lambda t: 1 - 2 * t, lambda t: torch.full_like(t, 2.0))
-STEPS = {"log_snr": SCHEDULE.log_snr, "num_inference_steps": N, "num_context_steps": K, "min_variance": 0.02}
+STEPS = {"num_inference_steps": N, "num_context_steps": K}
 LABELS = torch.zeros(ROWS).long()
 
 
@@ -67,20 +67,40 @@ def test_the_cost_of_each_phase_of_a_distillation_is_what_its_loss_runs(networks
     x = torch.randn(ROWS, 3, 8, 8)
     draws = moment_matching.draw_on_grid(0, 0, range(ROWS), x.shape[1:], N)
     draws.uniforms[:, 0] = torch.tensor([0.1, 0.9])  # a row before the first late context, and one behind it
-    judges = {"auxiliary": trained.predict_midpoint, "teacher": predict_teacher}
     arguments = [None if full_rollout else x, LABELS, draws]
-    told = {name: value for name, value in steps.items() if name != "log_snr"}
-    recipe = make_recipe(**told, full_rollout=full_rollout, guidance_scale=scale)
+    recipe = make_recipe(**steps, full_rollout=full_rollout, guidance_scale=scale)
+    grid = moment_matching.Grid(SCHEDULE.log_snr, recipe.plan)
+    told = {"grid": grid, "judges": moment_matching.Judges(trained.predict_midpoint, predict_teacher, 0.02)}
     cost = distillation_image_flops(denoiser, encoder, teacher, recipe)
     counted = {
-        "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **judges, **steps)),
-        "student": count(lambda: trained(moment_matching.student_loss, *arguments, **judges, **steps)[0]),
+        "auxiliary": count(lambda: trained(moment_matching.auxiliary_loss, *arguments, **told)),
+        "student": count(lambda: trained(moment_matching.student_loss, *arguments, **told)[0]),
     }
     if is_pair:
         encoder.requires_grad_(False)
-        counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **steps))
+        told = {"grid": grid, "min_variance": 0.02}
+        counted["pretraining"] = count(lambda: trained(moment_matching.grid_denoising_loss, x, LABELS, draws, **told))
     for phase, flops in counted.items():
         assert 0.985 < flops / cost[phase] < 1.001, (phase, flops / cost[phase])
+
+
+@pytest.mark.parametrize(("scale", "judged"), [(1.0, 1), (2.0, 2)])
+def test_the_cost_of_each_phase_has_its_closed_form_in_the_networks(networks, scale, judged):
+    """With N = 6 and K = 2, a segment has 3 steps. Kills: the projection or the encoder once more or less in any phase."""
+    encoder, denoiser, teacher = networks
+    heavy, light, judge = (network_flops(network) for network in networks)
+    projection, steps = context_flops(denoiser), {"num_inference_steps": N, "num_context_steps": K}
+
+    def cost(**told):
+        return distillation_image_flops(denoiser, encoder, teacher, make_recipe(**steps, guidance_scale=scale, **told))
+
+    segment, predict = 2 * light, light + heavy + projection
+    for full_rollout, before in ((False, 0), (True, 3 * light + heavy + projection)):
+        assert cost(full_rollout=full_rollout) == {
+            "pretraining": 3 * light + 2 * projection + heavy,
+            "auxiliary": before + segment + predict + (judged + 3) * judge,
+            "student": before + segment + 3 * predict + (judged + 1) * judge,
+        }
 
 
 @pytest.mark.parametrize("freeze_encoder", [False, True])
@@ -88,7 +108,7 @@ def test_the_cost_of_a_pair_is_what_its_loss_runs(networks, freeze_encoder):
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(not freeze_encoder)).train()
     draws = losses.draw(0, 0, range(ROWS), (3, 8, 8))
-    more = {"schedule": SCHEDULE, "bias": 0.0, "context_dropout": 0.5}
+    more = {"schedule": SCHEDULE, "contexts": losses.ContextTimes(num_without=ROWS // 2)}
     counted = count(lambda: pair(losses.denoising_loss, torch.randn(ROWS, 3, 8, 8), LABELS, draws, **more).loss)
     recipe = PairRecipe(**PRESET["training"] | {"context_dropout": 0.5, "freeze_encoder": freeze_encoder})
     cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)
@@ -100,12 +120,13 @@ def test_following_an_encoder_costs_one_more_evaluation_of_it_where_it_is_run(ne
     """Mutant: the second evaluation counted for the rows without context, too."""
     encoder, denoiser, _ = networks
     pair = TrainablePair(denoiser, encoder.requires_grad_(False)).train()
-    late = 1 - context_from
-    arguments = {"context_ages": (1 / 4,), "bias": 0.0, "deterministic": 0.5, "even_in_log_snr": late}
-    arguments |= {"context_from": context_from, "late": late}
-    arguments |= {"schedule": SCHEDULE, "encoder_prediction": lambda context: torch.zeros(len(context[0]), 3, 8, 8)}
+    late = round((1 - context_from) * ROWS)
+    contexts = losses.FollowingTimes((1 / 4,), context_from, late, late, late, num_deterministic=1)
+    denoise, encode = pair.denoise, lambda *args: (pair.encode(*args)[0], torch.zeros(len(args[0]), 3, 8, 8))
     x, draws = torch.randn(ROWS, 3, 8, 8), losses.draw(0, 0, range(ROWS), (3, 8, 8))
-    counted = count(lambda: pair(losses.following_loss, x, LABELS, draws, **arguments).loss)
+    counted = count(
+        lambda: losses.following_loss(denoise, encode, x, LABELS, draws, schedule=SCHEDULE, contexts=contexts).loss
+    )
     told = {"context_dropout": 0.0, "follow_encoder": True, "context_from": context_from}
     recipe = PairRecipe(**PRESET["training"] | told)
     cost = training_flops(SimpleNamespace(denoiser=denoiser, context_encoder=encoder), recipe, 100)

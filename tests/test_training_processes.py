@@ -229,3 +229,9 @@ def test_a_run_publishes_its_model_its_record_and_its_samples_and_nothing_else(f
     }
     weights = (tmp_path / "run/denoiser/diffusion_pytorch_model.safetensors").read_bytes()
     assert files["denoiser/diffusion_pytorch_model.safetensors"] == weights
+    for name in sent:
+        assert files[name] == (tmp_path / "run" / name).read_bytes(), name
+    card = files["README.md"].decode()
+    assert 'DualRatePipeline.from_pretrained("org/trained")' in card and "](samples/0000001.png)" in card
+    assert "accelerate launch examples/evaluate.py --model runs/run --train_data_dir" in card
+    assert "automatically generated" not in card and str(tmp_path) not in card

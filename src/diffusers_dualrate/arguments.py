@@ -1,111 +1,22 @@
-"""The flags of the training examples, and how preset, overrides and flags become one `Configuration`.
-
-Flags have the names that diffusers' own examples use. One that is also a value of the preset has no default here: given,
-it overrides the preset.
-"""
+"""How preset, overrides and flags of the training examples become one `Configuration`; the flags are in `flags.py`."""
 
 import argparse
 import dataclasses
+import difflib
 import json
+import warnings
 from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from .configuration import Configuration, Data, Networks, Options, Sampling, Start
+from .configuration import PARTS_OF_A_RUN, Configuration, Data, Networks, Options, Sampling, Start
 from .folders import check_output_dir
-from .ranges import check_choice, check_integer
-from .recipes import LR_SCHEDULERS, RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
+from .ranges import LONGEST_SIDE, check_choice, check_integer, check_output
+from .recipes import RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
 from .records import build, read_json
+from .repositories import check_hub
 
 _SECTIONS = ("context_encoder", "denoiser", "scheduler", "training", "sampling", "distillation")
-_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "found")
-
-
-def argument_parser(description: str, *, presets: Path) -> argparse.ArgumentParser:
-    """Flags of every training example.
-
-    Args:
-        description: What the example does.
-        presets: Folder of the presets that may be named without path and ending.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.set_defaults(presets=presets)
-    parser.add_argument(
-        "--preset",
-        required=True,
-        help="Networks, scheduler and recipe: a JSON file, also a run's configuration.json, or one of "
-        f"{', '.join(sorted(path.stem for path in presets.glob('*.json')))}.",
-    )
-    add_data_flags(parser)
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", required=True, help="Folder of this run alone, and of the model that it leaves.")
-    run.add_argument("--seed", type=int, default=0, help="Seed of weights, order, noise and augmentation.")
-    run.add_argument(
-        "--resume_from_checkpoint", help="'latest', or a checkpoint's name in the output folder, or its path."
-    )
-    run.add_argument("--checkpointing_steps", type=int, default=1000, help="Steps between checkpoints.")
-    run.add_argument("--checkpoints_total_limit", type=int, help="Keep only the newest this many.")
-    run.add_argument("--validation_steps", type=int, default=1000, help="Steps between sample grids; 0 for none.")
-    run.add_argument("--report_to", help="A tracker of Accelerate's, such as tensorboard, or 'all'.")
-    run.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: Accelerate's setting.")
-    run.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="Parts that a step's batch is cut into."
-    )
-    run.add_argument("--gradient_checkpointing", action="store_true", help="Compute features twice, to save memory.")
-    run.add_argument("--push_to_hub", action="store_true", help="Publish the trained model.")
-    run.add_argument("--hub_model_id", help="Repository to publish in; default: the name of the output folder.")
-    recipe = parser.add_argument_group("recipe", "Overrides of the preset's values.")
-    recipe.add_argument(
-        "--train_batch_size",
-        type=int,
-        help="Images per process and forward pass; default: the preset's global batch, divided.",
-    )
-    recipe.add_argument("--max_train_steps", type=int, help="Number of steps.")
-    recipe.add_argument("--learning_rate", type=float, help="Peak learning rate of AdamW.")
-    recipe.add_argument("--lr_scheduler", help=f"Its course: {', '.join(LR_SCHEDULERS)}.")
-    recipe.add_argument("--lr_warmup_steps", type=int, help="Steps in which it rises.")
-    recipe.add_argument("--max_grad_norm", type=float, help="Longer gradients are shortened to this norm.")
-    recipe.add_argument("--ema_decay", type=float, help="Decay of the averaged weights, which are saved.")
-    recipe.add_argument(
-        "--override",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Any other value of the preset, as JSON: training.bias=0.5 denoiser.level_blocks=[1,1].",
-    )
-    sampling = parser.add_argument_group("sampling", "How the model samples by default, saved with it.")
-    sampling.add_argument("--num_inference_steps", type=int, help="N, the number of steps.")
-    sampling.add_argument("--num_context_steps", type=int, help="K, how many of them refresh the context.")
-    sampling.add_argument("--guidance_scale", type=float, help="Scale of classifier-free guidance; 1 is none.")
-    return parser
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which images are read, and how."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset_name", help="Data set on the Hub or in a local folder, read with `datasets`; or digits."
-    )
-    data.add_argument("--train_data_dir", help="Folder of images; one sub-folder per class.")
-    data.add_argument("--image_column", default="image", help="Column of the images.")
-    data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
-    data.add_argument(
-        "--label_column", help="Column of classes, 'label' for sub-folders; without it classes are not learned."
-    )
-    data.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
-    data.add_argument("--streaming", action="store_true", help="Read rows as they are needed, downloading nothing.")
-    data.add_argument("--shuffle_buffer", type=int, default=10_000, help="Rows of a stream shuffled at a time.")
-    data.add_argument("--resolution", type=int, help="Side of the training images; default: the preset's.")
-    data.add_argument(
-        "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
-    )
-    data.add_argument(
-        "--max_image_pixels", type=int, default=Data.max_image_pixels, help="A larger image counts as unreadable."
-    )
-    data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images ahead.")
 
 
 def configure(args: argparse.Namespace, script: str) -> Configuration:
@@ -121,10 +32,12 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     kind, path = RECIPES[script], find_preset(args.preset, args.presets)
     sections = read_preset(path, (*_SECTIONS[:3], kind.section))
     if args.resolution is not None:  # first, since an override names one value
-        resize(sections, check_integer("resolution", args.resolution, least=1))
+        resize(sections, check_integer("resolution", args.resolution, 1, LONGEST_SIDE))
     followed = {*_SECTIONS[:3], kind.section} | (set() if kind is DistillationRecipe else {"sampling"})
+    settable = _fields(kind) | _fields(Sampling)
+    flags = {name: value for name, value in vars(args).items() if name in settable}
     for override in args.override:
-        apply_override(sections, override, path, followed)
+        apply_override(sections, override, path, followed, flags)
     recipe, sampling = sections[kind.section], sections.get("sampling", {})
     if kind is SingleRateRecipe:  # a preset's recipe is that of a pair
         recipe = {name: value for name, value in recipe.items() if name not in _fields(PairRecipe) - _fields(kind)}
@@ -134,10 +47,15 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     recipe = recipe | given(args, _fields(kind) - {"train_batch_size"})
     if kind is not DistillationRecipe:  # a student samples as it was distilled
         sampling = sampling | given(args, _fields(Sampling))
+        if (args.guidance_scale or 1) > 1 and not args.label_column:
+            raise ValueError(f"--guidance_scale {args.guidance_scale} needs classes: give --label_column.")
+    for flag, folder in (("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir)):
+        if folder is not None:
+            check_output(flag, folder, is_folder=True)
     check_output_dir(args.output_dir, args.train_data_dir or args.dataset_name)
     if args.report_to not in (None, "all"):
         check_tracker(args.report_to)
-    return Configuration(
+    configuration = Configuration(
         script=script,
         preset=path.stem,
         overrides=tuple(args.override),
@@ -148,6 +66,15 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
         data=Data(**select(args, Data)),
         options=Options(**select(args, Options), images_per_process=args.train_batch_size),
     )
+    warmup, steps = configuration.recipe.lr_warmup_steps, configuration.recipe.max_train_steps
+    if warmup >= steps:
+        warnings.warn(
+            f"lr_warmup_steps is {warmup} and max_train_steps {steps}: the learning rate never reaches its peak.",
+            stacklevel=2,
+        )
+    if configuration.options.push_to_hub:  # last, as only this asks another machine
+        check_hub("--push_to_hub", configuration.options.repository)
+    return configuration
 
 
 def given(args: argparse.Namespace, names: set[str]) -> dict:
@@ -188,7 +115,7 @@ def read_preset(path: Path, needed: tuple[str, ...]) -> dict:
     sections = read_json(path)
     if missing := sorted(set(needed) - sections.keys()):
         raise ValueError(f"The preset {path} lacks {', '.join(missing)}.")
-    if unknown := sorted(sections.keys() - {*_SECTIONS, *_OF_A_RUN}):
+    if unknown := sorted(sections.keys() - {*_SECTIONS, *PARTS_OF_A_RUN}):
         raise ValueError(f"The preset {path} has an unknown part {unknown[0]!r}; it may have {', '.join(_SECTIONS)}.")
     for name in set(_SECTIONS) & sections.keys():
         if not isinstance(sections[name], dict):
@@ -206,20 +133,36 @@ def resize(sections: dict, side: int) -> None:
             scheduler[name] = side
 
 
-def apply_override(sections: dict, override: str, path: Path, followed: set[str]) -> None:
+def apply_override(sections: dict, override: str, path: Path, followed: set[str], flags: dict) -> None:
     """Put one `section.name=value` into a preset.
 
+    Args:
+        sections: Of the preset; changed in place.
+        override: What was given.
+        path: Where the preset lies, to name it.
+        followed: Parts that the script reads.
+        flags: Values of the flags that the script has, `None` for those that were not given.
+
     Raises:
-        ValueError: If it names no value of the preset, or one of a part that is not followed, or the value is no JSON.
+        ValueError: If it names no value of the preset, or one of a part that is not followed, or one that a flag was
+            given for, too, or the value is no JSON.
     """
     key, _, value = override.partition("=")
     part, _, name = key.partition(".")
+    others = [f"{place}.{name}" for place in sorted(followed) if name in sections.get(place, {})]
+    others = [f"--{name}", *others] if name in flags else others
+    others = others or [f"{part}.{near}" for near in difflib.get_close_matches(name, sections.get(part, {}), 1, 0.8)]
+    hint = f"; did you mean {' or '.join(others)}?" if others else "."
     if part in _SECTIONS and part not in followed:
         raise ValueError(
-            f"The override {override!r} has no effect here: this script follows {', '.join(sorted(followed))}."
+            f"The override {override!r} has no effect here: this script follows {', '.join(sorted(followed))}{hint}"
         )
     if name not in sections.get(part, {}):
-        raise ValueError(f"The override {override!r} names no value of the preset {path}.")
+        raise ValueError(f"The override {override!r} names no value of the preset {path}{hint}")
+    if flags.get(name) is not None:
+        raise ValueError(
+            f"--{name} {flags[name]} and the override {override!r} set one value twice: give one of them."
+        )
     try:
         sections[part][name] = json.loads(value)
     except json.JSONDecodeError as error:

@@ -36,7 +36,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def tell_last_good_state(output_dir: Path) -> str:
     """What the message of a run that ends by itself says of where to go on from."""
     checkpoints = list_checkpoints(output_dir)
-    return f"the last good state is {checkpoints[-1] if checkpoints else 'none'}"
+    return f"the last good state is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved"
 
 
 def step_of(checkpoint: Path) -> int:

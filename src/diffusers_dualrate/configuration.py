@@ -1,32 +1,43 @@
-"""What a run is: networks, recipe, sampling, data and options, checked as a whole before anything is touched.
+"""What a run is told: networks, recipe, sampling, data and options, checked as a whole before anything is touched.
 
 A `Configuration` is made once, of a preset, overrides and flags (`arguments.py`). It is written beside the model as
-configuration.json, and whatever comes later reads it there: going on, evaluation, card. Its sections are those of a
-preset, so a run can be repeated by `--preset configuration.json`. What happened in a run is another record, training.json.
+configuration.json, together with what the run found at its start. Resuming, evaluation and card read it there. Its
+sections are those of a preset, so `--preset configuration.json` repeats a run. What happened in a run is another record,
+training.json.
 """
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from .decoding import MAX_IMAGE_PIXELS
+from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
-from .pipeline import DualRatePipeline
-from .ranges import check_boolean, check_integer, check_number
+from .ranges import MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .recipes import RECIPES, Recipe
 from .records import build, fill_in
 from .scheduler import DualRateScheduler
 
 FILE = "configuration.json"
+PARTS_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "found")
+"""What the file holds beside the sections of a preset: what a run was told, and what it found."""
+
+# What makes a run this one, by the sections of the file; in options and data nothing but these.
+_IDENTIFYING_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
+_IDENTIFYING_DATA = ("image_column", "label_column")
+_MOST_WORKERS = 1024  # more processes than a machine starts for one that trains
+# What the Hub calls a data set.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a model samples unless it is told otherwise: saved with it.
+    """How a model samples by default. It is saved with the model.
 
     Args:
         num_inference_steps: N.
@@ -53,9 +64,9 @@ class Networks:
     """Arguments of both networks and of the scheduler, each with every default filled in.
 
     Args:
-        context_encoder: Of [`UViTContextEncoder`], also the shape of the heavy network alone.
-        denoiser: Of [`UViTDenoiser`], also the shape of the light network alone.
-        scheduler: Of [`DualRateScheduler`].
+        context_encoder: Arguments of [`UViTContextEncoder`]. A heavy network that is trained alone has its shape.
+        denoiser: Arguments of [`UViTDenoiser`]. A light network that is trained alone has its shape.
+        scheduler: Arguments of [`DualRateScheduler`].
     """
 
     context_encoder: dict
@@ -75,23 +86,23 @@ class Networks:
             ours, theirs = self.denoiser[key], self.context_encoder[key]
             if ours != theirs:
                 raise ValueError(f"{key} must be the same in both networks, got {theirs!r} and {ours!r}.")
-        for network in (self.context_encoder, self.denoiser):
-            size, stride = network["sample_size"], network["patch_size"] * 2 ** (len(network["level_channels"]) - 1)
-            sides = [size] if isinstance(size, int) else list(size)
-            if any(side % stride for side in sides):
+        for network in self._make():
+            if any(side % network.stride for side in network.image_size):
                 raise ValueError(
-                    f"sample_size must be divisible by {stride} (patch size times downsampling), got {size}."
+                    f"sample_size must be divisible by {network.stride} (patch size times downsampling), "
+                    f"got {network.config.sample_size}."
                 )
-        with torch.device("meta"):  # what a network refuses is refused now, and nothing is allocated
-            UViTContextEncoder(**self.context_encoder)
-            UViTDenoiser(**self.denoiser)
         DualRateScheduler(**self.scheduler)
+
+    def _make(self) -> tuple[UViTContextEncoder, UViTDenoiser]:
+        """Both networks without weights: what a network refuses is refused, and nothing is allocated."""
+        with torch.device("meta"):
+            return UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
 
     def check_pair(self) -> None:
         """Refuse networks that do not fit each other."""
-        with torch.device("meta"):
-            encoder, denoiser = UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
-        DualRatePipeline(denoiser, DualRateScheduler(**self.scheduler), encoder)
+        encoder, denoiser = self._make()
+        check_components(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for another number of classes."""
@@ -138,11 +149,16 @@ class Data:
     dataloader_num_workers: int = 0
 
     def __post_init__(self):
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir} are two sources of images: "
+                "give one of them."
+            )
         check_integer("shuffle_buffer", self.shuffle_buffer, least=1)
         check_integer("max_image_pixels", self.max_image_pixels, least=1)
-        check_integer("dataloader_num_workers", self.dataloader_num_workers, least=0)
+        check_integer("dataloader_num_workers", self.dataloader_num_workers, 0, _MOST_WORKERS)
         if self.num_classes is not None:
-            check_integer("num_classes", self.num_classes, least=1)
+            check_integer("num_classes", self.num_classes, 1, MOST_AT_ONCE)
             if not self.label_column:
                 raise ValueError(f"--num_classes {self.num_classes} needs --label_column, which names the classes.")
         if self.streaming and self.dataloader_num_workers > 1:
@@ -158,7 +174,7 @@ class Data:
     def hub_name(self) -> str | None:
         """Name of the data set on the Hub; `None` for what lies on this machine, or is made by a library."""
         name = self.dataset_name
-        return None if name is None or Path(name).exists() or "/" not in name else name
+        return None if name is None or Path(name).exists() or not _HUB_NAME.fullmatch(name) else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +190,7 @@ class Options:
     resume_from_checkpoint: str | None = None
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int | None = None
-    validation_steps: int = 1000
+    validation_steps: int | None = None
     report_to: str | None = None
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
@@ -185,17 +201,21 @@ class Options:
 
     def __post_init__(self):
         if self.images_per_process is not None:
-            check_integer("train_batch_size", self.images_per_process, least=1)
+            check_integer("train_batch_size", self.images_per_process, 1, MOST_AT_ONCE)
         check_integer("seed", self.seed, least=0, most=2**32 - 1)
         check_integer("checkpointing_steps", self.checkpointing_steps, least=1)
         if self.checkpoints_total_limit is not None:
             check_integer("checkpoints_total_limit", self.checkpoints_total_limit, least=1)
-        check_integer("validation_steps", self.validation_steps, least=0)
+        if self.validation_steps is not None:
+            check_integer("validation_steps", self.validation_steps, least=0)
         check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, least=1)
-        if not self.output_dir:
-            raise ValueError("--output_dir is empty, and must name a folder.")
-        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            raise ValueError(f"--output_dir {self.output_dir!r} is a file, and must be a folder.")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
+
+    @property
+    def repository(self) -> str:
+        """Where the model is published, if it is: the output folder's own name where no other is given."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +246,7 @@ class Configuration:
 
     @property
     def image_options(self) -> dict:
-        """How the images are made: arguments of `training.open_images` beside the data."""
+        """How the images are made: arguments of `sources.open_images` beside the data."""
         network = self.networks.denoiser
         return {
             "resolution": network["sample_size"],
@@ -235,16 +255,26 @@ class Configuration:
             "seed": self.options.seed,
         }
 
+    @property
+    def validation_steps(self) -> int:
+        """Steps between grids of samples: as told, else four times in a run, and every 1,000 steps in a long one."""
+        told = self.options.validation_steps
+        return max(1, min(1000, self.recipe.num_steps // 4)) if told is None else told
+
     def with_classes(self, num_classes: int | None) -> Self:
         """The same for the number of classes that the images have."""
         return dataclasses.replace(self, networks=self.networks.with_classes(num_classes))
 
-    def with_recipe(self, **changes) -> Self:
+    def with_recipe(self, **changes: Any) -> Self:
         """The same with other values in the recipe."""
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, **changes))
 
+    def make_scheduler(self) -> DualRateScheduler:
+        """The scheduler that a trained model is saved with."""
+        return DualRateScheduler(**self.networks.scheduler, second_order=self.sampling.second_order)
+
     def divide_batch(self, num_processes: int) -> Self:
-        """The same for a number of processes: the global batch follows from what each process takes, where that is given.
+        """The same for a number of processes. Where each process is given its images, the global batch follows.
 
         Raises:
             ValueError: If the batch cannot be divided, or a process would see no context.
@@ -256,8 +286,8 @@ class Configuration:
         size, dropped = divided.recipe.train_batch_size, divided.recipe.share_without_context
         if size % parts:
             raise ValueError(
-                f"The preset's train_batch_size {size} is not divisible by {num_processes} processes times "
-                f"{self.options.gradient_accumulation_steps} parts of a step."
+                f"The preset's train_batch_size {size} is not divisible by {parts}: processes times parts of a step, "
+                f"{num_processes} x {self.options.gradient_accumulation_steps}."
             )
         if num_processes > 1 and size - parts < round(dropped * size) < size:
             raise ValueError(
@@ -267,7 +297,7 @@ class Configuration:
         return divided
 
     def to_json(self) -> dict:
-        """The sections of a preset, resolved, and beside them what the run was told."""
+        """The sections of a preset with every default filled in, and beside them the flags."""
         content = dataclasses.asdict(self)
         networks, recipe = content.pop("networks"), content.pop("recipe")
         for part in ("start", "data", "options"):  # where a machine keeps its files is nobody's business
@@ -276,12 +306,12 @@ class Configuration:
 
     @classmethod
     def from_json(cls, content: dict) -> Self:
-        """What `to_json` made, and nothing else.
+        """What `to_json` made; what a run found beside it is passed over.
 
         Raises:
             ValueError: If a part is missing, unknown or out of its range.
         """
-        content = dict(content)
+        content = told_in(content)
         kind = next((RECIPES[name] for name in RECIPES if content.get("script") == name), None)
         if kind is None:
             raise ValueError(f"script must be one of {', '.join(RECIPES)}, got {content.get('script')!r}.")
@@ -291,6 +321,41 @@ class Configuration:
         networks = {field.name: content.pop(field.name, {}) for field in dataclasses.fields(Networks)}
         made["networks"] = build(Networks, "networks", networks)
         return build(cls, FILE, content | made | {"overrides": tuple(content.get("overrides", ()))})
+
+
+def make_record(configuration: Configuration, images: dict, models: dict[str, str]) -> dict:
+    """The content of configuration.json: what a run was told, and what it found at its start.
+
+    Args:
+        configuration: What it was told.
+        images: Fingerprint of the images.
+        models: Fingerprints of the trained models that it starts or learns from, by the flags that name them.
+    """
+    return configuration.to_json() | {"found": {"images": images, "models": models}}
+
+
+def told_in(record: dict) -> dict:
+    """What a run was told, of the content of its configuration.json."""
+    return {name: value for name, value in record.items() if name != "found"}
+
+
+def identify(record: dict) -> dict[str, object]:
+    """What makes a run this one, from the content of its configuration.json, by dotted names.
+
+    It holds the content of data and models, not their paths. It leaves out how long the run is.
+    """
+    networks, data = ("context_encoder", "denoiser", "scheduler", "training", "distillation"), record.get("data", {})
+    picked = {name: record.get(name, {}) for name in networks}
+    picked["options"] = {name: record.get("options", {}).get(name) for name in _IDENTIFYING_OPTIONS}
+    picked["data"] = {name: data.get(name) for name in _IDENTIFYING_DATA}
+    picked["data"]["shuffle_buffer"] = data.get("shuffle_buffer") if data.get("streaming") else None
+    picked["start"] = {"network": record.get("start", {}).get("network")}
+    found = record.get("found", {})
+    picked["images"], picked["found"] = found.get("images") or {}, {"models": found.get("models")}
+    flat = {"script": record.get("script")}
+    for section, values in picked.items():
+        flat |= {f"{section}.{name}": value for name, value in values.items() if name != "max_train_steps"}
+    return flat
 
 
 def _without_folders(value: object) -> object:

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from . import folders
 from .augmentation import Augmentation
 from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
-from .inventory import fingerprint_rows
-from .labels import check_num_classes, read_labels
+from .inventory import check_num_classes, fingerprint_rows, read_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -64,7 +63,8 @@ def load_images(
         ValueError: If there is not one source, no folder, no image or no such column; if the source is broken.
     """
     if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError(f"One of `dataset_name` {dataset_name!r} and `train_data_dir` {train_data_dir!r} is needed.")
+        given = "neither" if dataset_name is None else f"both, {dataset_name!r} and {str(train_data_dir)!r}"
+        raise ValueError(f"Images come from one source, dataset_name or train_data_dir: got {given}.")
     if dataset_name == "digits":
         dataset = _load_digits(split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
@@ -78,7 +78,10 @@ def load_images(
         folder = dataset_name if train_data_dir is None else train_data_dir
         assert folder is not None
         if (described := folders.find_described(folder, split)) is None:
-            dataset = folders.list_folder(folder, split).open(streaming=streaming, seed=seed)
+            listed = folders.list_folder(folder, split)
+            if label_column is not None and listed.labels is None:
+                raise ValueError(f"The data set has no column {label_column!r}: {_explain_no_classes(listed)}")
+            dataset = listed.open(streaming=streaming, seed=seed)
         else:
             files = {split: glob.escape(described) + "/**"}
             options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
@@ -92,6 +95,19 @@ def load_images(
     return dataset
 
 
+def _explain_no_classes(listed):
+    """Why a folder shows no classes, and what to do where classes are meant."""
+    name = repr(folders.readable(listed.root))
+    if listed.split is None:
+        return (
+            f"all images lie in {name} itself. Move each class into a folder of its own, or leave --label_column out."
+        )
+    return (
+        f"all folders in {name} are called like splits ({', '.join(listed.splits)}), so they were taken for splits, which "
+        "hold no folders of classes. If they are classes, move them into one new folder called 'train'."
+    )
+
+
 def _ask_datasets(source, *args, **options):
     """Opens a data set with `datasets`."""
     from datasets import load_dataset
@@ -99,8 +115,10 @@ def _ask_datasets(source, *args, **options):
 
     try:
         return load_dataset(*args, **options)
-    except (FileNotFoundError, DatasetGenerationError) as error:
-        raise ValueError(f"The data set {str(source)!r} cannot be opened: {error.__cause__ or error}") from error
+    except (OSError, DatasetGenerationError) as error:  # missing, out of reach, or broken
+        said = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        missing = "" if Path(source).exists() else "there is no such folder, and on the Hub: "
+        raise ValueError(f"The data set {str(source)!r} cannot be opened: {missing}{said}") from error
 
 
 def _load_saved(name, split):

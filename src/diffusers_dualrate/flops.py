@@ -1,14 +1,15 @@
-"""Compute of one image as a function of (N, K), counted rather than guessed.
+"""Compute of one image as a function of (N, K), and of a training, counted rather than guessed.
 
-Two units. FLOPs are 2 x multiply-adds of everything an evaluation runs, attention included, counted by running the
-network without data on the meta device: the same counter returns 0 for attention on a CPU. The paper's unit, for
-comparison with published tables only, is multiply-adds of the main blocks alone, for a square map of side H and c
-channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c; for depthwise blocks, which the paper does not have,
+There are two units. FLOPs are 2 x multiply-adds of everything that an evaluation runs, attention included. They are
+counted by running the network on the meta device. (On a CPU the same counter returns 0 for attention.)
+
+The paper's unit is multiply-adds of the main blocks alone; it serves to compare with published tables. For a map of
+side H with c channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c. Depthwise, which the paper does not have:
 (2 c + 9) c H².
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -17,34 +18,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
-from .recipes import DistillationRecipe, Recipe
+from .recipes import DistillationRecipe, PairRecipe, Recipe, SingleRateRecipe
 from .refreshes import RefreshPlan, plan_refreshes
 from .uvit import UViTStage
 
 
-def _size(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None) -> tuple[int, int]:
-    size = network.config.sample_size if size is None else size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def network_flops(
-    network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None, *, with_context: bool = True
-) -> int:
+def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: bool = True) -> int:
     """FLOPs of one evaluation for one image.
 
     Adding a projected context costs additions only, which are not counted.
 
     Args:
         network: Either network, compiled or not; it is neither run nor changed.
-        size: Height and width; default: its `sample_size`.
         with_context: Whether a denoiser that takes context is given one.
     """
     network = cast(
         UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
     )  # what `torch.compile` wrapped
-    height, width = _size(network, size)
+    height, width = network.image_size
+    copy = network.blueprint()
     with torch.device("meta"):
-        copy = type(network).from_config(network.config).eval()
         sample = torch.empty(1, network.config.in_channels, height, width)
         inputs = {"sample": sample, "log_snr": torch.empty(1)}
         if with_context and isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
@@ -60,11 +53,11 @@ def network_flops(
 
 @contextlib.contextmanager
 def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
-    """Count the forward passes of networks while the block runs, in the list it yields; absent networks stay at 0."""
+    """Count the forward passes of networks while the block runs, in the list that it yields. `None` stays at 0."""
     counts = [0] * len(networks)
 
-    def counter(position: int):
-        def count(*_):
+    def counter(position: int) -> Callable[..., None]:
+        def count(*_: object) -> None:
             counts[position] += 1
 
         return count
@@ -77,9 +70,9 @@ def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
             handle.remove()
 
 
-def context_flops(denoiser: UViTDenoiser, size: tuple[int, int] | None = None) -> int:
-    """FLOPs of projecting one context for one image, which the denoiser does once per refresh."""
-    height, width = _size(denoiser, size)
+def context_flops(denoiser: UViTDenoiser) -> int:
+    """FLOPs of projecting the context of one image; the denoiser does so once per refresh."""
+    height, width = denoiser.image_size
     total, side = 0, denoiser.config.patch_size
     for projection in cast(Iterable[nn.Conv2d], denoiser.context_proj):
         total += 2 * projection.in_channels * projection.out_channels * (height // side) * (width // side)
@@ -96,28 +89,24 @@ def image_flops(
     num_steps_alone: int = 0,
     guided: bool = False,
     encoder_denoises: bool = False,
-    size: tuple[int, int] | None = None,
 ) -> int:
     """FLOPs of generating one image: K heavy evaluations with their projections, N or N − K light ones.
 
-    For a plan that is more than these counts, or guidance at some steps only, there is [`plan_flops`].
+    [`plan_flops`] takes other plans, and guidance at some of the steps.
 
     Args:
-        denoiser: Network that runs at every step, or where the encoder does not.
+        denoiser: Network that runs at every step; with `encoder_denoises` not at refreshes.
         context_encoder: Network that runs K times; `None` for a single-rate model.
         num_inference_steps: N.
-        num_context_steps: K, from 1 to N with an encoder; without meaning for a single-rate model.
+        num_context_steps: K, from 1 to N; ignored for a single-rate model.
         num_steps_alone: Steps before the first refresh, which a pair takes without context.
         guided: Whether guidance evaluates both branches at every step, which doubles everything.
-        encoder_denoises: Whether the light network is spared at refreshes, as the pipeline's option of this name does.
-        size: Height and width; default: the denoiser's `sample_size`.
+        encoder_denoises: Whether the denoiser rests at refreshes, as with the pipeline's option of this name.
     """
     plan = RefreshPlan((False,) * num_inference_steps)
     if context_encoder is not None:
         plan = plan_refreshes(num_inference_steps, num_context_steps, num_steps_alone=num_steps_alone)
-    return plan_flops(
-        denoiser, context_encoder, plan, guided=[guided] * len(plan), encoder_denoises=encoder_denoises, size=size
-    )
+    return plan_flops(denoiser, context_encoder, plan, guided=[guided] * len(plan), encoder_denoises=encoder_denoises)
 
 
 def plan_flops(
@@ -127,25 +116,22 @@ def plan_flops(
     *,
     guided: Sequence[bool] | None = None,
     encoder_denoises: bool = False,
-    size: tuple[int, int] | None = None,
 ) -> int:
     """FLOPs of generating one image by a plan.
 
     Args:
-        denoiser: Network that runs at every step, or where the encoder does not.
+        denoiser: Network that runs at every step; with `encoder_denoises` not at refreshes.
         context_encoder: Network that runs at refreshes; `None` for a single-rate model.
         plan: Which steps refresh.
-        guided: Whether each step evaluates both branches; `None` for none. A refresh encodes both if a step that it serves
-            does.
+        guided: Whether each step evaluates both branches; `None` for none. A refresh encodes both branches if one of the
+            steps that it serves evaluates both.
         encoder_denoises: As for [`image_flops`].
-        size: Height and width; default: the denoiser's `sample_size`.
     """
-    size = _size(denoiser, size)
-    light = opening = network_flops(denoiser, size)
+    light = opening = network_flops(denoiser)
     heavy = 0
     if context_encoder is not None:
-        heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
-        opening = network_flops(denoiser, size, with_context=False)
+        heavy = network_flops(context_encoder) + context_flops(denoiser)
+        opening = network_flops(denoiser, with_context=False)
     return round(plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises))
 
 
@@ -158,13 +144,13 @@ def plan_cost(
     guided: Sequence[bool] | None = None,
     encoder_denoises: bool = False,
 ) -> float:
-    """What an image costs by a plan, in whatever unit the three kinds of evaluation are priced in.
+    """Cost of an image by a plan, in the unit of the costs of the three kinds of evaluation.
 
     Args:
         plan: Which steps refresh.
-        heavy: Price of the context encoder with the projection.
-        light: Price of the denoiser.
-        opening: Price of the denoiser before the first refresh, without context.
+        heavy: Cost of the context encoder with the projection.
+        light: Cost of the denoiser.
+        opening: Cost of the denoiser before the first refresh, without context.
         guided: As for [`plan_flops`].
         encoder_denoises: As for [`image_flops`].
     """
@@ -179,56 +165,46 @@ def plan_cost(
 
 
 def target_flops(
-    denoiser: UViTDenoiser,
-    context_encoder: UViTContextEncoder | None = None,
-    *,
-    context_dropout: float = 0.0,
-    size: tuple[int, int] | None = None,
+    denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None = None, *, context_dropout: float = 0.0
 ) -> float:
-    """FLOPs of a forward pass in training for each denoising target, a noisy image at one t; a whole step is thrice that.
+    """FLOPs of the forward passes in training for each denoising target, a noisy image at one t.
 
-    Rows that see no context, a share p, spare the encoder and run the context-free branch, whose cost is F, so it is
+    Rows without context, a share p, spare the encoder and run the context-free branch, which costs F:
     p F + (1 − p)(L + H + projection).
 
     Args:
         denoiser: The network that sees every target.
         context_encoder: The network that makes the contexts; `None` for a single-rate model.
         context_dropout: Share p of the rows of a batch that see no context.
-        size: Height and width; default: the denoiser's `sample_size`.
     """
-    size = _size(denoiser, size)
-    light = network_flops(denoiser, size)
+    light = network_flops(denoiser)
     if context_encoder is None:
         return light
-    heavy = network_flops(context_encoder, size) + context_flops(denoiser, size)
-    free = network_flops(denoiser, size, with_context=False)
+    free = network_flops(denoiser, with_context=False)
+    heavy = network_flops(context_encoder) + context_flops(denoiser)
     return context_dropout * free + (1 - context_dropout) * (light + heavy)
 
 
 def training_image_flops(
-    denoiser: UViTDenoiser,
-    context_encoder: UViTContextEncoder | None = None,
-    *,
-    context_dropout: float = 0.0,
-    frozen: bool = False,
-    followed: bool = False,
+    denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None, recipe: SingleRateRecipe
 ) -> float:
-    """FLOPs of training for each denoising target, forwards and backwards, a backward pass being two forward ones.
+    """FLOPs of training for each denoising target, forwards and backwards. A backward pass costs two forward ones.
+
+    A frozen encoder learns only what it hands over, so it runs forwards only. One that is followed runs once more, at t.
 
     Args:
         denoiser: The network that sees every target.
         context_encoder: The network that makes the contexts; `None` for a single-rate model.
-        context_dropout: Share p of the rows of a batch that see no context.
-        frozen: Whether the encoder learns nothing but what it hands over, so that it runs forwards only.
-        followed: Whether the denoiser learns what the encoder predicts at t, for which it runs once more.
+        recipe: How they are trained.
     """
-    total = 3 * target_flops(denoiser, context_encoder, context_dropout=context_dropout)
-    if frozen:
-        assert context_encoder is not None  # it is the encoder that is frozen
-        total -= (1 - context_dropout) * (2 * network_flops(context_encoder) + context_flops(denoiser))
-    if followed:
-        assert context_encoder is not None  # it is the encoder that is followed
-        total += (1 - context_dropout) * (network_flops(context_encoder) + context_flops(denoiser))
+    paired = 1 - recipe.share_without_context
+    total = 3 * target_flops(denoiser, context_encoder, context_dropout=recipe.share_without_context)
+    if isinstance(recipe, PairRecipe):
+        assert context_encoder is not None  # it is a pair that has this recipe
+        if recipe.is_frozen:
+            total -= paired * (2 * network_flops(context_encoder) + context_flops(denoiser))
+        if recipe.follow_encoder:
+            total += paired * (network_flops(context_encoder) + context_flops(denoiser))
     return total
 
 
@@ -240,8 +216,8 @@ def distillation_image_flops(
 ) -> dict[str, int]:
     """FLOPs for each image of a batch in every phase of a distillation.
 
-    R: rollout without gradient. P: the student's prediction. T: cost of the teacher, which runs G times, and of the
-    auxiliary of its shape. Auxiliary step: R + P + (G + 3) T. Student step: R + 3 P + (G + 1) T.
+    R: rollout without gradient. P: the student's prediction. T: one evaluation of the teacher, which runs G times, or of
+    the auxiliary, which has its shape. Auxiliary step: R + P + (G + 3) T. Student step: R + 3 P + (G + 1) T.
 
     Args:
         denoiser: The student's.
@@ -262,7 +238,7 @@ def distillation_image_flops(
     predict = light + encode + project
 
     def mean(behind: int, before: int) -> int:
-        """Of a row behind the first refresh and one before it, as often as they are drawn."""
+        """Mean of the costs of a row behind the first refresh and of one before it, as often as each is drawn."""
         return ((n - alone) * behind + alone * before) // n
 
     judged = 2 if recipe.guidance_scale > 1 and teacher.config.num_classes else 1
@@ -276,10 +252,10 @@ def distillation_image_flops(
 def training_flops(
     pipe: DualRatePipeline, recipe: Recipe, images_seen: int, teacher: DualRatePipeline | None = None
 ) -> int | None:
-    """FLOPs of a model's own training, without those of what it started from; `None` where they are not known.
+    """FLOPs of a model's own training, without that of the model it started from. `None` for a student without teacher.
 
-    They are those of the networks, a backward pass being two forward ones, one for the weights and one for what the network
-    was given; at a frozen network it stops. Losses, checks and the optimiser are left out.
+    Only the networks count; losses, checks and the optimiser are left out. A backward pass costs two forward ones: one for
+    the weights, one for what the network was given. It stops at a frozen network.
 
     Args:
         pipe: The model.
@@ -287,22 +263,22 @@ def training_flops(
         images_seen: Images that it was trained on.
         teacher: Pipeline of the teacher, for a student.
     """
-    if not isinstance(recipe, DistillationRecipe):
-        return round(training_image_flops(pipe.denoiser, pipe.context_encoder, **recipe.encoder_costs) * images_seen)
+    if isinstance(recipe, SingleRateRecipe):
+        return round(training_image_flops(pipe.denoiser, pipe.context_encoder, recipe) * images_seen)
+    assert isinstance(recipe, DistillationRecipe)
     if teacher is None:
         return None
     each = distillation_image_flops(pipe.denoiser, pipe.context_encoder, teacher.denoiser, recipe)
     return sum(each[phase] * count for phase, count in recipe.images_by_phase.items())
 
 
-def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser, size: tuple[int, int] | None = None) -> int:
+def block_multiply_adds(network: UViTContextEncoder | UViTDenoiser) -> int:
     """Multiply-adds of the main blocks in one evaluation for one image: the paper's unit.
 
     Args:
         network: Either network.
-        size: Height and width; default: its `sample_size`.
     """
-    config, (height, width) = network.config, _size(network, size)
+    config, (height, width) = network.config, network.image_size
 
     def stage_cost(stage: nn.Module, level: int) -> int:
         assert isinstance(stage, UViTStage)

@@ -1,26 +1,31 @@
 """What a pipeline and its calls are given, checked as a whole before anything is computed."""
 
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import cast
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .guidance import Guidance, GuidedRun
+from .chain import Chain
+from .defaults import SamplingDefaults, check_id2label, check_interval
+from .guidance import Guidance
+from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
-from .ranges import check_boolean, check_choice, check_integer, check_number
-from .refreshes import RefreshPlan, plan_refreshes
-from .scheduler import DualRateScheduler, start_run
+from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
+from .scheduler import DualRateScheduler
+from .steps import ChainSteps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Beyond this factor of the trained size the networks have seen nothing like the image.
 _FAR = 2
+_MOST_VALUES = 2**31 - 1  # of the images of a call: a tensor's 32-bit index counts no more
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,18 @@ def check_inputs(
         if batch_size not in (None, len(ids)):
             raise ValueError(f"batch_size is {batch_size!r}, but there are {len(ids)} class_labels.")
     each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-    if ids is None:
-        batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
-    else:
-        ids = [label for label in ids for _ in range(each)]
+    if ids is not None:
         batch_size = len(ids)
+    batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
     shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width))
+    most = _MOST_VALUES // math.prod(shape[1:])
+    if batch_size > most:
+        raise ValueError(
+            f"A call draws at most {most} images of {shape[2]}x{shape[3]}, got {batch_size} from batch_size or "
+            f"class_labels and num_images_per_prompt={each}."
+        )
+    if ids is not None:
+        ids = [label for label in ids for _ in range(each)]
     _check_generator(generator, batch_size)
     _check_latents(latents, shape)
     guidance = _check_guidance(guidance_scale, guidance_interval, ids)
@@ -112,12 +123,10 @@ def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping
 
 
 def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None) -> tuple[int, int]:
-    config = denoiser.config
-    trained = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    stride = config.patch_size * 2 ** (len(config.level_channels) - 1)
-    height = trained[0] if height is None else check_integer("height", height)
-    width = trained[1] if width is None else check_integer("width", width)
-    if height < 1 or width < 1 or height % stride or width % stride:
+    trained, stride = denoiser.image_size, denoiser.stride
+    height = trained[0] if height is None else check_integer("height", height, 1, LONGEST_SIDE)
+    width = trained[1] if width is None else check_integer("width", width, 1, LONGEST_SIDE)
+    if height % stride or width % stride:
         raise ValueError(f"height and width must be divisible by {stride}, got {height} and {width}.")
     ratios = [side / other for side, other in zip((height, width), trained, strict=True)]
     if max(ratios) > _FAR or min(ratios) < 1 / _FAR:
@@ -160,62 +169,64 @@ def _check_guidance(scale: float, interval: tuple[float, float] | None, class_la
     return Guidance(scale) if interval is None else Guidance(scale, (interval[0], interval[1]))
 
 
-def check_interval(interval: tuple[float, float] | None) -> None:
-    """Check the noise levels at which guidance acts; `None` for all."""
-    if interval is None:
-        return
-    fits = (
-        isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(end, Real) for end in interval)
-    )
-    if not (fits and interval[0] <= interval[1]):  # nan compares false; infinity leaves an end open
-        raise ValueError(f"guidance_interval must be (low, high) in log-SNR, got {interval}.")
-
-
 def check_delivery(
-    output_type: str, callback: Callable | None, tensor_inputs: Sequence[str], known: Sequence[str]
-) -> None:
-    """Check the arguments of a call that say how it hands out what it draws."""
+    output_type: str, callback: Callable | None, tensor_inputs: Sequence[str] | None, known: Sequence[str]
+) -> Sequence[str]:
+    """Check the arguments of a call that say how it hands out what it draws; returns what the callback is given."""
     check_choice("output_type", output_type, OUTPUT_TYPES)
     if not (callback is None or callable(callback)):
         raise ValueError(f"callback_on_step_end must be a function, got {callback!r}.")
-    listed = isinstance(tensor_inputs, (list, tuple)) and all(isinstance(name, str) for name in tensor_inputs)
-    if not (listed and set(tensor_inputs) <= set(known)):
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        tensor_inputs = callback.tensor_inputs
+    names = tensor_inputs or ()
+    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not (listed and set(names) <= set(known)):
         raise ValueError(f"Callbacks may ask for a list of {list(known)}, got {tensor_inputs!r}.")
+    return names
 
 
 def check_components(
     denoiser: UViTDenoiser, scheduler: SchedulerMixin, context_encoder: UViTContextEncoder | None
 ) -> None:
     """Check that a pipeline is made of the right parts and that its two networks fit each other."""
-    _check_class("denoiser", denoiser, UViTDenoiser)
+    _check_class("denoiser", denoiser, UViTDenoiser, HostNetwork)
     _check_class("scheduler", scheduler, SchedulerMixin)
     expected = denoiser.config.context_channels
     if context_encoder is None:
         return
-    _check_class("context_encoder", context_encoder, UViTContextEncoder)
-    for name in ("in_channels", "patch_size", "num_classes", "prediction_hand_over"):
+    _check_class("context_encoder", context_encoder, UViTContextEncoder, HostNetwork)
+    shared = ["in_channels", "num_classes", "prediction_hand_over"]
+    for name in shared if isinstance(context_encoder, HostNetwork) else [*shared, "patch_size"]:
         theirs, ours = context_encoder.config[name], denoiser.config[name]
         if theirs != ours:
             raise ValueError(f"The pair does not fit: {name} is {theirs} in the encoder and {ours} in the denoiser.")
-    widths = tuple(context_encoder.config.context_channels or context_encoder.config.level_channels)
+    widths = context_encoder.context_channels
     if expected is None or tuple(expected) != widths:
         raise ValueError(
             f"The pair does not fit: the encoder hands out context of widths {widths}, "
             f"the denoiser takes {expected if expected is None else tuple(expected)}."
         )
+    if isinstance(context_encoder, HostNetwork):
+        sides = [denoiser.config.patch_size * 2**level for level in range(len(widths))]
+        ours = [tuple(length // side for length in denoiser.image_size) for side in sides]
+        theirs = [shape[1:] for shape in context_encoder.context_shapes]
+        if theirs != ours:
+            raise ValueError(
+                f"The pair does not fit: the encoder's maps are of sizes {theirs}, the denoiser's of {ours}."
+            )
 
 
-def _check_class(name: str, part: object, cls: type) -> None:
+def _check_class(name: str, part: object, *classes: type) -> None:
     # `torch.compile` wraps a network.
-    if not isinstance(getattr(part, "_orig_mod", part), cls):
-        raise ValueError(f"{name} must be a {cls.__name__}, got {'None' if part is None else type(part).__name__}.")
+    if not isinstance(getattr(part, "_orig_mod", part), classes):
+        expected = " or a ".join(cls.__name__ for cls in classes)
+        raise ValueError(f"{name} must be a {expected}, got {'None' if part is None else type(part).__name__}.")
 
 
 def check_encoder_denoises(
     encoder_denoises: bool, context_encoder: UViTContextEncoder | None, denoiser: UViTDenoiser
 ) -> None:
     """Check that there is a prediction to take where the encoder is to denoise."""
-    check_boolean("encoder_denoises", encoder_denoises)
     if encoder_denoises and (context_encoder is None or not denoiser.config.prediction_hand_over):
         raise ValueError(
             "encoder_denoises=True needs a context_encoder that hands over its prediction; without one, load the model "
@@ -223,148 +234,76 @@ def check_encoder_denoises(
         )
 
 
-def check_default_refreshes(defaults: Mapping, context_encoder: UViTContextEncoder | None) -> None:
-    """Check what a pipeline says of its refreshes beside K, which without an encoder has no effect."""
-    context_from, steps = defaults["context_from"], defaults["refresh_steps"]
-    context_free = check_boolean("context_free", defaults["context_free"])
-    if context_from is not None:
-        check_number("context_from", context_from, above=0, most=1)
-    plan = None if steps is None else plan_refreshes(defaults["num_inference_steps"], refresh_steps=steps)
-    if context_encoder is not None:
-        check_late(context_from is not None and context_from < 1, context_free, f"context_from={context_from}")
-        check_late(plan is not None and plan.num_steps_alone > 0, context_free, f"refresh_steps={steps}")
-
-
-def check_id2label(id2label: Mapping[int | str, str] | None, num_classes: int | None) -> dict[int, str]:
-    """Names of classes by number, in the order of the numbers; JSON, which knows only strings as keys, mixes it up."""
-    if not isinstance(id2label or {}, Mapping):
-        raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
-    names: dict[int, str] = {}
-    for key, name in (id2label or {}).items():
-        number = int(key) if isinstance(key, str) and key.isdecimal() else cast(int, key)
-        check_integer("each class of id2label", number)
-        if not isinstance(name, str):
-            raise ValueError(f"id2label must map numbers of classes to their names, got {name!r} for class {key}.")
-        names[number] = name
-    if any(not 0 <= number < (num_classes or 0) for number in names):
-        raise ValueError(f"id2label names classes outside 0..{(num_classes or 0) - 1}: {sorted(names)}.")
-    return dict(sorted(names.items()))
-
-
-def plan_run(
-    scheduler: SchedulerMixin,
-    context_encoder: UViTContextEncoder | None,
-    defaults: Mapping,
-    device: str | torch.device | None,
-    steps: tuple[int | None, int | None, Sequence[int] | None, Sequence[float] | None],
-) -> tuple[SchedulerMixin, RefreshPlan, Tensor]:
-    """Set the steps of a run, from the arguments of [`make_run`]: its scheduler, its plan and each step's log-SNR [N].
-
-    A single-rate model has a plan without refreshes.
-
-    Raises:
-        ValueError: If there is no such run, or it begins without context and the pair never learned to.
-    """
-    n, k, refresh_steps, timesteps = steps
-    if n is None and timesteps is None:
-        n = defaults["num_inference_steps"]
-    if k is None and refresh_steps is None and timesteps is None and n == defaults["num_inference_steps"]:
-        refresh_steps = defaults["refresh_steps"]
-    scheduler, plan, log_snrs = start_run(
-        scheduler,
-        device,
-        num_inference_steps=n,
-        timesteps=timesteps,
-        num_context_steps=k,
-        refresh_steps=refresh_steps,
-        context_from=None if context_encoder is None else defaults["context_from"],
-        most_context_steps=defaults["num_context_steps"],
+def describe_unsaid(
+    defaults: SamplingDefaults, given: dict, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None
+) -> str:
+    """What nobody told a pipeline of its use, and the defaults that it takes instead."""
+    used = {"num_context_steps": context_encoder is not None, "guidance_scale": denoiser.config.num_classes}
+    unsaid = ["num_inference_steps", *(name for name, has_use in used.items() if has_use and name not in given)]
+    values = ", ".join(f"{name}={getattr(defaults, name)}" for name in unsaid)
+    return (
+        f"Nothing says how this model is sampled, so it takes {values}. Give them as arguments, or load the whole model by "
+        "from_pretrained."
     )
-    if context_encoder is None:
-        return scheduler, RefreshPlan((False,) * len(plan)), log_snrs
-    named = (
-        f"refresh_steps={refresh_steps}" if refresh_steps is not None else f"context_from={defaults['context_from']}"
-    )
-    check_late(plan.num_steps_alone > 0, defaults["context_free"], named)
-    return scheduler, plan, log_snrs
 
 
-def check_late(is_late: bool, context_free: bool, what: str) -> None:
-    """Refuse contexts that begin late for a pair that never learned to go without."""
-    if is_late and not context_free:
-        raise ValueError(
-            f"{what} leaves the steps before it without context, which this pair never learned (context_free=False): "
-            "refresh at step 0, or train with context_from or context_dropout."
-        )
+def check_images(images: Tensor, output_type: str) -> None:
+    """Say when images are not finite, where they leave the device anyway: a call never waits for it."""
+    if output_type in ("pil", "np") and not images.isfinite().all():
+        warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=4)
 
 
-def make_run(
+def make_chain(
     denoiser: UViTDenoiser,
-    scheduler: SchedulerMixin,
     context_encoder: UViTContextEncoder | None,
-    defaults: Mapping,
+    steps: ChainSteps,
+    defaults: SamplingDefaults,
     device: str | torch.device,
     *,
-    steps: tuple[int | None, int | None, Sequence[int] | None, Sequence[float] | None],
     class_labels: int | str | Sequence[int | str] | Tensor | None,
     guidance_scale: float | None,
     guidance_interval: tuple[float, float] | None,
     generator: torch.Generator | list[torch.Generator] | None,
     **options,
-) -> tuple[GuidedRun, Tensor]:
-    """Check what a call is given, and make its run and the noise that it starts from.
+) -> tuple[Chain, Tensor]:
+    """Check what a call asks for, and make its chain and the noise that it starts from.
 
     Args:
         denoiser: The light network.
-        scheduler: Stays as it is: the run gets a copy.
         context_encoder: The heavy network; `None` for a single-rate model.
-        defaults: What the model says where the call does not, by the names of the pipeline's configuration.
+        steps: The steps of the chain, from [`plan_steps`].
+        defaults: What the model says where the call does not.
         device: Where the networks compute.
-        steps: N, K, `refresh_steps` and `timesteps` as the call gives them.
         class_labels: As the call gives them.
         guidance_scale: As the call gives it.
         guidance_interval: As the call gives it.
         generator: As the call gives it.
         options: The other arguments of [`check_inputs`].
     """
-    if guidance_scale is None:  # without classes there is nothing to guide towards
-        guidance_scale = 1.0 if class_labels is None else defaults["guidance_scale"]
-    if guidance_interval is None:
-        guidance_interval = defaults["guidance_interval"]
-    id2label = check_id2label(defaults["id2label"], denoiser.config.num_classes)
+    scale, interval = defaults.choose_guidance(guidance_scale, guidance_interval, class_labels is not None)
     inputs = check_inputs(
         denoiser,
-        id2label,
+        check_id2label(defaults.id2label, denoiser.config.num_classes),
         class_labels=class_labels,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
+        guidance_scale=scale,
+        guidance_interval=interval,
         generator=generator,
         **options,
     )
-    check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
-    scheduler, plan, log_snrs = plan_run(scheduler, context_encoder, defaults, device, steps)
-    if context_encoder is not None and not isinstance(scheduler, DualRateScheduler):
+    check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
+    if context_encoder is not None and not isinstance(steps.scheduler, DualRateScheduler):
         warnings.warn(
-            f"{type(scheduler).__name__} samples off the Markov law: pairs that learned to follow their encoder know its "
-            "steps, others may do better with DualRateScheduler.",
+            f"{type(steps.scheduler).__name__} takes other steps than those the pair was trained for, unless it learned to "
+            "follow its encoder (--follow_encoder): compare the images with those of DualRateScheduler.",
             stacklevel=4,
         )
     labels = None if inputs.class_labels is None else torch.tensor(inputs.class_labels, device=device)
     noise = inputs.latents
     if noise is None:
         noise = randn_tensor(inputs.shape, generator, torch.device(device), torch.float32)
-    # The chain stays in float32 whatever the networks compute in.
-    noise = noise.to(device, torch.float32) * scheduler.init_noise_sigma
-    run = GuidedRun(
-        denoiser,
-        context_encoder,
-        scheduler,
-        plan,
-        log_snrs,
-        labels,
-        inputs.guidance,
-        generator,
-        defaults["encoder_denoises"],
-        device,
+    # The images stay in float32 whatever the networks compute in.
+    noise = noise.to(device, torch.float32) * steps.scheduler.init_noise_sigma
+    chain = Chain(
+        denoiser, context_encoder, steps, labels, inputs.guidance, generator, defaults.encoder_denoises, device
     )
-    return run, noise
+    return chain, noise

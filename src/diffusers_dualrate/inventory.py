@@ -1,4 +1,4 @@
-"""What a run learns from, for its records: in words, and as a fingerprint that knows it again under another path."""
+"""What a set of images holds: its classes, a description in words, and a fingerprint that no path enters."""
 
 import hashlib
 import json
@@ -48,12 +48,76 @@ class ImageSet(Images, Protocol):
     def corrupt(self) -> list[str]: ...
 
 
+def check_num_classes(num_classes: int | None, label_column: str | None) -> None:
+    """Raise a `ValueError` if a number of classes is none, or there is no column of them."""
+    if num_classes is None:
+        return
+    if type(num_classes) is not int or num_classes < 1:
+        raise ValueError(f"`num_classes` is {num_classes!r}, but must be a positive integer.")
+    if label_column is None:
+        raise ValueError(f"`num_classes` is {num_classes}, but no `label_column` says which image is of which class.")
+
+
+def read_labels(
+    dataset: "Dataset", label_column: str | None, num_classes: int | None
+) -> tuple[np.ndarray | None, dict[int, str] | None]:
+    """The number of each row's class, int64 [N], and the names of the classes; `None` twice without a column.
+
+    Raises:
+        ValueError: If a row has no class or one that cannot be; the row is named.
+    """
+    if label_column is None:
+        return None, None
+    values = dataset.with_format(None).select_columns(label_column)[:][label_column]
+    feature = dataset.features[label_column]
+    if num_classes is not None or hasattr(feature, "names"):
+        id2label = name_classes(feature, label_column, num_classes)
+        for row, value in enumerate(values):
+            check_label(value, id2label, label_column, row)
+        return np.array(values, dtype=np.int64), id2label
+    if {type(value) for value in values} - {type(None)} not in ({int}, {str}):
+        raise ValueError(f"The column {label_column!r} of {feature} must hold one integer or one string a row.")
+    for row, value in enumerate(values):
+        if value in (None, -1, ""):
+            raise ValueError(f"The row {row} has no class in the column {label_column!r}: its label is {value!r}.")
+        if isinstance(value, int) and value < 0:
+            raise ValueError(
+                f"The row {row} has the label {value} in the column {label_column!r}, but none is negative."
+            )
+    names = sorted(set(values))
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[value] for value in values], dtype=np.int64), dict(enumerate(map(str, names)))
+
+
+def name_classes(feature: object, label_column: str, num_classes: int | None) -> dict[int, str]:
+    """Name of each class: those of a `ClassLabel`, else the numbers up to `num_classes`.
+
+    Raises:
+        ValueError: If the column alone does not tell the classes and no number is given.
+    """
+    names = getattr(feature, "names", [])
+    if num_classes is None and not names:
+        raise ValueError(f"The column {label_column!r} of {feature} names no classes: give their number.")
+    return {i: names[i] if i < len(names) else str(i) for i in range(num_classes or len(names))}
+
+
+def check_label(value: int | None, id2label: dict[int, str], label_column: str, row: int) -> None:
+    """Raise a `ValueError` if a row has no class, or one outside of those there are."""
+    if value is None or value == -1:  # so the Hub marks rows without a label
+        raise ValueError(f"The row {row} has no class in the column {label_column!r}.")
+    if type(value) is not int or not 0 <= value < len(id2label):
+        raise ValueError(
+            f"The row {row} has the label {value!r} in the column {label_column!r}, outside of the "
+            f"{len(id2label)} classes."
+        )
+
+
 def fingerprint_rows(
     files: "Dataset", column: str, labels: np.ndarray | None, id2label: dict[int, str] | None
 ) -> dict[str, list[str] | int | str | None]:
-    """Names of the `classes`, number of `images`, and a hash of their `rows`; no path and no time enters.
+    """Names of the `classes`, number of `images`, and a hash of their `rows`. No path and no time enters.
 
-    The hash is of all labels, of names and sizes of all files, and of the content of 256 rows, evenly spread.
+    The hash takes all labels, the names and sizes of all files, and the content of 256 rows, evenly spread.
 
     Args:
         files: The rows, undecoded.
@@ -72,7 +136,7 @@ def fingerprint_rows(
 
 
 def fingerprint_first_rows(rows: Iterable[tuple], id2label: dict[int, str] | None) -> dict:
-    """The same of a stream, as far as it is known: no number of images, and a hash of the first rows alone.
+    """The same of a stream: the number of images is not known, and the hash is of the first rows alone.
 
     Args:
         rows: For each row the undecoded image and, if there are any, the label.
@@ -100,15 +164,15 @@ def _hash_content(file: dict | None) -> bytes:
     return hashlib.sha256(content or b"").digest()
 
 
-def _describe_file(path):
-    """Name and size of a local file, without its folder; of others the name."""
+def _describe_file(path: str | None) -> list[str | int | None]:
+    """Name of a file without its folder, and its size if it is local."""
     local = local_path(path)
     size = os.stat(local).st_size if local is not None and os.path.isfile(local) else None
     return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
 
 
 def describe_images(images: Images) -> str:
-    """In a few lines, what a run learns from: images, classes with their counts, and what is left out and why.
+    """Describe a set of images in a few lines: images, classes with their counts, what is left out and why.
 
     Args:
         images: `LabelledImages`, `StreamedImages`, or a data set with the same attributes.

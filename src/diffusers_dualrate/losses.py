@@ -1,9 +1,11 @@
 """Drawing (t, τ, ε) and the denoising loss, as functions of tensors and callables.
 
-The loss is the weighted bound of SiD2 (arXiv 2410.19324), ½ E_t[ −dλ/dt · e^{λ_t} w(λ_t) ‖x − x̂‖² ] with the sigmoid
-weight w(λ) = sigmoid(b − λ) on ε, written for networks that predict v: ‖x − x̂‖² = σ² ‖v − v̂‖². A denoiser with context
-also sees features of z_τ, τ ≥ t, and z_τ must lie on one trajectory with z_t: noising x a second time would leak
-information that sampling never has. Beyond the paper, a pair may also learn from a trained encoder's own predictions.
+The loss is the weighted bound of SiD2 (arXiv 2410.19324): ½ E_t[ −dλ/dt · e^{λ_t} w(λ_t) ‖x − x̂‖² ]. Its weight on ε is
+w(λ) = sigmoid(b − λ). Our networks predict v, and ‖x − x̂‖² = σ² ‖v − v̂‖².
+
+A denoiser with context also sees features of z_τ, τ ≥ t. Both z_t and z_τ lie on one trajectory. Noising x a second time
+would tell the denoiser more of x than sampling ever does. Beyond the paper, a pair may also learn from the predictions
+of a trained encoder.
 """
 
 import hashlib
@@ -18,20 +20,66 @@ from . import diffusion
 
 LogSNR = Callable[[Tensor], Tensor]
 Denoise = Callable[[Tensor, Tensor, Tensor | None, object, Tensor | None], Tensor]
-Encode = Callable[[Tensor, Tensor, Tensor | None], object]
+"""(z_t, λ_t, labels, context, λ_τ) → v̂; context and λ_τ are `None` in the context-free branch."""
+Encode = Callable[[Tensor, Tensor, Tensor | None], tuple[object, Tensor | None]]
+"""(z_τ, λ_τ, labels) → the context, and the encoder's own prediction x̂, or `None` if it makes none."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise schedule that a loss is taken over.
+    """The noise levels that a loss is taken over, and how much each counts.
 
     Args:
         log_snr: t [B] → λ_t.
         log_snr_rate: t [B] → −dλ/dt, positive: the density of noise levels.
+        bias: b of the sigmoid weight. Noise levels well above b in log-SNR count for less.
     """
 
     log_snr: LogSNR
     log_snr_rate: LogSNR
+    bias: float = 0.0
+
+    def weight(self, log_snr: Tensor, t: Tensor) -> Tensor:
+        """Weight of ‖v − v̂‖² at times t [B], whose log-SNR is given."""
+        return sigmoid_weight(log_snr, self.log_snr_rate(t), self.bias)
+
+
+@dataclass(frozen=True)
+class ContextTimes:
+    """Which rows of a batch see a context, and how old it is.
+
+    Args:
+        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly (repeat a
+            value to draw it more often); its context is then up to that old. 0 is a fresh context.
+        context_from: Time c of the first context; 1 is the noisy end.
+        num_above: Number of leading rows whose times lie above c.
+        num_without: Number of leading rows that see no context. It includes the rows above c.
+    """
+
+    context_ages: Sequence[float] = (1.0,)
+    context_from: float = 1.0
+    num_above: int = 0
+    num_without: int = 0
+
+    def __post_init__(self):
+        assert 0 <= self.num_above <= self.num_without
+
+
+@dataclass(frozen=True)
+class FollowingTimes(ContextTimes):
+    """The same for a denoiser that follows its encoder, and how a row's z_t comes from its z_τ.
+
+    Args:
+        num_even_in_log_snr: Number of leading rows whose lag is uniform in log-SNR instead of time, like the steps of some
+            solvers. It includes the rows without context, which have no lag.
+        num_deterministic: Number of leading rows whose z_t is a DDIM step from z_τ. It includes those of both other kinds.
+    """
+
+    num_even_in_log_snr: int = 0
+    num_deterministic: int = 0
+
+    def __post_init__(self):
+        assert 0 <= self.num_above == self.num_without <= self.num_even_in_log_snr <= self.num_deterministic
 
 
 @dataclass(frozen=True)
@@ -39,7 +87,7 @@ class Draws:
     """All randomness of one training step.
 
     Args:
-        uniforms: Numbers in [0, 1) [B, 4] that become t, the window, the lag of τ and the dropping of the label.
+        uniforms: Numbers in [0, 1) [B, 4] that become t, the largest age, the lag of τ and the dropping of the label.
         eps: Standard normal noise of z_t [B, C, H, W].
         eps_tau: Standard normal noise of the transition from z_t to z_τ [B, C, H, W].
     """
@@ -50,20 +98,20 @@ class Draws:
 
 
 def seed_of(*numbers: int) -> int:
-    """Seed for a random generator, an independent one for each tuple of integers (a hash, the same everywhere)."""
+    """Seed for a random generator: a hash of the numbers, the same on every machine."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> Draws:
-    """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
+    """Draw the randomness of some rows of a global batch. Each row depends on (seed, step, row) alone.
 
     Args:
         seed: Seed of the run.
         step: Training step.
         rows: Row numbers in the global batch.
         shape: Shape [C, H, W] of one image.
-        device: Where the result goes; the drawing itself is on the CPU, so that devices agree.
+        device: Where the result goes. Drawing itself is on the CPU, so that devices agree.
     """
     generator = torch.Generator()
     uniforms, noise = torch.empty(len(rows), 4), torch.empty(len(rows), 2, *shape)
@@ -76,39 +124,34 @@ def draw(seed: int, step: int, rows: Sequence[int], shape: Sequence[int], device
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """Values of the rows [B] in the shape [B, 1, ...] that broadcasts against `like`."""
+    """Reshape values [B] of the rows to [B, 1, ...], which broadcasts against `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def lags(uniforms: Tensor, context_ages: Sequence[float]) -> Tensor:
-    """Lags U(0, a) [B], a being one of `context_ages`, of the numbers in [0, 1) that `window_times` takes."""
+    """Lags U(0, a) [B] of the numbers that [`window_times`] takes; a is one of `context_ages`."""
     _, which, lag = uniforms.unbind(1)
     return lag * torch.tensor(context_ages, device=lag.device)[(which * len(context_ages)).long()]
 
 
-def window_times(
-    uniforms: Tensor, context_ages: Sequence[float], *, context_from: float = 1.0, without: int = 0
-) -> tuple[Tensor, Tensor]:
+def window_times(uniforms: Tensor, contexts: ContextTimes) -> tuple[Tensor, Tensor]:
     """Times (t, τ) of a noisy image and of the older one that its context comes from.
 
-    t is uniform on [0, 1], the largest age a one of `context_ages`, and τ = min(1, t + U(0, a)). With a = 1/K these are
-    the times of sampling with K refreshes on a uniform grid whose offset is random. Near t = 1 the two differ: a
-    sampler's first segment always sees τ = 1, here the lag is drawn as elsewhere.
+    The largest age a is one of `context_ages`, and τ = min(c, t + U(0, a)). A sampler with K refreshes on a uniform grid
+    meets these times if a = 1/K, c = 1 and the grid's offset is random. Near t = 1 the two differ: a sampler's first
+    segment always sees τ = 1.
 
-    Contexts may begin late, at time c = `context_from`. Then t is uniform on [c, 1] in the first rows, which see no
-    context. It is uniform on [0, c] in the others, with τ at most c.
+    In the first `num_above` rows t is uniform on [c, 1], and τ at most 1. In the others t is uniform on [0, c].
 
     Args:
         uniforms: Numbers in [0, 1) [B, 3] for t, a and the lag.
-        context_ages: The ages that a is drawn from, in shares of the chain; 0 makes τ = t.
-        context_from: c, the time of the first context.
-        without: Number of rows, the first, whose t lies above c.
+        contexts: The ages, c and the number of rows above it.
     """
-    u = uniforms[:, 0]
-    is_above = torch.arange(len(u), device=u.device) < without
-    t = torch.where(is_above, context_from + (1 - context_from) * u, context_from * u)
-    latest = torch.where(is_above, torch.ones_like(u), torch.full_like(u, context_from))
-    return t, torch.minimum(t + lags(uniforms, context_ages), latest)
+    u, first = uniforms[:, 0], contexts.context_from
+    is_above = torch.arange(len(u), device=u.device) < contexts.num_above
+    t = torch.where(is_above, first + (1 - first) * u, first * u)
+    latest = torch.where(is_above, torch.ones_like(u), torch.full_like(u, first))
+    return t, torch.minimum(t + lags(uniforms, contexts.context_ages), latest)
 
 
 def coupled_pair(
@@ -146,7 +189,7 @@ class DenoisingLoss:
 
     Args:
         loss: Weighted loss to minimise, a scalar.
-        v_loss: Mean of (v − v̂)² of each image [B], detached, v being the image's velocity or the encoder's.
+        v_loss: Mean of (v − v̂)² of each image [B], detached. v is the velocity of the image, or the encoder's.
     """
 
     loss: Tensor
@@ -154,7 +197,7 @@ class DenoisingLoss:
 
 
 def drop_labels(class_labels: Tensor | None, draws: Draws, rate: float, null_label: int | None) -> Tensor | None:
-    """Turn each label into `null_label`, which stands for no class, with probability `rate`; without classes, `None`."""
+    """Replace each label by `null_label`, which stands for no class, with probability `rate`."""
     if class_labels is None or null_label is None:
         return class_labels
     return torch.where(draws.uniforms[:, 3] < rate, null_label, class_labels)
@@ -162,6 +205,10 @@ def drop_labels(class_labels: Tensor | None, draws: Draws, rate: float, null_lab
 
 def _v_loss(denoised: Tensor, v: Tensor) -> Tensor:
     return (denoised.float() - v).square().flatten(1).mean(1)
+
+
+def _of(class_labels: Tensor | None, rows: slice) -> Tensor | None:
+    return None if class_labels is None else class_labels[rows]
 
 
 def denoising_loss(
@@ -172,61 +219,47 @@ def denoising_loss(
     draws: Draws,
     *,
     schedule: Schedule,
-    bias: float,
-    context_ages: Sequence[float] = (1.0,),
-    context_from: float = 1.0,
-    late: float = 0.0,
-    context_dropout: float = 0.0,
-    encoder_prediction: Callable[[object], Tensor | None] | None = None,
+    contexts: ContextTimes = ContextTimes(),  # noqa: B008 (it is frozen)
 ) -> DenoisingLoss:
     """Weighted bound for a denoiser, jointly with its context encoder.
 
-    The batch is split: its first round(p B) rows see no context, and the encoder runs on the others only. Where p B is
-    whole, that equals in expectation dropping each row's context with probability p, and the dropped rows cost nothing
-    heavy. Contexts that begin late are such a split, too: the first of those rows are the ones noisier than `context_from`.
+    The first `num_without` rows see no context, and the encoder runs on the others only. In expectation that equals
+    dropping the context of each row with probability `num_without` / B, and it spares the encoder's work.
+
+    An encoder that makes a prediction of its own also learns from its own denoising loss, beside the joint one.
 
     Args:
-        denoise: (z_t, λ_t, labels, context, λ_τ) → v̂, context and λ_τ being `None` in the context-free part.
-        encode: (z_τ, λ_τ, labels) → context; `None` for a single-rate network, all rows then being context-free.
+        denoise: (z_t, λ_t, labels, context, λ_τ) → v̂; context and λ_τ are `None` in rows without context.
+        encode: (z_τ, λ_τ, labels) → context and x̂, or `None` for x̂. `None` for a single-rate network: no row sees a
+            context.
         x: Clean images [B, C, H, W] in [-1, 1].
         class_labels: [B] integers, or `None`.
         draws: Randomness of the step.
-        schedule: The noise schedule.
-        bias: b of the sigmoid weight.
-        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them, all alike, and its
-            context is uniformly up to so old. 0 is a fresh context; a value given twice is drawn twice as often.
-        context_from: Time of the first context: above it no row sees one, and the encoder learns nothing.
-        late: Share of rows, the first, whose times lie above it; for times that are uniform in all 1 − `context_from`.
-        context_dropout: Share p of rows that see no context, those included.
-        encoder_prediction: context → x̂, the encoder's own prediction at τ, where it hands one over: it is trained by
-            its own denoising loss beside the joint one.
+        schedule: The noise schedule and the loss weight.
+        contexts: Which rows see a context, and how old it is.
     """
-    assert late <= context_dropout or encode is None
-    t, tau = window_times(draws.uniforms[:, :3], context_ages, context_from=context_from, without=round(late * len(x)))
+    t, tau = window_times(draws.uniforms[:, :3], contexts)
     lambda_t, lambda_tau = schedule.log_snr(t), schedule.log_snr(tau)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, column(lambda_t, x), column(lambda_tau, x))
     target = diffusion.v_from_x_eps(x, draws.eps, column(lambda_t, x))
 
-    def judge(denoised: Tensor, v: Tensor, log_snr_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(denoised: Tensor, v: Tensor, log_snr: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         v_loss = _v_loss(denoised, v)
-        return v_loss, sigmoid_weight(log_snr_t, schedule.log_snr_rate(times), bias) * v_loss
+        return v_loss, schedule.weight(log_snr, times) * v_loss
 
-    free = len(x) if encode is None else round(context_dropout * len(x))
-    if encode is not None and free == 0 < context_dropout:
-        raise ValueError(f"context_dropout={context_dropout} of {len(x)} images is none: use larger batches, or 0.")
+    num_without = len(x) if encode is None else contexts.num_without
     parts: list[tuple[Tensor, Tensor]] = []
     encoder_loss: Tensor | float = 0.0
-    if free > 0:
-        labels = None if class_labels is None else class_labels[:free]
-        denoised = denoise(z_t[:free], lambda_t[:free], labels, None, None)
-        parts.append(judge(denoised, target[:free], lambda_t[:free], t[:free]))
-    if encode is not None and free < len(x):
-        x, z_tau, lambda_tau, tau = x[free:], z_tau[free:], lambda_tau[free:], tau[free:]
-        labels = None if class_labels is None else class_labels[free:]
-        context = encode(z_tau, lambda_tau, labels)
-        denoised = denoise(z_t[free:], lambda_t[free:], labels, context, lambda_tau)
-        parts.append(judge(denoised, target[free:], lambda_t[free:], t[free:]))
-        prediction = None if encoder_prediction is None else encoder_prediction(context)
+    if num_without > 0:
+        alone = slice(num_without)
+        denoised = denoise(z_t[alone], lambda_t[alone], _of(class_labels, alone), None, None)
+        parts.append(judge(denoised, target[alone], lambda_t[alone], t[alone]))
+    if encode is not None and num_without < len(x):
+        paired = slice(num_without, None)
+        x, z_tau, lambda_tau, tau = x[paired], z_tau[paired], lambda_tau[paired], tau[paired]
+        context, prediction = encode(z_tau, lambda_tau, _of(class_labels, paired))
+        denoised = denoise(z_t[paired], lambda_t[paired], _of(class_labels, paired), context, lambda_tau)
+        parts.append(judge(denoised, target[paired], lambda_t[paired], t[paired]))
         if prediction is not None:
             v_hat, v = (diffusion.v_from_x(z_tau, image, column(lambda_tau, x)) for image in (prediction, x))
             encoder_loss = judge(v_hat, v, lambda_tau, tau)[1].sum() / len(target)
@@ -242,63 +275,54 @@ def following_loss(
     draws: Draws,
     *,
     schedule: Schedule,
-    bias: float,
-    context_ages: Sequence[float],
-    deterministic: float,
-    even_in_log_snr: float,
-    context_from: float = 1.0,
-    late: float = 0.0,
-    encoder_prediction: Callable[[object], Tensor],
+    contexts: FollowingTimes,
 ) -> DenoisingLoss:
     """Loss of a denoiser that learns what a trained encoder would predict at z_t, from its context at z_τ.
 
-    Beyond the paper, and for an encoder that stays as it is. The target is the encoder's prediction at z_t, so z_t need
-    not be a noised x. In the first `deterministic` rows it is one DDIM step from z_τ. In the others both lie on one
-    ancestral trajectory, as in [`denoising_loss`]. Such a pair may be sampled either way.
+    This is beyond the paper, and the encoder stays as it is. The target is the encoder's prediction at z_t, so z_t need
+    not be a noised x. In the first `num_deterministic` rows z_t is one DDIM step from z_τ. In the others both lie on one
+    ancestral trajectory. So the pair may be sampled either way. Rows without context learn from the images.
 
     Args:
-        denoise: As for [`denoising_loss`], and so are the others that are not named here.
-        encode: (z_τ, λ_τ, labels) → context.
-        deterministic: Share of rows, the first, whose z_t is a DDIM step from z_τ with the encoder's own prediction; the
-            rows of `late`, which come before them, are none of them but count.
-        even_in_log_snr: Share of rows, the first of those, counted alike. Their lag is uniform in log-SNR instead of time,
-            like the steps of solvers that are even in log-SNR.
-        encoder_prediction: context → x̂, the encoder's own prediction.
+        denoise: As for [`denoising_loss`].
+        encode: (z_τ, λ_τ, labels) → context and x̂; both are needed.
+        x: Clean images [B, C, H, W] in [-1, 1].
+        class_labels: [B] integers, or `None`.
+        draws: Randomness of the step.
+        schedule: The noise schedule and the loss weight.
+        contexts: Which rows see a context, how old it is, and how z_t comes from z_τ.
 
     Returns:
-        The loss, and as `v_loss` the distance from the encoder's velocity.
+        The loss. Its `v_loss` is the distance from the encoder's velocity.
     """
-    assert late <= even_in_log_snr <= deterministic
-    free = round(late * len(x))
-    t, tau = window_times(draws.uniforms[:, :3], context_ages, context_from=context_from, without=free)
+    t, tau = window_times(draws.uniforms[:, :3], contexts)
     lambda_t, lambda_tau = schedule.log_snr(t), schedule.log_snr(tau)
+    alone, paired = slice(contexts.num_without), slice(contexts.num_without, None)
+    row = torch.arange(len(x), device=x.device)
 
-    def is_in_first(share: float) -> Tensor:
-        return torch.arange(len(x), device=x.device) < round(share * len(x))
-
-    # The lag as a share of the times there are becomes the same share of the log-SNRs.
-    first = schedule.log_snr(torch.full_like(t, context_from))
+    # The same lag as a share, of the range of log-SNRs instead of that of times.
+    first = schedule.log_snr(torch.full_like(t, contexts.context_from))
     lowest, highest = schedule.log_snr(torch.ones_like(t)), schedule.log_snr(torch.zeros_like(t))
-    evenly = (lambda_t - lags(draws.uniforms[:, :3], context_ages) * (highest - lowest)).maximum(first)
-    lambda_tau = torch.where(is_in_first(even_in_log_snr) & ~is_in_first(late), evenly, lambda_tau)
+    evenly = (lambda_t - lags(draws.uniforms[:, :3], contexts.context_ages) * (highest - lowest)).maximum(first)
+    is_even = (row < contexts.num_even_in_log_snr) & (row >= contexts.num_without)
+    lambda_tau = torch.where(is_even, evenly, lambda_tau)
 
     level_t, level_tau = column(lambda_t, x), column(lambda_tau, x)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, level_t, level_tau)
-    v, is_deterministic = diffusion.v_from_x_eps(x, draws.eps, level_t), is_in_first(deterministic)[free:]
-    labels = class_labels if class_labels is None else class_labels[free:]
-    level_t, level_tau, z_tau = level_t[free:], level_tau[free:], z_tau[free:]
+    v, is_deterministic = diffusion.v_from_x_eps(x, draws.eps, level_t), (row < contexts.num_deterministic)[paired]
+    level_t, level_tau, z_tau, labels = level_t[paired], level_tau[paired], z_tau[paired], _of(class_labels, paired)
     # Before what has no gradient: autocast keeps the weights that it casts, as they were cast first.
-    context = encode(z_tau, lambda_tau[free:], labels)
+    context, x_tau = encode(z_tau, lambda_tau[paired], labels)
+    assert x_tau is not None  # an encoder that is followed predicts
     with torch.no_grad():
-        x_tau = encoder_prediction(context)
         eps = diffusion.eps_from_v(z_tau, diffusion.v_from_x(z_tau, x_tau, level_tau), level_tau)
         stepped = diffusion.add_noise(x_tau, eps, level_t)
-        z = torch.where(column(is_deterministic, x), stepped, z_t[free:])
-        target = diffusion.v_from_x(z, encoder_prediction(encode(z, lambda_t[free:], labels)), level_t)
-    v_loss = _v_loss(denoise(z, lambda_t[free:], labels, context, lambda_tau[free:]), target)
-    if free > 0:  # what is noisier than the first context learns from the images, which costs nothing heavy
-        labels = class_labels if class_labels is None else class_labels[:free]
-        alone = denoise(z_t[:free], lambda_t[:free], labels, None, None)
-        v_loss = torch.cat([_v_loss(alone, v[:free]), v_loss])
-    weight = sigmoid_weight(lambda_t, schedule.log_snr_rate(t), bias)
-    return DenoisingLoss(loss=(weight * v_loss).mean(), v_loss=v_loss.detach())
+        z = torch.where(column(is_deterministic, x), stepped, z_t[paired])
+        _, x_t = encode(z, lambda_t[paired], labels)
+        assert x_t is not None
+        target = diffusion.v_from_x(z, x_t, level_t)
+    v_loss = _v_loss(denoise(z, lambda_t[paired], labels, context, lambda_tau[paired]), target)
+    if contexts.num_without > 0:  # these learn from the images, which costs nothing heavy
+        denoised = denoise(z_t[alone], lambda_t[alone], _of(class_labels, alone), None, None)
+        v_loss = torch.cat([_v_loss(denoised, v[alone]), v_loss])
+    return DenoisingLoss(loss=(schedule.weight(lambda_t, t) * v_loss).mean(), v_loss=v_loss.detach())

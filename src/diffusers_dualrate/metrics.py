@@ -29,9 +29,9 @@ from .evaluation import (
 )
 from .image_sets import FRESH_SEED, Batch, batches_of, choose, real_batches
 from .inventory import ImageSet
-from .losses import denoising_loss, draw
+from .losses import ContextTimes, denoising_loss, draw
+from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
-from .training import TrainablePair, schedule_of
 
 Extractors = dict[str, Callable[[Tensor], Tensor]]
 """Feature functions by name: images [B, C, H, W] in [-1, 1] to features [B, D]."""
@@ -250,16 +250,8 @@ def measure_v_loss(
         draws = draw(FRESH_SEED, 0, rows, x.shape[1:], accelerator.device)
         # Times from a low-discrepancy sequence: far less spread for the same number of evaluations.
         draws.uniforms[:, 0] = torch.tensor([(row * (math.sqrt(5) - 1) / 2) % 1 for row in rows])
+        contexts = ContextTimes((1 / num_context_steps,), num_without=len(x) if drop_context else 0)
         with torch.no_grad():
-            result = pair(
-                denoising_loss,
-                x,
-                labels,
-                draws,
-                schedule=schedule,
-                bias=0.0,
-                context_ages=[1 / num_context_steps],
-                context_dropout=float(drop_context),
-            )
+            result = pair(denoising_loss, x, labels, draws, schedule=schedule, contexts=contexts)
         total += result.v_loss.double().sum().item()
     return sum(gather_object([total])) / count

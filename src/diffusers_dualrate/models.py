@@ -1,15 +1,15 @@
 """The two networks of a pair, one residual U-ViT each: what differs, and how context enters.
 
-The context encoder is the single-rate network that hands out the last feature map of each level. The denoiser is the
-single-rate network that also takes such maps: it adds a linear projection of each, [h, e] → h + W e, where its own level
-of the same resolution begins. W e does not change between two refreshes, so `project_context` computes it once. W
-starts at zero, the encoder's side does not: were both zero, neither would ever learn.
+The context encoder is the single-rate network that also returns the last feature map of each level. The denoiser is the
+single-rate network that also takes such maps. Where its own level of the same resolution begins, it adds a linear
+projection of the map: [h, e] → h + W e. W e does not change between two refreshes, so `project_context` computes it once.
+W starts at zero, the encoder's heads do not: if both were zero, neither would ever learn.
 
-Beyond the paper, with `prediction_hand_over` the encoder also hands out what it believes about the clean image, x̂ and a
-variance. The denoiser updates that belief by what z_t tells beyond z_τ (`diffusion.gaussian_update`). It starts from the
-velocity that follows, and adds a correction.
+Beyond the paper, with `prediction_hand_over` the encoder also returns its prediction x̂ of the clean image, and a
+variance. The denoiser updates this Gaussian by what z_t tells beyond z_τ (`diffusion.gaussian_update`). The velocity that
+follows is where it starts from; it learns a correction.
 
-Both condition on log-SNR rather than on a step number, so the same weights serve any variance-preserving schedule.
+Both networks condition on log-SNR instead of a step number, so the same weights serve any variance-preserving schedule.
 """
 
 import math
@@ -27,11 +27,11 @@ from . import diffusion
 from .network import UViTNetwork, per_sample
 from .uvit import NoiseLevelEmbedding, group_norm, start_at_zero
 
-# What is left to know about x after z_τ, in units of σ_τ², before anything is learned.
+# Variance of x̂ in units of σ_τ², before anything is learned.
 _INITIAL_VARIANCE = 0.2
 
 SINGLE_RATE = {"context_channels": None, "prediction_hand_over": False}
-"""What of a denoiser's configuration makes it a single-rate network: laid over a pair's, it leaves the shape."""
+"""Changes that make the configuration of a pair's network that of a single-rate network of the same shape."""
 
 
 @dataclass
@@ -214,7 +214,7 @@ class UViTDenoiser(UViTNetwork):
         prediction_hand_over: bool = False,
     ):
         super().__init__()
-        # Beside z_t the trunk sees where the update starts from and what it moved, in v and in x.
+        # Beside z_t the trunk sees the updated prediction, as v and as x, and how far the update moved it.
         self._make_trunk(4 * in_channels if prediction_hand_over else in_channels)
         self._make_output()
         if context_channels is None:
@@ -301,9 +301,15 @@ class UViTDenoiser(UViTNetwork):
             velocity = start + velocity
         return UViTDenoiserOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _update_prediction(self, sample, log_snr, context, context_log_snr):
-        """Velocity that the encoder's prediction implies once updated by z_t, and the trunk's input [B, 4 C, H, W]."""
-        if context is None:
+    def _update_prediction(
+        self,
+        sample: Tensor,
+        log_snr: Tensor | float,
+        context: tuple[Tensor, ...] | None,
+        context_log_snr: Tensor | float | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Velocity of the encoder's prediction after its update by z_t, and the trunk's input [B, 4 C, H, W]."""
+        if context is None or context_log_snr is None:
             return None, torch.cat([sample, torch.zeros_like(sample).repeat(1, 3, 1, 1)], dim=1)
         z_tau, x, variance = context[len(self.context_proj) :]
         z_t, level = sample.float(), per_sample(log_snr, sample)[:, None, None, None]

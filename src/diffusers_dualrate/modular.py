@@ -13,21 +13,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 
-from .guidance import own_caches
-from .inputs import check_components, make_run
+from .chain import own_caches
+from .defaults import NAMES, SamplingDefaults
+from .inputs import check_components, make_chain
 from .models import UViTContextEncoder, UViTDenoiser
 from .sampling import sample_at_two_rates
+from .steps import plan_steps
 
-_DEFAULTS = (
-    "num_inference_steps",
-    "num_context_steps",
-    "context_from",
-    "refresh_steps",
-    "context_free",
-    "guidance_scale",
-    "guidance_interval",
-    "encoder_denoises",
-)
 _INPUTS = {
     "class_labels": "Classes by number or name, one or several; `None` for no class.",
     "num_inference_steps": "Number N of steps; default: the model's.",
@@ -42,6 +34,7 @@ _INPUTS = {
     "generator": "Source of noise; in a list, one for each image.",
     "latents": "Noise to start from [B, C, height, width].",
 }
+_STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
 
 
 class DualRateSampleBlock(ModularPipelineBlocks):
@@ -55,7 +48,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         ComponentSpec("context_encoder", UViTContextEncoder),
     ]
     # What travels with a model in its model_index.json.
-    expected_configs = [ConfigSpec("id2label", None), *(ConfigSpec(name, None) for name in _DEFAULTS)]
+    expected_configs = [ConfigSpec(name, None) for name in NAMES]
     inputs = [InputParam(name, description=text) for name, text in _INPUTS.items()]
     intermediate_outputs = [OutputParam("latents", type_hint=torch.Tensor, description="Images before decoding.")]
 
@@ -63,28 +56,22 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         """Sample with the pipeline's loop and put `latents` into the state."""
         block_state = self.get_block_state(state)
         arguments = {name: getattr(block_state, name) for name in _INPUTS}
-        steps = tuple(
-            arguments.pop(name) for name in ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
-        )
-        defaults = {name: components.config[name] for name in ("id2label", *_DEFAULTS)}
-        for name in ("context_free", "encoder_denoises"):
-            defaults[name] = bool(defaults[name])
         context_encoder = getattr(components, "context_encoder", None)
         check_components(components.denoiser, components.scheduler, context_encoder)
-        device = components._execution_device
-        run, block_state.latents = make_run(
-            components.denoiser,
+        defaults, device = SamplingDefaults.of(components.config), components._execution_device
+        steps = plan_steps(
             components.scheduler,
-            context_encoder,
             defaults,
-            device,
-            steps=steps,
-            num_images_per_prompt=1,
-            **arguments,
+            **{name: arguments.pop(name) for name in _STEPS},
+            is_pair=context_encoder is not None,
+            device=device,
         )
-        with torch.no_grad(), own_caches(run.context_encoder, run.denoiser):
+        chain, block_state.latents = make_chain(
+            components.denoiser, context_encoder, steps, defaults, device, num_images_per_prompt=1, **arguments
+        )
+        with torch.no_grad(), own_caches(chain.context_encoder, chain.denoiser):
             for each in sample_at_two_rates(
-                block_state.latents, run.plan, run.encode, run.denoise, run.step, run.serves
+                block_state.latents, chain.plan, chain.encode, chain.denoise, chain.step, chain.serves
             ):
                 block_state.latents = each.z
         self.set_block_state(state, block_state)

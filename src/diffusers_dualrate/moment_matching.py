@@ -1,28 +1,30 @@
 """Moment Matching Distillation (arXiv 2406.04103): a student that samples in N steps, K of them heavy.
 
-On the grid t_n = 1 − n/N, n = 0 … N − 1, the student predicts x̃ from z_t and steps as the sampler does. The teacher and
-an auxiliary, both single-rate, see z_s ~ q(z_s | z_t, x̃) with t_{n+1} < s ≤ t_n. Steps of two kinds alternate, each on
-a batch of its own, and with a weight w(s) minimise
+The student's grid is t_n = 1 − n/N, n = 0 … N − 1. It predicts x̃ from z_t and steps as the sampler does. The teacher and
+an auxiliary are single-rate networks. They see z_s ~ q(z_s | z_t, x̃) with t_{n+1} < s ≤ t_n. Steps of two kinds
+alternate, each on a batch of its own. With a weight w(s) they minimise
 
     auxiliary   w ( ‖x̃ − x̂_aux(z_s)‖² + ‖x̂_teacher(z_s) − x̂_aux(z_s)‖² )
     student     w x̃ᵀ stopgrad[ x̂_aux(z_s) − x̂_teacher(z_s) ]
 
-At its optimum the auxiliary is the midpoint between E[x̃ | z_s] and the teacher, so the student's gradient vanishes where
-those agree. No gradient passes z_s, the states before z_t, or the teacher. z_s must come from the posterior: noise added
-afresh to x̃ would teach the student too wide a distribution. A single-rate student has no encoder, and K = N. Contexts may
-begin late: rows that stand at a step before the first refresh have come there, and predict, without.
+At its optimum the auxiliary is the midpoint between E[x̃ | z_s] and the teacher. So the student's gradient vanishes where
+those two agree. No gradient passes z_s, the states before z_t, or the teacher. z_s must come from the posterior. Noise
+added afresh to x̃ would teach the student too wide a distribution.
+
+A single-rate student has no encoder, and K = N. Where contexts begin late, rows at a step before the first refresh see
+none.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import diffusion, losses
 from .losses import Denoise, Encode, LogSNR, column
-from .refreshes import RefreshPlan, plan_segments
+from .refreshes import RefreshPlan
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class GridDraws:
 
     Args:
         uniforms: Numbers in [0, 1) [B, 2] that become the step n and the time s.
-        noise: Standard normal noise [B, N + 1, C, H, W]: the first starts a trajectory, number n + 1 enters at step n.
+        noise: Standard normal noise [B, N + 1, C, H, W]. The first starts a trajectory; number n + 1 enters at step n.
     """
 
     uniforms: Tensor
@@ -46,7 +48,7 @@ def draw_on_grid(
     num_inference_steps: int,
     device: torch.device | str = "cpu",
 ) -> GridDraws:
-    """Draw the randomness of some rows of a global batch, each a function of (seed, step, row) alone.
+    """Draw the randomness of some rows of a global batch. Each row depends on (seed, step, row) alone.
 
     Args:
         seed: Seed of the run.
@@ -54,7 +56,7 @@ def draw_on_grid(
         rows: Row numbers in the global batch.
         shape: Shape [C, H, W] of one image.
         num_inference_steps: N.
-        device: Where the result goes; the drawing itself is on the CPU, so that devices agree.
+        device: Where the result goes. Drawing itself is on the CPU, so that devices agree.
     """
     halves = losses.draw(seed, step, rows, (num_inference_steps // 2 + 1, *shape), device)
     noise = torch.cat([halves.eps, halves.eps_tau], dim=1)[:, : num_inference_steps + 1]
@@ -62,11 +64,64 @@ def draw_on_grid(
 
 
 @dataclass(frozen=True)
-class StudentSample:
-    """What the student predicts at one of its steps, and the noisy image that teacher and auxiliary judge it by.
+class Grid:
+    """The steps of a student, at times t_n = 1 − n/N, and which of them refresh the context.
 
     Args:
-        x: Predicted clean image x̃ [B, C, H, W], with gradient where that is on.
+        log_snr: t [B] → λ_t.
+        plan: The plan of [`plan_segments`], whose segments are all alike. Steps before its first refresh see no context.
+    """
+
+    log_snr: LogSNR
+    plan: RefreshPlan
+
+    def log_snrs(self, like: Tensor) -> Tensor:
+        """Log-SNR [N + 1] at the times t_n, data at the end, with the device and precision of `like`."""
+        times = 1 - torch.arange(len(self.plan) + 1, dtype=torch.float64) / len(self.plan)
+        return self.log_snr(times).to(like)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a student's ancestral steps need beside the networks, for each row of a batch.
+
+    Args:
+        class_labels: [B] integers, or `None`.
+        noise: Noise [B, N + 1, C, H, W], number n + 1 for step n.
+        log_snrs: Log-SNR of the grid [N + 1].
+    """
+
+    class_labels: Tensor | None
+    noise: Tensor
+    log_snrs: Tensor
+
+    def of_rows(self, rows: Tensor | slice) -> "Rollout":
+        """The same of some rows."""
+        labels = None if self.class_labels is None else self.class_labels[rows]
+        return Rollout(labels, self.noise[rows], self.log_snrs)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The two single-rate networks that a student is judged by, and the weight of their judgement.
+
+    Args:
+        auxiliary: (z_s, λ_s, labels, None, None) → v̂, the network that learns the midpoint.
+        teacher: The same for the frozen teacher, guided or not.
+        min_variance: Noise variance below which the weight 1/σ² rises no further.
+    """
+
+    auxiliary: Denoise
+    teacher: Denoise
+    min_variance: float
+
+
+@dataclass(frozen=True)
+class StudentSample:
+    """The student's prediction at one of its steps, and the noisy image at which teacher and auxiliary judge it.
+
+    Args:
+        x: Predicted clean image x̃ [B, C, H, W]. It has a gradient unless gradients are off.
         z_s: Noisy image drawn from q(z_s | z_t, x̃) [B, C, H, W], without gradient.
         log_snr_s: λ_s [B].
     """
@@ -76,18 +131,19 @@ class StudentSample:
     log_snr_s: Tensor
 
 
-def grid_log_snr(log_snr: LogSNR, num_inference_steps: int, like: Tensor) -> Tensor:
-    """Log-SNR [N + 1] at the grid's times t_n = 1 − n/N, data at the end, where and as `like` is."""
-    times = 1 - torch.arange(num_inference_steps + 1, dtype=torch.float64) / num_inference_steps
-    return log_snr(times).to(like)
-
-
 def clipped_weight(log_snr: Tensor, min_variance: float) -> Tensor:
-    """Weight of ‖x − x̂‖² that makes it ‖v − v̂‖² but for the lowest noise: w = 1 / max(σ², `min_variance`)."""
+    """Weight w = 1 / max(σ², `min_variance`) of ‖x − x̂‖², which makes it ‖v − v̂‖² except at the lowest noise."""
     return 1 / torch.sigmoid(-log_snr).clamp(min=min_variance)
 
 
-def _predict(denoise: Denoise, z: Tensor, log_snr: Tensor, class_labels, context=None, context_log_snr=None) -> Tensor:
+def _predict(
+    denoise: Denoise,
+    z: Tensor,
+    log_snr: Tensor,
+    class_labels: Tensor | None,
+    context: object = None,
+    context_log_snr: Tensor | None = None,
+) -> Tensor:
     v = denoise(z, log_snr, class_labels, context, context_log_snr)
     return diffusion.x_from_v(z, v.to(z.dtype), column(log_snr, z))
 
@@ -99,12 +155,12 @@ def _draw_posterior(z: Tensor, x: Tensor, log_snr_t: Tensor, log_snr_s: Tensor, 
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of a batch that stand before the first refresh, or those that stand behind it.
+    """The rows of a batch whose step lies before the first refresh, or the rows whose step does not.
 
     Args:
-        rows: Which they are.
-        begin: First step of each one's segment [rows].
-        length: Steps of a segment.
+        rows: Numbers of the rows in the batch.
+        begin: First step of the segment that each row is in [rows].
+        length: Number of steps in a segment.
         furthest: First step of the last segment.
         has_context: Whether a segment begins with a refresh.
     """
@@ -117,7 +173,7 @@ class _Part:
 
 
 def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
-    """The parts of a batch whose rows stand at steps n [B], those that have any rows."""
+    """The parts of a batch whose rows are at steps n [B]. A part without rows is left out."""
     alone, length = plan.num_steps_alone, len(plan.until_next(plan.num_steps_alone))
     furthest = len(plan) - length
     if alone == 0:
@@ -132,7 +188,7 @@ def _parts_of(n: Tensor, plan: RefreshPlan) -> list[_Part]:
 
 
 def _in_order(parts: list[_Part], values: Sequence[Tensor]) -> Tensor:
-    """Values of the parts as one batch, each row at its place."""
+    """Join the values of the parts into one batch, in the order of its rows."""
     if len(parts) == 1:
         return values[0]
     rows = torch.cat([cast(Tensor, part.rows) for part in parts])  # none of several parts is a slice
@@ -144,9 +200,7 @@ def roll_out(
     denoise: Denoise,
     encode: Encode | None,
     z: Tensor,
-    class_labels: Tensor | None,
-    noise: Tensor,
-    log_snrs: Tensor,
+    rollout: Rollout,
     first: Tensor,
     last: Tensor,
     *,
@@ -156,23 +210,22 @@ def roll_out(
 
     Args:
         denoise: (z_t, λ_t, labels, context, λ_τ) → v̂.
-        encode: (z_τ, λ_τ, labels) → context; `None` for a single-rate student.
+        encode: (z_τ, λ_τ, labels) → context and x̂; `None` for a single-rate student.
         z: Noisy images at step `first` [B, C, H, W].
-        class_labels: [B] integers, or `None`.
-        noise: Noise [B, N + 1, C, H, W], number n + 1 for step n.
-        log_snrs: Log-SNR of the grid [N + 1].
-        first: Steps n that the rows stand at [B].
-        last: Steps that they go to [B].
-        refreshes: Whether each step from there on refreshes the context, as many as the row that goes furthest takes; rows
-            that have arrived wait.
+        rollout: Labels, noise and log-SNRs.
+        first: Step n that each row starts at [B].
+        last: Step that each row ends at [B].
+        refreshes: Whether each step, counted from `first`, refreshes the context. The loop takes as many steps as there
+            are entries. A row that has reached its last step stays as it is.
     """
     context = context_log_snr = None
+    labels, log_snrs = rollout.class_labels, rollout.log_snrs
     for i, now in enumerate(refreshes):
         n = (first + i).clamp(max=len(log_snrs) - 2)
         if encode is not None and now:
-            context, context_log_snr = encode(z, log_snrs[n], class_labels), log_snrs[n]
-        x = _predict(denoise, z, log_snrs[n], class_labels, context, context_log_snr)
-        moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], noise[torch.arange(len(z)), n + 1])
+            (context, _), context_log_snr = encode(z, log_snrs[n], labels), log_snrs[n]
+        x = _predict(denoise, z, log_snrs[n], labels, context, context_log_snr)
+        moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], rollout.noise[torch.arange(len(z)), n + 1])
         z = torch.where(column(first + i < last, z), moved, z)
     # Before 2.11 torch's autocast kept weights that it cast here, without gradient, for the prediction with gradient.
     torch.clear_autocast_cache()
@@ -186,46 +239,31 @@ def sample_student(
     class_labels: Tensor | None,
     draws: GridDraws,
     *,
-    log_snr: LogSNR,
-    num_inference_steps: int,
-    num_context_steps: int,
-    context_from: float = 1.0,
+    grid: Grid,
 ) -> StudentSample:
     """Bring the student to a random step of its grid, predict there with gradient, and draw z_s.
 
     Args:
         denoise: (z_t, λ_t, labels, context, λ_τ) → v̂.
-        encode: (z_τ, λ_τ, labels) → context; `None` for a single-rate student.
-        x: Clean images that z_τ is a noisy version of (basic), or `None`: z_τ is then what the student itself arrives at
-            from pure noise (full rollout).
+        encode: (z_τ, λ_τ, labels) → context and x̂; `None` for a single-rate student.
+        x: Clean images that z_τ is a noisy version of. With `None` the student starts from pure noise (full rollout), and
+            z_τ is what it arrives at.
         class_labels: [B] integers, or `None`.
         draws: Randomness of the step.
-        log_snr: t [B] → λ_t.
-        num_inference_steps: N.
-        num_context_steps: K, a divisor of N; N itself for a single-rate student.
-        context_from: Time of the first context. K divides the steps at or below it, and the rows at those above predict
-            without context, so that they give the encoder no gradient.
+        grid: The student's steps. Rows before the first refresh give the encoder no gradient.
     """
-    noise = draws.noise
-    plan = plan_segments(num_inference_steps, num_context_steps, context_from)
-    log_snrs = grid_log_snr(log_snr, num_inference_steps, noise)
-    n = (draws.uniforms[:, 0] * num_inference_steps).long()
+    rollout = Rollout(class_labels, draws.noise, grid.log_snrs(draws.noise))
+    log_snrs, steps = rollout.log_snrs, len(grid.plan)
+    n = (draws.uniforms[:, 0] * steps).long()
     # Rounding may put an s next to t on its other side.
-    log_snr_s = log_snr(1 - (n + draws.uniforms[:, 1]) / num_inference_steps).maximum(log_snrs[n])
+    log_snr_s = grid.log_snr(1 - (n + draws.uniforms[:, 1]) / steps).maximum(log_snrs[n])
 
-    parts = _parts_of(n, plan)
-    reached = [_reach(denoise, encode, part, x, class_labels, noise, log_snrs, n, plan) for part in parts]
+    parts = _parts_of(n, grid.plan)
+    reached = [_reach(denoise, encode, part, x, rollout, n, grid.plan) for part in parts]
     z_t, prediction = (_in_order(parts, values) for values in zip(*reached, strict=True))
-    z_s = _draw_posterior(z_t, prediction.detach(), log_snrs[n], log_snr_s, noise[torch.arange(len(n)), n + 1])
+    noise = draws.noise[torch.arange(len(n)), n + 1]
+    z_s = _draw_posterior(z_t, prediction.detach(), log_snrs[n], log_snr_s, noise)
     return StudentSample(prediction, z_s, log_snr_s)
-
-
-@overload
-def _of(part: _Part, values: Tensor) -> Tensor: ...
-@overload
-def _of(part: _Part, values: None) -> None: ...
-def _of(part: _Part, values: Tensor | None) -> Tensor | None:
-    return None if values is None else values[part.rows]
 
 
 def _reach(
@@ -233,31 +271,30 @@ def _reach(
     encode: Encode | None,
     part: _Part,
     x: Tensor | None,
-    class_labels: Tensor | None,
-    noise: Tensor,
-    log_snrs: Tensor,
+    rollout: Rollout,
     n: Tensor,
     plan: RefreshPlan,
 ) -> tuple[Tensor, Tensor]:
-    """Bring the rows of a part to their step: z_t, without gradient, and the prediction x̃ there, which has it."""
-    x, class_labels, noise, n = _of(part, x), _of(part, class_labels), _of(part, noise), _of(part, n)
-    encode = encode if part.has_context else None
+    """Bring the rows of a part to their step. Returns z_t, without gradient, and the prediction x̃, with gradient."""
+    rollout, n, encode = rollout.of_rows(part.rows), n[part.rows], encode if part.has_context else None
+    begin, labels = rollout.log_snrs[part.begin], rollout.class_labels
     # The state that the segment begins with has no gradient, and its context has.
-    steps: dict[str, Any] = {"class_labels": class_labels, "noise": noise, "log_snrs": log_snrs}
     if x is None:
-        start, refreshes = torch.zeros_like(n), plan[: part.furthest]
-        z_tau = roll_out(denoise, encode, noise[:, 0], first=start, last=part.begin, refreshes=refreshes, **steps)
+        start = torch.zeros_like(n)
+        z_tau = roll_out(
+            denoise, encode, rollout.noise[:, 0], rollout, start, part.begin, refreshes=plan[: part.furthest]
+        )
     else:
-        z_tau = diffusion.add_noise(x, noise[:, 0], column(log_snrs[part.begin], x))
+        z_tau = diffusion.add_noise(x[part.rows], rollout.noise[:, 0], column(begin, x))
     context = context_log_snr = None
     if encode is not None:
-        context, context_log_snr = encode(z_tau, log_snrs[part.begin], class_labels), log_snrs[part.begin]
+        (context, _), context_log_snr = encode(z_tau, begin, labels), begin
 
     # From there to t without gradient; the prediction at t has it, for denoiser and encoder.
     refreshes = [i == 0 for i in range(part.length - 1)]
-    keep = None if encode is None else lambda *_: context
-    z_t = roll_out(denoise, keep, z_tau, first=part.begin, last=n, refreshes=refreshes, **steps)
-    return z_t, _predict(denoise, z_t, log_snrs[n], class_labels, context, context_log_snr)
+    keep = None if encode is None else lambda *_: (context, None)
+    z_t = roll_out(denoise, keep, z_tau, rollout, part.begin, n, refreshes=refreshes)
+    return z_t, _predict(denoise, z_t, rollout.log_snrs[n], labels, context, context_log_snr)
 
 
 def auxiliary_loss(
@@ -267,25 +304,20 @@ def auxiliary_loss(
     class_labels: Tensor | None,
     draws: GridDraws,
     *,
-    auxiliary: Denoise,
-    teacher: Denoise,
-    min_variance: float,
-    **steps: Any,
+    grid: Grid,
+    judges: Judges,
 ) -> Tensor:
     """Loss of an auxiliary step, a scalar with gradient for the auxiliary only.
 
     Args:
-        denoise: As for [`sample_student`], and so are the next four.
-        auxiliary: (z_s, λ_s, labels, None, None) → v̂, the network that learns the midpoint.
-        teacher: The same for the frozen teacher, guided or not.
-        min_variance: Noise variance below which the weight 1/σ² stays what it is there.
-        steps: The keyword arguments of [`sample_student`].
+        denoise: As for [`sample_student`], and so are `encode`, `x`, `class_labels`, `draws` and `grid`.
+        judges: Teacher and auxiliary.
     """
     with torch.no_grad():
-        sample = sample_student(denoise, encode, x, class_labels, draws, **steps)
-        target = _predict(teacher, sample.z_s, sample.log_snr_s, class_labels)
-    midpoint = _predict(auxiliary, sample.z_s, sample.log_snr_s, class_labels)
-    weight = column(clipped_weight(sample.log_snr_s, min_variance), target)
+        sample = sample_student(denoise, encode, x, class_labels, draws, grid=grid)
+        target = _predict(judges.teacher, sample.z_s, sample.log_snr_s, class_labels)
+    midpoint = _predict(judges.auxiliary, sample.z_s, sample.log_snr_s, class_labels)
+    weight = column(clipped_weight(sample.log_snr_s, judges.min_variance), target)
     return (weight * ((sample.x - midpoint).square() + (target - midpoint).square())).mean()
 
 
@@ -296,20 +328,19 @@ def student_loss(
     class_labels: Tensor | None,
     draws: GridDraws,
     *,
-    auxiliary: Denoise,
-    teacher: Denoise,
-    min_variance: float,
-    **steps: Any,
+    grid: Grid,
+    judges: Judges,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a student step, a scalar with gradient for the student only, from the arguments of [`auxiliary_loss`].
+    """Loss of a student step, a scalar with gradient for the student only. It takes what [`auxiliary_loss`] takes.
 
-    Its value means nothing. Beside it comes what its gradient is made of, the mean square of x̂_aux(z_s) − x̂_teacher(z_s).
+    Returns:
+        The loss, whose value means nothing, and the mean square of x̂_aux(z_s) − x̂_teacher(z_s), which makes its gradient.
     """
-    sample = sample_student(denoise, encode, x, class_labels, draws, **steps)
+    sample = sample_student(denoise, encode, x, class_labels, draws, grid=grid)
     with torch.no_grad():
-        target = _predict(teacher, sample.z_s, sample.log_snr_s, class_labels)
-        direction = _predict(auxiliary, sample.z_s, sample.log_snr_s, class_labels) - target
-    weight = column(clipped_weight(sample.log_snr_s, min_variance), target)
+        target = _predict(judges.teacher, sample.z_s, sample.log_snr_s, class_labels)
+        direction = _predict(judges.auxiliary, sample.z_s, sample.log_snr_s, class_labels) - target
+    weight = column(clipped_weight(sample.log_snr_s, judges.min_variance), target)
     return (weight * sample.x * direction).mean(), direction.square().mean()
 
 
@@ -320,30 +351,29 @@ def grid_denoising_loss(
     class_labels: Tensor | None,
     draws: GridDraws,
     *,
-    log_snr: LogSNR,
-    num_inference_steps: int,
-    num_context_steps: int,
+    grid: Grid,
     min_variance: float,
-    context_from: float = 1.0,
 ) -> Tensor:
     """Denoising loss w ‖x − x̂‖² at the times that a student meets: what a new denoiser learns before it is distilled.
 
-    Takes arguments of [`auxiliary_loss`]; x cannot be `None`, and the pair (z_t, z_τ) is coupled.
+    Args:
+        denoise: As for [`sample_student`], and so are `encode`, `class_labels`, `draws` and `grid`.
+        x: Clean images [B, C, H, W]. The pair (z_t, z_τ) is coupled.
+        min_variance: As for [`Judges`].
     """
-    plan = plan_segments(num_inference_steps, num_context_steps, context_from)
-    log_snrs = grid_log_snr(log_snr, num_inference_steps, x)
-    n = (draws.uniforms[:, 0] * num_inference_steps).long()
-    parts, predictions = _parts_of(n, plan), []
+    log_snrs = grid.log_snrs(x)
+    n = (draws.uniforms[:, 0] * len(grid.plan)).long()
+    parts, predictions = _parts_of(n, grid.plan), []
     log_snr_t, log_snr_tau = log_snrs[n], log_snrs[_in_order(parts, [part.begin for part in parts])]
     eps, eps_tau = draws.noise[:, 0], draws.noise[:, 1]
     z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, column(log_snr_t, x), column(log_snr_tau, x))
     for part in parts:
-        z, level, labels = _of(part, z_t), _of(part, log_snr_t), _of(part, class_labels)
+        rows, labels = part.rows, None if class_labels is None else class_labels[part.rows]
         context = level_tau = None
         if part.has_context:
-            level_tau = _of(part, log_snr_tau)
-            context = encode(_of(part, z_tau), level_tau, labels)
-        predictions.append(_predict(denoise, z, level, labels, context, level_tau))
+            level_tau = log_snr_tau[rows]
+            context, _ = encode(z_tau[rows], level_tau, labels)
+        predictions.append(_predict(denoise, z_t[rows], log_snr_t[rows], labels, context, level_tau))
     prediction = _in_order(parts, predictions)
     weight = column(clipped_weight(log_snr_t, min_variance), x)
     return (weight * (x - prediction).square()).mean()

@@ -11,12 +11,13 @@ from diffusers.models import CacheMixin
 from diffusers.models.attention import AttentionMixin
 from torch import Tensor, nn
 
-from .ranges import check_boolean, check_integer, check_number
+from .ranges import LONGEST_SIDE, MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .repositories import RepositoryMixin, refuse_pickles
 from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm, start_at_zero
 
 # Far more than any network of this kind has in a level.
 _MOST_BLOCKS = 1000
+_MOST_CHANNELS = 2**16  # of a level, far beyond any network that trains
 
 
 class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -29,6 +30,22 @@ class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
     _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def stride(self) -> int:
+        """What height and width must be divisible by."""
+        return self.config.patch_size * 2 ** (len(self.config.level_channels) - 1)
+
+    def blueprint(self) -> Self:
+        """The same network without weights, on the meta device, for shapes and FLOPs."""
+        with torch.device("meta"):
+            return type(self).from_config(self.config).eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
@@ -148,12 +165,15 @@ def _check_config(config) -> None:
     """Refuse arguments of the wrong type or out of range; what must fit together the trunk checks."""
     sides = config.sample_size
     for side in sides if isinstance(sides, (list, tuple)) and len(sides) == 2 else (sides,):
-        check_integer("sample_size", side, 1)
+        check_integer("sample_size", side, 1, LONGEST_SIDE)
     for name in ("in_channels", "patch_size", "attention_head_dim", "embedding_dim"):
-        check_integer(name, config[name], 1)
+        check_integer(name, config[name], 1, _MOST_CHANNELS)
     if config.num_classes is not None:
-        check_integer("num_classes, if it is not None for an unconditional model,", config.num_classes, 1)
-    ranges = {"level_channels": (1, None), "level_blocks": (0, _MOST_BLOCKS), "context_channels": (1, None)}
+        check_integer(
+            "num_classes, if it is not None for an unconditional model,", config.num_classes, 1, MOST_AT_ONCE
+        )
+    ranges = {"level_channels": (1, _MOST_CHANNELS), "level_blocks": (0, _MOST_BLOCKS)}
+    ranges["context_channels"] = ranges["level_channels"]
     for name, (least, most) in ranges.items():
         if name == "context_channels" and config[name] is None:
             continue

@@ -13,37 +13,26 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .guidance import Guidance, GuidedRun, own_caches
+from .chain import Chain, own_caches
+from .defaults import NAMES, SamplingDefaults, check_id2label
+from .guidance import Guidance
+from .hosts import PIPELINES, HostNetwork, open_pipeline
 from .inputs import (
     check_components,
-    check_default_refreshes,
     check_delivery,
     check_encoder_denoises,
-    check_id2label,
-    check_interval,
+    check_images,
+    describe_unsaid,
     find_label_ids,
-    make_run,
-    plan_run,
+    make_chain,
 )
 from .models import UViTContextEncoder, UViTDenoiser
-from .ranges import check_number
-from .refreshes import RefreshPlan, plan_refreshes
+from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, refuse_pickles
 from .sampling import SamplingState, sample_at_two_rates
+from .steps import plan_steps
 
 _REQUIRED = ("denoiser", "scheduler")
-# What a model has to say about its own use, where nobody says otherwise.
-_DEFAULTS = {
-    "id2label": None,
-    "num_inference_steps": 64,
-    "num_context_steps": None,
-    "context_from": None,
-    "refresh_steps": None,
-    "context_free": False,
-    "guidance_scale": 1.0,
-    "guidance_interval": None,
-    "encoder_denoises": False,
-}
 # What a single-rate model has no use for.
 _OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
 
@@ -61,32 +50,32 @@ class _Call:
 class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
     """Generate images with a pair of networks at two rates, or with a single-rate network.
 
-    Defaults that are left out are those of the pipeline whose `components` these are, if they are one's: so
-    `DualRatePipeline(**pipe.components)` keeps them. Several calls may run at once: the state of a call is its own.
+    `DualRatePipeline(**pipe.components)` keeps the defaults of `pipe`, but for those that are given. Several calls may run
+    at once: the state of a call is its own.
 
     Args:
         denoiser: Network that runs at every step, or with `encoder_denoises` at those that do not refresh.
         scheduler: [`DualRateScheduler`], or an in-tree variance-preserving scheduler that predicts v.
         context_encoder: Network that runs at refreshes only; `None` for a single-rate model.
         id2label: Name of each class.
-        num_inference_steps: Default number N of steps, 64 where nothing says otherwise.
+        num_inference_steps: Default number N of steps; 64 if left out.
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
-        context_from: Time of the first context, a share of the chain (1 is its noisy end): the K refreshes are spread over
-            the steps at or below it, and the steps above go without context. `None` for the first step.
-        refresh_steps: Instead of both, the steps that refresh in a run of the default N.
-        context_free: Whether the pair learned to go without context, so that refreshes may begin late.
+        context_from: Time of the first context, a share of the chain (1 is its noisy end). Noisier steps go without
+            context; the K refreshes are spread over the others. `None` refreshes at the first step.
+        refresh_steps: Instead of both, the steps that refresh when N is the default.
+        context_free: Whether the pair learned to go without context. Only then may refreshes begin late.
         guidance_scale: Default guidance scale; 1 is none.
         guidance_interval: Default lowest and highest log-SNR at which guidance acts; `None` for all.
-        encoder_denoises: Whether a refresh takes the prediction that the encoder hands over, so that the denoiser runs at
-            the N − K other steps only: for an encoder that the denoiser was trained to follow (beyond the paper).
+        encoder_denoises: Whether refreshes take the encoder's own prediction, so that the denoiser runs at the N − K other
+            steps only. It is for pairs trained with `--follow_encoder` (beyond the paper).
 
     Raises:
         ValueError: If the two networks do not fit each other, or the defaults do not.
     """
 
-    denoiser: UViTDenoiser
+    denoiser: UViTDenoiser | HostNetwork
     scheduler: SchedulerMixin
-    context_encoder: UViTContextEncoder | None
+    context_encoder: UViTContextEncoder | HostNetwork | None
     image_processor: VaeImageProcessor
 
     # The encoder comes and goes within a run: in one chain the two networks would evict each other at every refresh.
@@ -96,9 +85,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        denoiser: UViTDenoiser,
+        denoiser: UViTDenoiser | HostNetwork,
         scheduler: SchedulerMixin,
-        context_encoder: UViTContextEncoder | None = None,
+        context_encoder: UViTContextEncoder | HostNetwork | None = None,
         id2label: dict | None = None,
         num_inference_steps: int | None = None,
         num_context_steps: int | None = None,
@@ -128,29 +117,28 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             "encoder_denoises": encoder_denoises,
         }
         known = dict(denoiser.pipeline_defaults)
-        if context_encoder is None:  # what makes no sense without one is not taken over
-            known |= {name: _DEFAULTS[name] for name in _OF_A_PAIR}
-        defaults: dict[str, Any] = (
-            _DEFAULTS | known | {name: value for name, value in given.items() if value is not None}
-        )
-        plan_refreshes(defaults["num_inference_steps"], num_context_steps)
-        check_default_refreshes(defaults, context_encoder)
-        check_number("guidance_scale", defaults["guidance_scale"], least=1)
-        check_interval(defaults["guidance_interval"])
-        check_encoder_denoises(defaults["encoder_denoises"], context_encoder, denoiser)
-        self._id2label = check_id2label(defaults["id2label"], denoiser.config.num_classes)
-        defaults["id2label"] = {str(key): name for key, name in self._id2label.items()} or None
+        if context_encoder is None:
+            known = {name: value for name, value in known.items() if name not in _OF_A_PAIR}
+        given = {name: value for name, value in given.items() if value is not None}
+        defaults = SamplingDefaults.of(known | given)
+        if context_encoder is not None:
+            defaults.check_refreshes()
+        check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
+        self._id2label = check_id2label(defaults.id2label, denoiser.config.num_classes)
+        names = {str(key): name for key, name in self._id2label.items()} or None
+        if not known and num_inference_steps is None:
+            warnings.warn(describe_unsaid(defaults, given, denoiser, context_encoder), stacklevel=2)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, context_encoder=context_encoder)
-        self.register_to_config(**defaults)
+        self.register_to_config(**{name: getattr(defaults, name) for name in NAMES} | {"id2label": names})
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         # The newest call, and all that are running.
         self._call, self._running = _Call(), list[_Call]()
 
     @property
     def components(self) -> dict[str, Any]:
-        """Networks and scheduler. A pipeline made of them keeps the defaults of this one, which travel with the denoiser."""
+        """Networks and scheduler. The denoiser carries this pipeline's defaults to the next one made of them."""
         parts = super().components
-        parts["denoiser"].pipeline_defaults = {name: self.config[name] for name in _DEFAULTS}
+        parts["denoiser"].pipeline_defaults = {name: self.config[name] for name in NAMES}
         return parts
 
     @classmethod
@@ -163,10 +151,18 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         index = Path(str(pretrained_model_name_or_path), cls.config_name)
         if index.is_file():
             config = cls._dict_from_json_file(index)
+            if config["_class_name"] in PIPELINES:
+                return cls._from_host(pretrained_model_name_or_path, **kwargs)
             for name in _REQUIRED:
                 if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
                     raise ValueError(f"{index} names no {name}: give one as an argument.")
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def _from_host(cls, name, **kwargs) -> "DualRatePipeline":
+        """One of diffusers' own pipelines as a single-rate model, with its scheduler and its number of steps."""
+        network, scheduler, num_inference_steps = open_pipeline(name, **kwargs)
+        return cls(network, scheduler, num_inference_steps=num_inference_steps)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -252,9 +248,10 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         refresh_steps: Sequence[int] | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> RefreshPlan:
-        """The plan that a call with these arguments follows, which are documented there. Printed, it is a diagram."""
-        steps = (num_inference_steps, num_context_steps, refresh_steps, timesteps)
-        return plan_run(self.scheduler, self.context_encoder, self.config, None, steps)[1]
+        """The plan that a call with these arguments follows. Printed, it is a diagram. The call documents them."""
+        n, k, is_pair = num_inference_steps, num_context_steps, self.context_encoder is not None
+        named: dict[str, Any] = {"refresh_steps": refresh_steps, "timesteps": timesteps}
+        return plan_steps(self.scheduler, SamplingDefaults.of(self.config), n, k, **named, is_pair=is_pair).plan
 
     @torch.no_grad()
     def __call__(
@@ -289,37 +286,37 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 which the pair must have learned. Default: the model's, where N is the model's, too.
             timesteps: Instead of N, the timesteps themselves, falling.
             guidance_scale: Scale of classifier-free guidance, 1 for none; default: the model's where there are classes.
-            guidance_interval: Lowest and highest log-SNR at which guidance acts (arXiv 2404.07724); default: the
-                model's, where it has one.
+            guidance_interval: Lowest and highest log-SNR at which it acts (arXiv 2404.07724); default: the model's.
             batch_size: Number of images where no `class_labels` are given; default 1.
             num_images_per_prompt: Images for each class label.
-            height: Height in pixels; default: the network's `sample_size`.
-            width: Width in pixels; default: the network's `sample_size`.
+            height: Height in pixels; default: that of the network.
+            width: Width in pixels; default: that of the network.
             generator: Source of noise. In a list, one for each image, which then depends on its own seed alone.
             latents: Noise to start from [B, C, height, width] instead of drawing it.
-            output_type: "pil", "np" [B, height, width, C] or "pt" [B, C, height, width], both in [0, 1], or "latent"
-                for the tensor as the scheduler leaves it, about [-1, 1].
+            output_type: "pil"; "np" [B, height, width, C] or "pt" [B, C, height, width], both in [0, 1]; or "latent", the
+                tensor as the scheduler leaves it, about [-1, 1].
             return_dict: Whether to return an `ImagePipelineOutput` or a plain tuple.
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after each step; the tensors it
                 returns replace the loop's. The pipeline is a shallow copy that belongs to this call, with the scheduler
                 of this call: the callback may set its `_interrupt` or `_guidance_scale`.
             callback_on_step_end_tensor_inputs: Names of the tensors it gets: latents, class_labels, context (the
-                projected maps in a tuple, `None` before the first refresh and for a single-rate model).
+                projected maps in a tuple, or `None`).
 
         Raises:
             ValueError: If an argument is out of its range, before anything is computed.
         """
-        callback, tensor_inputs = callback_on_step_end, callback_on_step_end_tensor_inputs or ()
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = callback.tensor_inputs
-        check_delivery(output_type, callback, tensor_inputs, self._callback_tensor_inputs)
-        run, noise = make_run(
+        callback, known = callback_on_step_end, self._callback_tensor_inputs
+        tensor_inputs = check_delivery(output_type, callback, callback_on_step_end_tensor_inputs, known)
+        defaults, device = SamplingDefaults.of(self.config), self._execution_device
+        n, k, is_pair = num_inference_steps, num_context_steps, self.context_encoder is not None
+        named: dict[str, Any] = {"refresh_steps": refresh_steps, "timesteps": timesteps}
+        steps = plan_steps(self.scheduler, defaults, n, k, **named, is_pair=is_pair, device=device)
+        chain, noise = make_chain(
             self.denoiser,
-            self.scheduler,
             self.context_encoder,
-            self.config,
-            self._execution_device,
-            steps=(num_inference_steps, num_context_steps, refresh_steps, timesteps),
+            steps,
+            defaults,
+            device,
             class_labels=class_labels,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
@@ -330,30 +327,29 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             generator=generator,
             latents=latents,
         )
-        latents = self._sample(run, noise, callback, tensor_inputs)
-        # Only where the images leave the device anyway: a call never waits for it.
-        if output_type in ("pil", "np") and not latents.isfinite().all():
-            warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=2)
+        latents = self._sample(chain, noise, callback, tensor_inputs)
+        check_images(latents, output_type)
         images = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _sample(
-        self, run: GuidedRun, noise: Tensor, callback: Callable | None, tensor_inputs: Sequence[str]
-    ) -> Tensor:
+    def _sample(self, chain: Chain, noise: Tensor, callback: Callable | None, tensor_inputs: Sequence[str]) -> Tensor:
         """Go through the loop with what the host adds to it: progress, callbacks, interruption."""
-        call = _Call(run.guidance, num_timesteps=len(run.plan))
-        own = self._copy_for(call, run)
-        latents, timesteps = noise, run.timesteps
+        call = _Call(chain.guidance, num_timesteps=len(chain.plan))
+        own = self._copy_for(call, chain)
+        latents, timesteps = noise, chain.timesteps
         try:
-            with own_caches(run.context_encoder, run.denoiser), self.progress_bar(total=len(run.plan)) as progress_bar:
+            with (
+                own_caches(chain.context_encoder, chain.denoiser),
+                self.progress_bar(total=len(chain.plan)) as progress_bar,
+            ):
                 self._call = call  # from here on: a call that is refused must not hide the one that runs
                 self._running.append(call)
                 call.timestep = timesteps[0]
-                loop = sample_at_two_rates(noise, run.plan, run.encode, run.denoise, run.step, run.serves)
+                loop = sample_at_two_rates(noise, chain.plan, chain.encode, chain.denoise, chain.step, chain.serves)
                 for i, state in enumerate(loop):
                     if callback is not None:
-                        _call_back(callback, own, i, timesteps[i], run, state, tensor_inputs)
+                        _call_back(callback, own, i, timesteps[i], chain, state, tensor_inputs)
                     latents = state.z
                     progress_bar.update()
                     if call.interrupt:
@@ -365,11 +361,11 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 self._running.remove(call)
         return latents
 
-    def _copy_for(self, call: _Call, run: GuidedRun) -> "DualRatePipeline":
+    def _copy_for(self, call: _Call, chain: Chain) -> "DualRatePipeline":
         """This pipeline as the callbacks of one call see it."""
         own = copy.copy(self)
         # Past the host's setter, which would write the configuration anew.
-        own.__dict__.update(_call=call, _running=[], scheduler=run.scheduler)
+        own.__dict__.update(_call=call, _running=[], scheduler=chain.scheduler)
         return own
 
 
@@ -378,19 +374,19 @@ def _call_back(
     pipeline: DualRatePipeline,
     i: int,
     timestep: Tensor,
-    run: GuidedRun,
+    chain: Chain,
     state: SamplingState,
     tensor_inputs: Sequence[str],
 ) -> None:
     """Hand the tensors asked for to a callback, and take over those that it returns."""
     context = None if state.context is None else state.context.maps
-    tensors = {"latents": state.z, "class_labels": run.class_labels, "context": context}
+    tensors = {"latents": state.z, "class_labels": chain.class_labels, "context": context}
     returned = callback(pipeline, i, timestep, {name: tensors[name] for name in tensor_inputs})
     if not (returned is None or isinstance(returned, dict)):
         raise ValueError(f"callback_on_step_end must return a dict or None, got {type(returned).__name__}.")
     returned = returned or {}
     state.z = returned.pop("latents", state.z)
-    run.class_labels = returned.pop("class_labels", run.class_labels)
+    chain.class_labels = returned.pop("class_labels", chain.class_labels)
     maps = returned.pop("context", context)
     if maps is not context:
         if state.context is None:

@@ -1,8 +1,8 @@
 """A budget becomes a plan: how many steps, which of them refresh, of which order, and where guidance acts.
 
-Candidates that cost at most the budget are tried on one set of noises, and the best by a criterion is kept. The criterion
-is, unless another is given, the energy distance of the samples from those of a long chain with a fresh context at every
-step, along the same noise. Image by image the blander would win: steps of first order, and less guidance.
+Candidates that cost at most the budget are tried on one set of noises. The best by a criterion is kept. By default that is
+the energy distance of the samples from those of a long chain along the same noise, with a fresh context at every step. A
+distance image by image would prefer blander images: steps of first order, and less guidance.
 """
 
 import math
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from .brownian import BrownianNoise
+from .defaults import SamplingDefaults
 from .evaluation import energy_distance
 from .flops import context_flops, network_flops, plan_cost
 from .guidance import Guidance
-from .inputs import make_run
+from .inputs import make_chain
 from .pipeline import DualRatePipeline
 from .ranges import check_choice, check_integer, check_number
 from .refreshes import RefreshPlan, plan_refreshes
 from .sampling import sample_at_two_rates
-from .scheduler import DualRateScheduler, start_run
+from .scheduler import DualRateScheduler
+from .steps import plan_steps
 
 UNITS = ("gflop", "milliseconds", "share")
 """Of a budget for one image: 10^9 FLOPs, time on this machine, or a share of what the heavy network alone costs."""
@@ -123,27 +125,31 @@ class _Search:
 
     def __init__(self, pipe: DualRatePipeline, num_images: int, seed: int, batch_size: int):
         config, num_classes = pipe.denoiser.config, pipe.denoiser.config.num_classes
-        size = config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        self.pipe, self.batch_size = pipe, batch_size
+        self.pipe, self.batch_size, self.defaults = pipe, batch_size, SamplingDefaults.of(pipe.config)
         self.labels = None if num_classes is None else [i * num_classes // num_images for i in range(num_images)]
-        self.scale = pipe.config.guidance_scale if num_classes else 1.0
-        own = pipe.config.guidance_interval
-        self.interval = None if own is None else tuple(own)
-        self.noise = BrownianNoise((num_images, config.in_channels, *size), PLANNING_SEED, seed)
+        self.scale, interval = self.defaults.choose_guidance(None, None, num_classes is not None)
+        self.interval = None if interval is None else (interval[0], interval[1])
+        self.noise = BrownianNoise((num_images, config.in_channels, *pipe.denoiser.image_size), PLANNING_SEED, seed)
         self._levels: dict[int, list[float]] = {}
         self.tried: dict[tuple, Choice] = {}
 
     def _start(self, choice: Choice, rows: slice):
-        scheduler = DualRateScheduler.from_config(self.pipe.scheduler.config, second_order=choice.second_order)
-        latents = self.noise.start[rows]
-        return make_run(
-            self.pipe.denoiser,
+        pipe, latents = self.pipe, self.noise.start[rows]
+        scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=choice.second_order)
+        steps = plan_steps(
             scheduler,
-            self.pipe.context_encoder,
-            self.pipe.config,
-            self.pipe.device,
-            steps=(choice.num_inference_steps, None, choice.refresh_steps, None),
+            self.defaults,
+            choice.num_inference_steps,
+            refresh_steps=choice.refresh_steps,
+            is_pair=pipe.context_encoder is not None,
+            device=pipe.device,
+        )
+        return make_chain(
+            pipe.denoiser,
+            pipe.context_encoder,
+            steps,
+            self.defaults,
+            pipe.device,
             class_labels=None if self.labels is None else self.labels[rows],
             guidance_scale=self.scale,
             guidance_interval=choice.guidance_interval or (-math.inf, math.inf),
@@ -161,14 +167,14 @@ class _Search:
         parts = []
         for first in range(0, len(self.noise.start), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            run, z = self._start(choice, rows)
-            noise = self.noise.of_steps(run.levels)
+            chain, z = self._start(choice, rows)
+            noise = self.noise.of_steps(chain.levels)
 
-            def step(i, v, z, run=run, rows=rows, noise=noise):
+            def step(i, v, z, chain=chain, rows=rows, noise=noise):
                 own = noise[i][rows].to(z.device)
-                return run.scheduler.step(v.float(), run.timesteps[i], z, return_dict=False, variance_noise=own)[0]
+                return chain.scheduler.step(v.float(), chain.timesteps[i], z, return_dict=False, variance_noise=own)[0]
 
-            for state in sample_at_two_rates(z, run.plan, run.encode, run.denoise, step, run.serves):
+            for state in sample_at_two_rates(z, chain.plan, chain.encode, chain.denoise, step, chain.serves):
                 last = state.z
             parts.append(last.float().cpu())
         return torch.cat(parts)
@@ -193,8 +199,8 @@ class _Search:
     def _time(self) -> tuple[float, float, float]:
         """Milliseconds an image of the heavy evaluation, the light one, and that without context."""
         any_choice = Choice(1, None if self.pipe.context_encoder is None else (0,), False, None, 0.0)
-        run, z = self._start(any_choice, slice(0, self.batch_size))
-        context = None if self.pipe.context_encoder is None else run.encode(0, z)[0]
+        chain, z = self._start(any_choice, slice(0, self.batch_size))
+        context = None if self.pipe.context_encoder is None else chain.encode(0, z)[0]
 
         def time_of(evaluate: Callable[[], Tensor]) -> float:
             seconds = []
@@ -204,15 +210,15 @@ class _Search:
                 seconds.append(time.perf_counter() - start)
             return 1000 * statistics.median(seconds[1:]) / len(z)
 
-        light, opening = time_of(lambda: run.denoise(0, z, context)), time_of(lambda: run.denoise(0, z, None))
-        return 0.0 if context is None else time_of(lambda: run.encode(0, z)[0].maps[0]), light, opening
+        light, opening = time_of(lambda: chain.denoise(0, z, context)), time_of(lambda: chain.denoise(0, z, None))
+        return 0.0 if context is None else time_of(lambda: chain.encode(0, z)[0].maps[0]), light, opening
 
     def cost(self, choice: Choice) -> float:
         """What an image costs by a choice."""
         guidance = Guidance(self.scale, choice.guidance_interval or (-math.inf, math.inf))
         n = choice.num_inference_steps
         if n not in self._levels:
-            self._levels[n] = start_run(self.pipe.scheduler, None, num_inference_steps=n)[2].tolist()
+            self._levels[n] = plan_steps(self.pipe.scheduler, self.defaults, n, is_pair=False).log_snrs.tolist()
         guided = [guidance.acts_at(level) for level in self._levels[n]]
         spared = self.pipe.config.encoder_denoises
         return plan_cost(choice.plan, *self._prices, guided=guided, encoder_denoises=spared)

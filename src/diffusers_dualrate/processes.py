@@ -63,8 +63,8 @@ def choose_threads(flops: float) -> str:
     _chosen = max(1, min(most, int(flops / FLOPS_PER_THREAD)))
     torch.set_num_threads(_chosen)
     each = f" for each of {processes} processes" if processes > 1 else ""
-    reason = f"{flops / 1e9:.2g} GFLOP a call; OMP_NUM_THREADS sets another number"
-    return f"threads: {_chosen} of {cores} cores{each}, by {reason}"
+    reason = f"since the largest network takes {flops / 1e9:.2g} GFLOP a call"
+    return f"threads: {_chosen} of {cores} cores{each}, {reason}; OMP_NUM_THREADS sets another number"
 
 
 def run_script(main: Callable[[Any], Any], args: Any) -> NoReturn:

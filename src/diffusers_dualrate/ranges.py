@@ -4,11 +4,19 @@ Every function returns the value it was given, numbers of numpy as Python's, whi
 """
 
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LONGEST_SIDE = 2**14
+"""Longest side of an image in pixels: no model's images are nearly as large, and no memory holds one's features."""
+MOST_AT_ONCE = 2**20
+"""Most images of a training step, or classes of a model."""
 
 
 def check_integer(name: str, value: int, least: int | None = None, most: int | None = None) -> int:
@@ -65,6 +73,31 @@ def check_choice(name: str, value: T, choices: Sequence[T]) -> T:
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}.")
     return value
+
+
+def check_output(flag: str, path: str, *, is_folder: bool = False) -> None:
+    """Refuse a file or a folder that could not be written, before work is done for it. Nothing stays behind.
+
+    Args:
+        flag: What the path is called where it was given.
+        path: Where something is to be written; the folders above it need not exist.
+        is_folder: Whether that is a folder.
+    """
+    if not path:
+        raise ValueError(f"{flag} is empty, and must name a {'folder' if is_folder else 'file'}.")
+    target = Path(os.path.abspath(path))
+    if os.path.lexists(target) and target.is_dir() != is_folder:
+        needed, found = ("folder", "none") if is_folder else ("file", "a folder")
+        raise ValueError(f"{flag} must be a {needed}, but {path!r} is {found}.")
+    known = (target, *target.parents) if is_folder else target.parents
+    above = next(folder for folder in known if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"{flag} is {path!r}, but {str(above)!r} is no folder.")
+    try:  # only an attempt tells of rights, of names too long and of folders that are the system's own
+        with tempfile.TemporaryDirectory(dir=above, prefix=".") as probe:
+            Path(probe, target.relative_to(above)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} is {path!r}, which cannot be written: {error.strerror}.") from error
 
 
 def _between(least: float | None, most: float | None, above: float | None = None, below: float | None = None) -> str:

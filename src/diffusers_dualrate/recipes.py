@@ -1,6 +1,6 @@
 """How networks are trained: one typed recipe for each kind of training, every value checked.
 
-A preset holds a recipe in its section `training`, that of both networks of a pair, and in `distillation`.
+A preset holds two: that of a pair in its section `training`, that of a student in `distillation`.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .augmentation import Augmentation
-from .ranges import check_boolean, check_choice, check_integer, check_number
+from .ranges import MOST_AT_ONCE, check_boolean, check_choice, check_integer, check_number
 from .records import build
 from .refreshes import RefreshPlan, plan_segments
 
@@ -25,10 +25,10 @@ class Recipe:
         lr_warmup_steps: Steps in which it rises to that.
         adam_beta1: Decay of the mean of gradients.
         adam_beta2: Decay of the mean of their squares.
-        adam_epsilon: What is added to the root of the latter.
+        adam_epsilon: What is added to the root of that mean.
         adam_weight_decay: Decoupled weight decay.
-        max_grad_norm: Largest norm of a step's gradient; a longer one is shortened to it.
-        ema_decay: Decay of the moving average of the weights, which is what is released.
+        max_grad_norm: Largest norm of a step's gradient. A longer gradient is scaled down to it.
+        ema_decay: Decay of the moving average of the weights. The averaged weights are the released ones.
         train_batch_size: Images of a step, over all processes.
         max_train_steps: Number of steps.
         augmentation: What may happen to the images.
@@ -50,14 +50,14 @@ class Recipe:
     """Which part of a preset holds it."""
 
     def __post_init__(self):
-        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("learning_rate", self.learning_rate, above=0, most=1)
         check_integer("lr_warmup_steps", self.lr_warmup_steps, least=0)
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             check_number(name, getattr(self, name), least=0, below=1)
         check_number("adam_epsilon", self.adam_epsilon, above=0)
         check_number("adam_weight_decay", self.adam_weight_decay, least=0)
         check_number("max_grad_norm", self.max_grad_norm, above=0)
-        check_integer("train_batch_size", self.train_batch_size, least=1)
+        check_integer("train_batch_size", self.train_batch_size, 1, MOST_AT_ONCE)
         check_integer("max_train_steps", self.max_train_steps, least=1)
         if isinstance(self.augmentation, Mapping):
             object.__setattr__(self, "augmentation", build(Augmentation, "augmentation", self.augmentation))
@@ -69,13 +69,8 @@ class Recipe:
 
     @property
     def share_without_context(self) -> float:
-        """Share of rows that see no context, where there is one."""
+        """Share of rows that see no context, where there is an encoder."""
         return 0.0
-
-    @property
-    def encoder_costs(self) -> dict:
-        """What `flops.training_image_flops` must know of the encoder's part in a step."""
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +79,7 @@ class SingleRateRecipe(Recipe):
 
     Args:
         lr_scheduler: Course of the learning rate, one of `LR_SCHEDULERS`.
-        bias: b of the loss weight sigmoid(b − λ): noise levels well above it in log-SNR count for less.
+        bias: b of the loss weight sigmoid(b − λ). Noise levels well above b in log-SNR count for less.
         label_dropout: Probability that an image is trained without its class.
     """
 
@@ -104,13 +99,13 @@ class PairRecipe(SingleRateRecipe):
     """How a pair is trained.
 
     Args:
-        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them, and its context is
-            uniformly up to so old; 0 is a fresh context, and a value given twice is drawn twice as often.
-        context_from: Time of the first context, a share of the chain; 1 is its noisy end. Above it no row sees a context,
-            and the encoder never learns. It is rounded to whole rows of the batch.
+        context_ages: Largest ages of a context, in shares of the chain. Each row draws one of them uniformly (repeat a
+            value to draw it more often); its context is then up to that old. 0 is a fresh context.
+        context_from: Time of the first context, in shares of the chain; 1 is the noisy end. Rows above it see no context,
+            and the encoder learns nothing there. Their share is rounded to whole rows of the batch.
         context_dropout: Share of the other rows of a batch that see no context.
-        freeze_encoder: Whether the encoder keeps what it knows, and learns only what it hands over.
-        follow_encoder: Whether, beside that, the denoiser learns from the encoder's predictions instead of the images.
+        freeze_encoder: Whether the encoder's weights stay as they are, except those of what it hands over.
+        follow_encoder: Whether the encoder is frozen so, and the denoiser learns from its predictions instead of images.
     """
 
     context_ages: tuple[float, ...]
@@ -136,7 +131,7 @@ class PairRecipe(SingleRateRecipe):
 
     @property
     def share_above(self) -> float:
-        """Share of rows that are noisier than the first context."""
+        """Share of rows whose times lie above that of the first context."""
         return round((1 - self.context_from) * self.train_batch_size) / self.train_batch_size
 
     @property
@@ -145,33 +140,25 @@ class PairRecipe(SingleRateRecipe):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the encoder keeps what it knows."""
+        """Whether the encoder's weights stay as they are."""
         return self.freeze_encoder or self.follow_encoder
-
-    @property
-    def encoder_costs(self) -> dict:
-        return {
-            "context_dropout": self.share_without_context,
-            "frozen": self.is_frozen,
-            "followed": self.follow_encoder,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationRecipe(Recipe):
-    """How a student is distilled; `max_train_steps` counts those of the auxiliary and of the student, in turns.
+    """How a student is distilled. `max_train_steps` counts the steps of auxiliary and student, which alternate.
 
     Args:
         pretraining_steps: Steps of plain denoising before those, for a student that is made from the teacher.
         pretraining_learning_rate: Peak of the learning rate in them.
-        min_variance: Least σ² that the loss is divided by.
-        min_variance_share: Least variance of the student's samples, as a share of the teacher's, below which it has
-            collapsed.
+        min_variance: Noise variance below which the weight 1/σ² of the loss rises no further.
+        min_variance_share: Least variance of the student's samples, as a share of the teacher's. Below it the student
+            has collapsed, and the run ends.
         full_rollout: Whether the student starts from noise instead of noisy images.
         num_inference_steps: N of the student.
         num_context_steps: K of the student.
-        context_from: Time of its first context, a share of the chain: at the steps above it works without.
-        guidance_scale: Guidance of the teacher, which the student takes over.
+        context_from: Time of its first context, in shares of the chain. Steps above it see no context.
+        guidance_scale: Guidance of the teacher, which the student learns to imitate.
     """
 
     pretraining_steps: int
@@ -189,7 +176,7 @@ class DistillationRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         check_integer("pretraining_steps", self.pretraining_steps, least=0)
-        check_number("pretraining_learning_rate", self.pretraining_learning_rate, above=0)
+        check_number("pretraining_learning_rate", self.pretraining_learning_rate, above=0, most=1)
         check_number("min_variance", self.min_variance, above=0)
         check_number("min_variance_share", self.min_variance_share, least=0)
         check_boolean("full_rollout", self.full_rollout)
@@ -213,7 +200,7 @@ class DistillationRecipe(Recipe):
 
     @property
     def images_by_phase(self) -> dict[str, int]:
-        """Images that a student meets, in the order of its phases: each step of either kind has a batch of its own."""
+        """Number of images of each phase, in order. Every step, of either kind, has a batch of its own."""
         steps = {
             "pretraining": self.pretraining_steps,
             "auxiliary": (self.max_train_steps + 1) // 2,

@@ -5,8 +5,10 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers.configuration_utils import ConfigMixin
+if TYPE_CHECKING:
+    from diffusers import ConfigMixin
 
 
 def build(cls: type, place: str, values: object):
@@ -30,7 +32,7 @@ def build(cls: type, place: str, values: object):
     return cls(**values)
 
 
-def fill_in(cls: type[ConfigMixin], place: str, values: object) -> dict:
+def fill_in(cls: "type[ConfigMixin]", place: str, values: object) -> dict:
     """The arguments of a network or scheduler with its defaults filled in, as JSON would hold them.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Which steps refresh the context: N steps, K refreshes, planned once for a whole run.
+"""Which steps refresh the context: N steps, K refreshes, planned once for a whole chain from noise to image.
 
-A plan may begin late: before its first refresh the light network works alone, in the branch without context.
+A plan may begin late. Before its first refresh the light network works alone, without context.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .ranges import check_integer
@@ -11,14 +11,16 @@ from .ranges import check_integer
 MOST_STEPS = 2**23
 """Steps that single precision still tells apart, whose relative spacing is 2^-23."""
 _MOST_DRAWN = 32
+# By how much tables of single precision miss a log-SNR at most, far less than a step changes it by.
+_ROUNDED = 1e-3
 
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """The steps of a run and whether each one refreshes the context. Printed, it is the diagram of the run.
+    """The steps of a chain and whether each one refreshes the context. Printed, it is their diagram.
 
     Args:
-        refreshes: One entry for each step. A single-rate model has none that is true.
+        refreshes: Whether each step refreshes. All are false for a single-rate model.
     """
 
     refreshes: tuple[bool, ...]
@@ -55,10 +57,10 @@ class RefreshPlan:
         return range(step, end)
 
     def evaluations(self, encoder_denoises: bool = False) -> tuple[int, int]:
-        """How often the heavy and the light network run for one image without guidance, which doubles both.
+        """How often the heavy and the light network run for one image. Guidance doubles both.
 
         Args:
-            encoder_denoises: Whether the light network rests at refreshes, where the encoder's prediction serves.
+            encoder_denoises: Whether refreshes take the encoder's own prediction, so that the light network rests there.
         """
         n, k = self.num_inference_steps, self.num_context_steps
         return k, n - k if encoder_denoises else n
@@ -91,18 +93,18 @@ def plan_refreshes(
     *,
     num_steps_alone: int = 0,
 ) -> RefreshPlan:
-    """Plan a run of N steps: K refreshes spread evenly, or the named ones, or every step where neither is given.
+    """Plan N steps: K refreshes spread evenly, or the steps that are named, or every step where neither is given.
 
-    With M steps before the first one, K refreshes lie at the steps M + floor(j (N − M) / K), j < K.
+    With M steps before the first refresh, the K refreshes are the steps M + floor(j (N − M) / K), j < K.
 
     Args:
         num_inference_steps: Number N of steps.
         num_context_steps: Number K of refreshes, from 1 to N − M.
-        refresh_steps: Instead of K, the steps that refresh: rising, below N. M does not move them.
+        refresh_steps: Instead of K and M, the steps that refresh: rising, below N.
         num_steps_alone: M, from 0 to N − 1.
 
     Raises:
-        ValueError: If no run has such a plan.
+        ValueError: If there is no such plan.
     """
     n = check_integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
     if num_context_steps is not None and refresh_steps is not None:
@@ -121,7 +123,7 @@ def plan_refreshes(
 
 
 def plan_segments(num_inference_steps: int, num_context_steps: int, context_from: float = 1.0) -> RefreshPlan:
-    """The plan of a student, whose segments are all alike: K must divide the steps at or below `context_from`.
+    """The plan of a student. Its segments are equally long: K must divide the steps at or below `context_from`.
 
     Args:
         num_inference_steps: Number N of steps, at the times t_n = 1 − n/N.
@@ -138,6 +140,27 @@ def plan_segments(num_inference_steps: int, num_context_steps: int, context_from
         late = f"the {left} steps at or below context_from={context_from} of " if alone else ""
         raise ValueError(f"num_context_steps must divide {late}num_inference_steps={n}, got {k}.")
     return plan_refreshes(n, k, num_steps_alone=alone)
+
+
+def count_steps_above(log_snrs: Iterable[float], context_from: float, level: float) -> int:
+    """Number of steps that are noisier than the first context, and so go without.
+
+    Args:
+        log_snrs: Log-SNR of each step.
+        context_from: Time of the first context, a share of the chain in (0, 1].
+        level: The log-SNR at that time.
+
+    Raises:
+        ValueError: If no step is left for a context.
+    """
+    steps = [float(log_snr) for log_snr in log_snrs]
+    alone = sum(log_snr < level - _ROUNDED for log_snr in steps)
+    if alone == len(steps):
+        raise ValueError(
+            f"context_from={context_from} leaves none of {alone} steps for a context: take more steps, or name "
+            "refresh_steps."
+        )
+    return alone
 
 
 def _check_steps(num_inference_steps: int, refresh_steps: Sequence[int]) -> set[int]:

@@ -1,11 +1,33 @@
-"""How our classes are saved to a repository and loaded from it: the host's way, with every failure in one sentence."""
+"""How our classes are saved to a repository and loaded from it: the host's way, with every failure in one sentence.
 
+A model's folder is more than its weights: a card, the pictures that it shows, and the records that it was made of. They are
+published with the weights, and what else lies in a run's folder, such as checkpoints, is not.
+"""
+
+import glob
+import json
 import os
 import re
+import shutil
 import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
+from huggingface_hub import HfApi, constants, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .registration import register
+
+# Whatever can be saved or loaded comes through here, so the host knows of it before that.
+register(__name__.partition(".")[0])
+
+CARD = "README.md"
+_RECORDS = ("configuration.json", "training.json", "evaluation.json", "notes.json", "plan.json")
+_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 # What the Hub takes for a name: `model` or `owner/model`.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -38,6 +60,59 @@ class RepositoryMixin:
                 said = said.partition(". ")[0].replace(" (", ": ").replace(")", "").rstrip(".")
                 said = f"there is no such folder, and on the Hub or in its cache: {said}."
             raise OSError(f"{place} cannot be loaded: {said}") from error
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """Save to a folder. Takes what the host's method takes; with `push_to_hub` a card that lies there is published."""
+        if not push_to_hub:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc] # of the host's class
+            return
+        hub = {
+            name: kwargs.pop(name) for name in ("commit_message", "private", "token", "create_pr") if name in kwargs
+        }
+        repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        has_card = Path(save_directory, CARD).is_file()
+        self._publish(repo_id, Path(save_directory) if has_card else self._find_card_folder(), kwargs, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Publish on the Hub. Takes what the host's method takes.
+
+        What was loaded from a folder with a card takes the card along, with its pictures and its records: it speaks of the
+        model as it was loaded. Where there is none, the repository keeps the card that it has, or gets the host's.
+        """
+        hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        source = None if subfolder else self._find_card_folder()
+        refuse_pickles(safe_serialization)
+        return self._publish(repo_id, source, {} if variant is None else {"variant": variant}, subfolder, **hub)
+
+    def _find_card_folder(self) -> Path | None:
+        """The folder that this was loaded from, if a card lies there."""
+        folder = Path(str(self.config.get("_name_or_path") or ""))  # type: ignore[attr-defined]
+        is_own = (folder / self.config_name).is_file()  # type: ignore[attr-defined] # not of what it is a part of
+        return folder if is_own and (folder / CARD).is_file() else None
+
+    def _publish(self, repo_id, source, saving, subfolder=None, **hub) -> str:
+        """Uploads what is saved, with the card and the records of a folder, or else as the host does it."""
+        if source is None:
+            return super().push_to_hub(repo_id, **saving, subfolder=subfolder, **hub)  # type: ignore[misc]
+        repo_id = create_repo(repo_id, private=hub.pop("private", None), token=hub.get("token"), exist_ok=True).repo_id
+        hub["commit_message"] = hub.get("commit_message") or f"Upload {type(self).__name__}"
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **saving)
+            for name in records_of(source):
+                Path(folder, name).parent.mkdir(exist_ok=True)
+                shutil.copy(source / name, Path(folder, name))
+            return upload_folder(repo_id=repo_id, folder_path=folder, **hub)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -75,7 +150,83 @@ def check_index(json_file: str | os.PathLike, index: dict, components: Iterable[
     return index
 
 
+def check_hub(flag: str, name: str) -> None:
+    """Refuse to publish where nothing can be: no such name, no Hub within reach, or no valid token. Nothing is made.
+
+    Args:
+        flag: What asks for it.
+        name: Repository to publish in.
+    """
+    validate_repo_id(name)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{flag} needs the Hub, but HF_HUB_OFFLINE is set: publish the finished model later.")
+    try:
+        HfApi().whoami()
+    except (OSError, HTTPError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{flag} needs the Hub at {constants.ENDPOINT}, which cannot be used: {said}") from error
+
+
 def refuse_pickles(safe_serialization: bool) -> None:
     """Refuse to save what is never loaded."""
     if not safe_serialization:
         raise ValueError("safe_serialization=False writes pickled weights, which are never loaded: leave it out.")
+
+
+def records_of(folder: str | os.PathLike) -> list[str]:
+    """What lies beside the weights of a model and belongs to it: card, licence, records and pictures."""
+    names = (path.relative_to(folder) for part in (".", "samples") for path in Path(folder, part).glob("*"))
+    return sorted(
+        name.as_posix()
+        for name in names
+        if not name.name.startswith(".")
+        and Path(folder, name).is_file()
+        and (
+            name.suffix.lower() in _PICTURES
+            or (len(name.parts) == 1 and (name.name in (CARD, *_RECORDS) or name.stem == "LICENSE"))
+        )
+    )
+
+
+def content_of(folder: str | os.PathLike) -> list[str]:
+    """All files of a pipeline's folder that belong to its repository: the model, card, records and pictures."""
+    index = Path(folder, "model_index.json")
+    if not index.is_file():
+        raise ValueError(f"{folder} holds no model: there is no model_index.json.")
+    entries = json.loads(index.read_text(encoding="utf-8")).items()
+    parts = [name for name, entry in entries if isinstance(entry, list) and isinstance(entry[0], str)]
+    files = [
+        path
+        for part in parts
+        for path in Path(folder, part).glob("*")
+        if path.suffix in (".json", ".safetensors", ".py")
+    ]
+    files += [index, *(path for path in [Path(folder, "pipeline.py")] if path.is_file())]
+    return sorted({path.relative_to(folder).as_posix() for path in files} | set(records_of(folder)))
+
+
+def claim_repository(name: str) -> str:
+    """Make a repository on the Hub where there is none of that name, and return its full name."""
+    return create_repo(name, exist_ok=True).repo_id
+
+
+def upload_model(folder: str | os.PathLike, repo_id: str) -> str:
+    """Publish a pipeline's folder, without checkpoints and whatever else is no part of the model; returns its address."""
+    files = [glob.escape(name) for name in content_of(folder)]
+    done = upload_folder(
+        repo_id=repo_id, folder_path=Path(folder), allow_patterns=files, commit_message="Upload the model"
+    )
+    return str(done.repo_url)
+
+
+def read_record(model: str | os.PathLike, name: str) -> dict | None:
+    """A JSON file beside the weights, in a folder or on the Hub; `None` where there is none."""
+    record = Path(model) / name
+    if not Path(model).is_dir():
+        try:
+            record = Path(hf_hub_download(str(model), name))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # there may be one, out of reach
+                warnings.warn(f"{name} of {model} is not at hand: {error}", stacklevel=2)
+            return None
+    return json.loads(record.read_text()) if record.is_file() else None

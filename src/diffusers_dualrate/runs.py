@@ -39,14 +39,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from diffusers import ImagePipelineOutput
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from .batches import DealtBatches, ShuffledIndices
+from .cards import write_first_card
 from .checkpoints import (
     gather,
     keep_newest,
@@ -56,18 +54,25 @@ from .checkpoints import (
     step_of,
     tell_last_good_state,
 )
-from .claims import Claim
-from .configuration import FILE, Configuration
+from .commands import next_commands
+from .configuration import Configuration, make_record
 from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .models import UViTContextEncoder, UViTDenoiser
+from .pair import TrainablePair
+from .pictures import draw_grid
 from .pipeline import DualRatePipeline
 from .processes import choose_threads
-from .streams import StreamedImages, Stretch
-from .training import TrainablePair, fingerprint_of, sample_images
+from .progress import Progress
+from .recipes import SingleRateRecipe
+from .repositories import claim_repository, upload_model
+from .run_folder import RunFolder
+from .sources import fingerprint_of
+from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
 LOGGING_STEPS = 50
+SAMPLES = 32
 
 
 def _leave_signals(worker: int) -> None:
@@ -119,8 +124,10 @@ class Run:
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._count = None if isinstance(images, StreamedImages) else len(images)
         known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
-        self._claim = Claim(accelerator, self.output_dir, self._record(known), self.options.resume_from_checkpoint)
-        self.checkpoint = self._claim.checkpoint
+        precision = dataclasses.replace(self.options, mixed_precision=accelerator.mixed_precision)
+        record = make_record(dataclasses.replace(self.configuration, options=precision), images.fingerprint, known)
+        self._folder = RunFolder(accelerator, self.output_dir, record, self.options.resume_from_checkpoint)
+        self.checkpoint = self._folder.checkpoint
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
         # How far a stream has been read; other sets need no memory of it.
         self._position = (0, 0) if self.checkpoint is None else read_notes(self.checkpoint)["position"]
@@ -128,16 +135,10 @@ class Run:
         self.is_stopping = False
         self._signal: int | None = None
         self._noted: dict[str, list[Tensor]] = {}
+        self._repo_id: str | None = None
         if self.options.push_to_hub and accelerator.is_main_process:
             # Before training, so that a missing right is known at once.
-            name = self.options.hub_model_id or self.output_dir.resolve().name
-            self._repo_id = create_repo(name, exist_ok=True).repo_id
-
-    def _record(self, models):
-        """What configuration.json holds: what the run was told, and what it found at the start."""
-        precision = dataclasses.replace(self.options, mixed_precision=self.accelerator.mixed_precision)
-        told = dataclasses.replace(self.configuration, options=precision).to_json()
-        return told | {"found": {"images": self.images.fingerprint, "models": models}}
+            self._repo_id = claim_repository(self.options.repository)
 
     def make_loader(self) -> DataLoader:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
@@ -158,7 +159,7 @@ class Run:
             try:
                 load_checkpoint(self.accelerator, ema, self.checkpoint)
             except ValueError:
-                self._claim.release()
+                self._folder.release()
                 raise
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -169,19 +170,19 @@ class Run:
         first = part * self.accelerator.num_processes + self.accelerator.process_index
         return range(first, self.recipe.train_batch_size, self.parts)
 
-    def share_of_first(self, part: int, share: float) -> float:
-        """Share of the rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
+    def count_of_first(self, part: int, share: float) -> int:
+        """Number of rows of a part that lie in the first `share` of the global batch, rounded to whole rows there.
 
         So a split of the batch falls on the same images however the batch is dealt out.
 
         Raises:
             ValueError: If a share above 0 comes to no row.
         """
-        size, rows = self.recipe.train_batch_size, self.rows(part)
+        size = self.recipe.train_batch_size
         first = round(share * size)
         if first == 0 < share:
             raise ValueError(f"A share of {share} of {size} images is none: use larger batches, or 0.")
-        return sum(row < first for row in rows) / len(rows)
+        return sum(row < first for row in self.rows(part))
 
     @contextlib.contextmanager
     def watch(self, ema: EMAModel, averaged: TrainablePair, pipeline: DualRatePipeline) -> Iterator[None]:
@@ -197,20 +198,17 @@ class Run:
         self.pipeline.set_progress_bar_config(disable=True)
         self._announce()
         self._seconds, self._started, self._logged_step = 0.0, time.perf_counter(), self.step
-        self._progress = tqdm(
-            initial=self.step,
-            total=self.recipe.num_steps,
-            disable=not self.accelerator.is_local_main_process,
-            unit="step",
-        )
+        self._first_step = self.step
+        self._progress = Progress(self.step, self.recipe.num_steps, self.accelerator.is_local_main_process)
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except Exception as error:
-            if isinstance(error, OSError) and "last good state" not in str(error):  # a full disk, mostly
-                error.add_note(f"The run ended at step {self.step}; {tell_last_good_state(self.output_dir)}.")
+            # A full disk, mostly; where a checkpoint could not be written, the error says so by itself.
+            if isinstance(error, OSError) and (state := tell_last_good_state(self.output_dir)) not in str(error):
+                error.add_note(f"The run ended at step {self.step}; {state}.")
             for tracker in self.accelerator.trackers:  # what was logged is kept, where that can be
                 with contextlib.suppress(Exception):
                     tracker.finish()
@@ -219,7 +217,7 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self._progress.close()
-            self._claim.release()
+            self._folder.release()
         for tracker in self.accelerator.trackers:  # not `end_training`, which destroys the group: see processes.py
             tracker.finish()
 
@@ -244,19 +242,17 @@ class Run:
                 flops += context_flops(self.averaged.denoiser)
             count = sum(parameter.numel() for parameter in network.parameters())
             accelerator.print(f"{name}: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per image and evaluation")
-        # Distillation has costs of its own.
-        if {name for name, _ in self.averaged.named_children()} <= {"denoiser", "context_encoder"}:
-            flops = training_image_flops(
-                self.averaged.denoiser,
-                self.averaged.context_encoder,
-                **self.recipe.encoder_costs,
-            )
+        if isinstance(self.recipe, SingleRateRecipe):  # distillation has costs of its own
+            flops = training_image_flops(self.averaged.denoiser, self.averaged.context_encoder, self.recipe)
             accelerator.print(f"training: {flops / 1e6:,.1f} MFLOP per noisy image, forwards and backwards")
         accelerator.print(describe_images(images))
-        accelerator.print(
-            f"steps {self.step:,} to {self.recipe.num_steps:,} of {size:,} images on {accelerator.num_processes} processes"
-        )
+        on = f"{n} processes" if (n := accelerator.num_processes) > 1 else "1 process"
+        accelerator.print(f"steps {self.step:,} to {self.recipe.num_steps:,}, each of {size:,} images, on {on}")
         accelerator.print(choose_threads(size // self.parts * max(counted.values())))
+        if self.configuration.validation_steps:
+            accelerator.print(
+                f"a grid of samples every {self.configuration.validation_steps:,} steps: {self.output_dir / 'samples'}"
+            )
 
     def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
         """Yield (step, part of the step, batch) until training ends or has been stopped."""
@@ -302,29 +298,28 @@ class Run:
         self._seconds += elapsed
         self._seconds_in_all += elapsed
         self.step += 1
-        self._progress.update()
+        self._progress.advance()
         is_last = self.is_stopping or self.step == self.recipe.num_steps
         if is_last or self.step % LOGGING_STEPS == 0:
             self._log(scalars)
+        elif self._logged_step == self._first_step:  # until the first log, of this process alone
+            self._progress.show({name: torch.stack(values).mean().item() for name, values in self._noted.items()})
         if is_last or self.step % self.options.checkpointing_steps == 0:
             save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
-        if self.options.validation_steps and self.step % self.options.validation_steps == 0:
-            self._draw()
+        if (every := self.configuration.validation_steps) and self.step % every == 0:
+            self._sample()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
     def _log(self, scalars):
         own = torch.stack([torch.stack(values).mean() for values in self._noted.values()])
         means = dict(zip(self._noted, self.accelerator.reduce(own, "mean").tolist(), strict=True))
-        seen = self.recipe.train_batch_size
-        speed = (self.step - self._logged_step) * seen / self._seconds
-        self.accelerator.log(
-            means | scalars | {"images_per_second": speed, "images_seen": self.step * seen}, step=self.step
-        )
-        self._progress.set_postfix(
-            {name: f"{value:.4f}" for name, value in means.items()} | {"images/s": f"{speed:.0f}"}
-        )
+        size = self.recipe.train_batch_size
+        speed = (self.step - self._logged_step) * size / self._seconds
+        counts = {"images_per_second": speed, "images_seen": self.step * size}
+        self.accelerator.log(means | scalars | counts, step=self.step)
+        self._progress.show(means, speed)
         self._noted, self._seconds, self._logged_step = {}, 0.0, self.step
 
     def _update_averaged(self):
@@ -332,15 +327,22 @@ class Run:
         for parameter, shadow in zip(self.averaged.parameters(), self.ema.shadow_params, strict=True):
             parameter.data.copy_(gather(shadow))
 
-    def _draw(self):
+    def _sample(self):
+        """Draws a grid of samples with the pipeline's own N and K; classes and seeds are the same at every call."""
         self._update_averaged()
         if not self.accelerator.is_main_process:
             return
-        images = sample_images(self.pipeline.to(self.accelerator.device))
+        num_classes = self.pipeline.denoiser.config.num_classes
+        labels = [i * num_classes // SAMPLES for i in range(SAMPLES)] if num_classes else None
+        generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
+        pipeline = self.pipeline.to(self.accelerator.device)
+        output = pipeline(class_labels=labels, batch_size=None if labels else SAMPLES, generator=generators)
+        images = cast(ImagePipelineOutput, output).images
+        names = [pipeline.id2label.get(label, str(label)) for label in labels] if labels else None
         self.pipeline.to("cpu")
         path = self.output_dir / "samples" / f"{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_image_grid(images, rows=4, cols=8).save(path)
+        draw_grid(images, names).save(path)
         array = np.stack([np.asarray(image.convert("RGB")) for image in images])
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not every tracker of Accelerate's takes images
@@ -364,14 +366,14 @@ class Run:
         Returns:
             The exit status of the script: 0, or for a stopped run 128 and the signal's number, as a shell has it.
         """
+        accelerator = self.accelerator
         if self.step < self.recipe.num_steps:
-            self.accelerator.print(
-                f"Stopped at step {self.step} by a signal: --resume_from_checkpoint latest goes on from there."
-            )
+            more = "--resume_from_checkpoint latest goes on from there"
+            accelerator.print(f"Stopped at step {self.step} by a signal: {more}.")
             return 128 + (self._signal or signal.SIGTERM)
         self._update_averaged()
         num_corrupt = self._count_corrupt()
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             self.pipeline.save_pretrained(self.output_dir)
             record = {
                 "network": network,
@@ -380,11 +382,13 @@ class Run:
                 "seconds": round(self._seconds_in_all, 1),
             }
             (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-            if self.options.push_to_hub:
-                self.pipeline.push_to_hub(self._repo_id)
-                more = [FILE, "training.json", "samples/*"]
-                upload_folder(repo_id=self._repo_id, folder_path=self.output_dir, allow_patterns=more)
+            card = write_first_card(self.output_dir, self.pipeline, self._count, self._repo_id)
+            accelerator.print(f"The model is in {self.output_dir}, and its card is {card}.")
+            for line in next_commands(self.output_dir, self.configuration.to_json(), self.pipeline):
+                accelerator.print(line)
+            if self._repo_id is not None:
+                accelerator.print(f"It is published: {upload_model(self.output_dir, self._repo_id)}")
         if num_corrupt:
-            self.accelerator.print(f"{num_corrupt} corrupt images were left out.")
-        self.accelerator.wait_for_everyone()
+            accelerator.print(f"Corrupt images that were left out: {num_corrupt}.")
+        accelerator.wait_for_everyone()
         return 0

@@ -1,7 +1,12 @@
-"""Sampling at two rates (arXiv 2605.18190): the method itself, without any duty towards the host.
+"""Sampling at two rates (arXiv 2605.18190): the whole method, without any duty towards diffusers.
 
-v = g(z_t, t, τ, E(z_τ, τ)): the heavy encoder E runs at K refreshes and hands out features, the context. The light denoiser
-g runs at every step with the newest context. It was trained on contexts of an earlier step τ, and is told τ.
+Two networks share the work of going from noise to an image in N steps. The heavy encoder E runs at K of them, the
+refreshes. It hands out features, the context. The light denoiser g runs at every step and reads the newest context:
+
+    v = g(z_t, t, τ, E(z_τ, τ))
+
+Here z_t is the noisy image at time t, and τ ≥ t is the time of the last refresh. The denoiser was trained on contexts of
+earlier times, so it is told τ.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +20,11 @@ from .refreshes import RefreshPlan
 
 @dataclass
 class SamplingState:
-    """What one step hands to the next. Whoever drives the loop may replace either between steps.
+    """What one step hands to the next. A caller of the loop may replace either between two steps.
 
     Args:
         z: Noisy image, less noisy at every step [B, C, H, W].
-        context: What the heavy network handed out at the last refresh; `None` before the first.
+        context: What the heavy network made at the last refresh; `None` before the first.
     """
 
     z: Tensor

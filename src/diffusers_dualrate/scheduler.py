@@ -3,8 +3,6 @@
 The host's contract over `diffusion.py` and `refreshes.py`. A `timestep` is the time t in [0, 1] times `num_train_timesteps`, a float.
 """
 
-import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -18,13 +16,11 @@ from torch import Tensor
 
 from . import diffusion
 from .ranges import check_boolean, check_integer, check_number
-from .refreshes import MOST_STEPS, RefreshPlan, plan_refreshes
+from .refreshes import MOST_STEPS, count_steps_above, plan_refreshes
 from .repositories import RepositoryMixin
 
 # Beyond, what is left of image or noise is no longer a number of single precision.
 _LARGEST_LOG_SNR = 80.0
-# By how much tables of single precision miss a log-SNR at most, far less than a step changes it by.
-_ROUNDED = 1e-3
 
 
 @dataclass
@@ -123,6 +119,10 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
             return rate
         return rate + diffusion.resolution_shift_rate(noise_low=config.noise_low, noise_high=config.noise_high)
 
+    def log_snr_at(self, share: float) -> Tensor:
+        """Log-SNR [] at a share in [0, 1] of the chain; 1 is its noisy end."""
+        return self.log_snr(torch.tensor(share * len(self), dtype=torch.float64))
+
     @property
     def alphas_cumprod(self) -> Tensor:
         """α² at timesteps 1, 2, ... [num_train_timesteps], as in-tree schedulers tabulate it."""
@@ -163,7 +163,10 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
             times = times * self.config.num_train_timesteps
         else:
             times = self._check_timesteps(timesteps)
-        alone = 0 if refresh_steps is not None else _count_steps_alone(self, self.log_snr(times), context_from)
+        alone = 0
+        if context_from is not None and refresh_steps is None:
+            check_number("context_from", context_from, above=0, most=1)
+            alone = count_steps_above(self.log_snr(times), context_from, float(self.log_snr_at(context_from)))
         self.refresh_plan = plan_refreshes(len(times), num_context_steps, refresh_steps, num_steps_alone=alone)
         self.num_inference_steps = len(times)
         self._set_timesteps(times, device)
@@ -250,6 +253,8 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
         return DualRateSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x)
 
     def _log_snr_like(self, timesteps: Tensor, sample: Tensor) -> Tensor:
+        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps <= len(self))).all():  # nor NaN
+            raise ValueError(f"timesteps must be finite numbers in [0, {len(self)}], got {timesteps.tolist()}.")
         log_snr = self.log_snr(timesteps.to(device=sample.device, dtype=torch.float32))
         return log_snr.reshape(-1, *[1] * (sample.ndim - 1))
 
@@ -261,133 +266,3 @@ class DualRateScheduler(RepositoryMixin, SchedulerMixin, ConfigMixin):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Velocities v = α ε − σ x of clean images `sample` at timesteps [B]."""
         return diffusion.v_from_x_eps(sample, noise, self._log_snr_like(timesteps, sample)).to(sample.dtype)
-
-
-def start_run(
-    scheduler: SchedulerMixin,
-    device: str | torch.device | None,
-    *,
-    num_inference_steps: int | None = None,
-    timesteps: Sequence[float] | None = None,
-    num_context_steps: int | None = None,
-    refresh_steps: Sequence[int] | None = None,
-    context_from: float | None = None,
-    most_context_steps: int | None = None,
-) -> tuple[SchedulerMixin, RefreshPlan, Tensor]:
-    """Copy a scheduler for one run, set its steps and plan the refreshes. The scheduler that is given stays as it is.
-
-    Args:
-        scheduler: Ours, or any in-tree variance-preserving scheduler that predicts v.
-        device: Where the run's tensors live.
-        num_inference_steps: Number N of steps.
-        timesteps: Instead of N, the timesteps themselves, falling.
-        num_context_steps: Number K of refreshes.
-        refresh_steps: Instead of K, the steps that refresh.
-        context_from: Time t in (0, 1] of the first context, where the steps are not named.
-        most_context_steps: K where neither K nor the steps are given, or as many as there are steps for it.
-
-    Returns:
-        The run's scheduler, the plan, and the log-SNR [N] of each step on the CPU.
-
-    Raises:
-        ValueError: If the scheduler does not fit the networks, or there is no such run.
-    """
-    if (num_inference_steps is None) == (timesteps is None):
-        raise ValueError("Give either num_inference_steps or timesteps.")
-    if isinstance(scheduler, DualRateScheduler):
-        scheduler = copy.copy(scheduler)  # a run replaces what it holds and changes nothing in place
-        scheduler.set_timesteps(num_inference_steps, device, timesteps=timesteps)
-    else:
-        scheduler = _start_in_tree(scheduler, device, num_inference_steps, timesteps)
-    # Some solvers evaluate the networks more or less often than they were asked to.
-    log_snrs = log_snr_of_steps(scheduler)
-    alone = _count_steps_alone(scheduler, log_snrs, context_from) if refresh_steps is None else 0
-    if num_context_steps is None and refresh_steps is None and most_context_steps is not None:
-        num_context_steps = min(most_context_steps, len(log_snrs) - alone)
-    plan = plan_refreshes(len(log_snrs), num_context_steps, refresh_steps, num_steps_alone=alone)
-    if isinstance(scheduler, DualRateScheduler):
-        scheduler.refresh_plan = plan
-    return scheduler, plan, log_snrs
-
-
-def _start_in_tree(
-    scheduler: SchedulerMixin,
-    device: str | torch.device | None,
-    num_inference_steps: int | None,
-    timesteps: Sequence[float] | None,
-) -> SchedulerMixin:
-    """Copy one of the host's schedulers and set its steps."""
-    name = type(scheduler).__name__
-    if scheduler.config.get("prediction_type") != "v_prediction":
-        raise ValueError(f"The networks predict v: give {name} prediction_type='v_prediction'.")
-    most = scheduler.config.get("num_train_timesteps", MOST_STEPS)
-    if timesteps is None:
-        assert num_inference_steps is not None
-        check_integer(f"num_inference_steps under {name}", num_inference_steps, 1, most)
-    elif "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"{name} does not take timesteps: give num_inference_steps.")
-    else:
-        check_integer("the number of timesteps", len(timesteps), 1, most)
-    scheduler = copy.deepcopy(scheduler)
-    if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    else:
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
-    return scheduler
-
-
-def _count_steps_alone(scheduler: SchedulerMixin, log_snrs: Tensor, context_from: float | None) -> int:
-    """Number of steps of a run that are noisier than the chain is at time `context_from`.
-
-    Under an in-tree scheduler that is its timestep over `num_train_timesteps`: in one that was made of this scheduler's
-    betas, as pairs need it, the same noise level.
-
-    Raises:
-        ValueError: If no step is left for a context.
-    """
-    if context_from is None:
-        return 0
-    check_number("context_from", context_from, above=0, most=1)
-    if isinstance(scheduler, DualRateScheduler):
-        level = scheduler.log_snr(torch.tensor(context_from * len(scheduler), dtype=torch.float64))
-    else:
-        table = scheduler.alphas_cumprod.cpu().double()
-        level = torch.logit(table[min(round(context_from * len(table)), len(table) - 1)])
-    alone = int((log_snrs < level - _ROUNDED).sum())
-    if alone == len(log_snrs):
-        raise ValueError(
-            f"context_from={context_from} leaves none of {alone} steps for a context: take more steps, or name "
-            "refresh_steps."
-        )
-    return alone
-
-
-def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
-    """Log-SNR [N] at every step of a run, on the CPU, for ours or any in-tree variance-preserving scheduler.
-
-    Raises:
-        ValueError: If the scheduler has neither `sigmas` nor `alphas_cumprod` to read it from, leaves the
-            variance-preserving process, runs towards noise, or has steps of noise alone.
-    """
-    if isinstance(scheduler, DualRateScheduler):
-        return scheduler.step_log_snrs
-    if getattr(scheduler, "alphas_cumprod", None) is None:
-        raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod to read log-SNR from.")
-    name = type(scheduler).__name__
-    if scheduler.config.get("use_flow_sigmas"):
-        raise ValueError(
-            f"{name} with use_flow_sigmas=True leaves the variance-preserving process that the networks know: leave it out."
-        )
-    timesteps = scheduler.timesteps.cpu()
-    if (timesteps.diff() > 0).any():
-        raise ValueError(f"{name} runs from images to noise: give a scheduler whose timesteps fall.")
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
-        # Solvers that place their steps in log-SNR round the timesteps but not these: σ/α in our terms.
-        return -2 * torch.log(torch.as_tensor(sigmas[:-1]).cpu().float())
-    log_snrs = torch.logit(scheduler.alphas_cumprod.cpu().double()[timesteps.long()]).float()
-    if not log_snrs.isfinite().all():
-        raise ValueError(
-            f"{name} has a step without any signal, whose log-SNR no network knows: leave out rescale_betas_zero_snr."
-        )
-    return log_snrs

@@ -1,27 +1,79 @@
-"""Images of a data set that is read as a stream: rows come as they are needed, in a shuffle that can be gone on with.
+"""The order in which a run sees its images, from a set or from a stream, and how batches are dealt out.
 
-A position is (epoch, row): how many rows of the epoch's shuffle have been read. Together with the seed it is all that
-is needed to go on, by reading past them. Every item carries the position behind its global batch, and how many corrupt
-images were met up to there: they may be read in another process.
+All of it follows from seed and position alone. A position in a stream is (epoch, row): how many rows of the epoch's
+shuffle have been read. To go on, a run reads past them. Every item of a stream carries the position behind its global
+batch. It also carries how many corrupt images were met so far, since another process may read them.
 """
 
 import functools
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .data import ImageReader, check_columns, undecoded
 from .folders import description_of
-from .inventory import fingerprint_first_rows
-from .labels import check_label, check_num_classes, name_classes
+from .inventory import check_label, check_num_classes, fingerprint_first_rows, name_classes
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 
 _SAMPLED = 16  # rows that a fingerprint holds
+
+
+class ShuffledIndices(torch.utils.data.Sampler):
+    """An endless shuffle of a data set, cut to the stretch from `start` to `stop`; yields (epoch, index).
+
+    Each epoch is a permutation drawn from (seed, epoch) alone. So a run that starts anywhere sees what an uninterrupted
+    one sees there. Batches may cross epochs; no image is left out.
+
+    Args:
+        size: Number of images in the data set.
+        seed: Seed of the shuffle.
+        start: First position in the endless sequence.
+        stop: Position after the last.
+    """
+
+    def __init__(self, size: int, seed: int, start: int, stop: int):
+        self.size, self.seed, self.start, self.stop = size, seed, start, stop
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for epoch in range(self.start // self.size, -(-self.stop // self.size)):
+            order = np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.size).tolist()
+            first = epoch * self.size
+            for position in range(max(self.start, first), min(self.stop, first + self.size)):
+                yield epoch, order[position - first]
+
+
+class DealtBatches(torch.utils.data.Sampler):
+    """Deals each global batch of a sequence out into `parts` batches, like cards: batch p holds rows p, p + parts, ...
+
+    So the first rows of all parts are the first rows of the global batch, for any number of parts. What is left over at
+    the end is dropped.
+
+    Args:
+        order: The sequence of indices.
+        batch_size: Size of one part.
+        parts: Number of processes times parts of a step.
+    """
+
+    def __init__(self, order: Sequence | ShuffledIndices, batch_size: int, parts: int):
+        self.order, self.batch_size, self.parts, self.drop_last = order, batch_size, parts, True
+
+    def __len__(self) -> int:
+        return len(self.order) // (self.batch_size * self.parts) * self.parts
+
+    def __iter__(self) -> Iterator[list]:
+        order = iter(self.order)
+        while len(rows := list(itertools.islice(order, self.batch_size * self.parts))) == self.batch_size * self.parts:
+            for part in range(self.parts):
+                yield rows[part :: self.parts]
 
 
 class StreamedImages(ImageReader):
@@ -40,8 +92,8 @@ class StreamedImages(ImageReader):
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
         description: What a folder held, or `None` for other sources.
-        num_corrupt: Most corrupt images met so far in one epoch, in this process: each epoch meets the same ones, in
-            other places.
+        num_corrupt: Most corrupt images that this process has met in one epoch. Each epoch meets the same ones, in other
+            places.
 
     Raises:
         ValueError: If an argument or a column is not as described, or there is no row.
@@ -56,7 +108,7 @@ class StreamedImages(ImageReader):
         label_column: str | None = None,
         num_classes: int | None = None,
         buffer_size: int = 10_000,
-        **options,
+        **options: Any,
     ):
         super().__init__(resolution, **options)
         if type(buffer_size) is not int or buffer_size < 1:
@@ -118,7 +170,7 @@ class StreamedImages(ImageReader):
 
 
 class Stretch(torch.utils.data.IterableDataset):
-    """A stretch of a stream, its global batches dealt out like those of [`batches.DealtBatches`].
+    """A stretch of a stream, its global batches dealt out like those of [`DealtBatches`].
 
     Args:
         images: The stream.

@@ -20,7 +20,7 @@ from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.losses import lags
 from diffusers_dualrate.recipes import PairRecipe
-from diffusers_dualrate.scheduler import log_snr_of_steps
+from diffusers_dualrate.steps import log_snr_of_steps
 from research import arms, jobs, networks, study, train_unet
 
 TINY = Path("examples/presets/tiny.json")

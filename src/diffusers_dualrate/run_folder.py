@@ -1,7 +1,7 @@
-"""Whose an output folder is: one run at a time, always the same run.
+"""The output folder of a run: it belongs to one run, and only one process group works in it at a time.
 
-The folder's configuration.json says which run it holds. A lock, held while that run lives, keeps a second start out; the
-system frees it however the run ends.
+The folder's configuration.json says which run it holds. A lock keeps out a second start while that run lives. The system
+frees the lock however the run ends.
 """
 
 import json
@@ -12,26 +12,22 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from .checkpoints import find_damage, find_newest, is_checkpoint, keep_newest, list_checkpoints, set_aside, step_of
-from .configuration import FILE
+from .configuration import FILE, identify
 from .records import read_json
 
 _LOCK = ".lock"
-_PATIENCE = 10.0  # seconds: the data workers of a run that was killed end within five, and hold its lock until then
-
-# What makes a run this one, by the sections of configuration.json; in options and data nothing but these.
-_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
-_DATA = ("image_column", "label_column")
+_PATIENCE = 10.0  # seconds: the data workers of a killed run end within five, and hold its lock until then
 
 
-class Claim:
-    """A folder made this run's own, and the checkpoint to go on from; made by all processes together.
+class RunFolder:
+    """The output folder of one run, locked while the run lives; made by all processes together.
 
-    A folder without checkpoint or model holds nothing that could be lost, so a start that failed does not block it.
+    A folder without checkpoint or model holds nothing that could be lost. So a start that failed does not block it.
 
     Args:
         accelerator: Its processes agree on the checkpoint.
         output_dir: The run's folder.
-        record: What the run was told and found, the content of its configuration.json.
+        record: The content of its configuration.json: what the run was told, and what it found.
         resume_from_checkpoint: A checkpoint's name in the folder, or its path, or "latest", or `None`.
 
     Attributes:
@@ -68,16 +64,16 @@ class Claim:
             raise ValueError(
                 f"{self.output_dir} holds a run that is alive: wait for its end, or give another --output_dir."
             ) from error
-        # Once more: another run may have begun, and ended, since.
+        # Checked again: another run may have begun, and ended, since.
         check_folder(self.output_dir, record, resume_from_checkpoint, chosen)
         newest = find_newest(self.output_dir) if resume_from_checkpoint == "latest" else chosen
-        _check_steps(record, newest)
+        _check_steps_taken(record, newest)
         # A kill while the record is written again must not take the run with it.
         partial = self.output_dir / f".{FILE}"
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.output_dir / FILE)
         if chosen is not None:
-            # Else newer ones would count as the newest, and those still to come be removed before them.
+            # Otherwise a newer checkpoint would count as the newest, and outlive those that this run makes.
             for newer in list_checkpoints(self.output_dir):
                 if step_of(newer) > step_of(chosen):
                     set_aside(newer, "abandoned")
@@ -88,7 +84,7 @@ class Claim:
 
 
 def find_named(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint that is named, sound; `None` where none or the newest is asked for.
+    """The named checkpoint, if it is sound; `None` where none or the latest is asked for.
 
     Raises:
         ValueError: If there is none of that name, or it is damaged.
@@ -105,7 +101,7 @@ def find_named(output_dir: Path, resume_from_checkpoint: str | None) -> Path | N
 
 
 def check_folder(output_dir: Path, record: dict, resume_from_checkpoint: str | None, chosen: Path | None) -> None:
-    """Refuse a folder that holds another run, or this one where it is not to be resumed; nothing is changed."""
+    """Refuse a folder that holds another run, or this one without being told to resume it. Changes nothing."""
     checkpoints, holds_model = list_checkpoints(output_dir), (output_dir / "model_index.json").exists()
     holds_run = bool(checkpoints) or holds_model
     if holds_run and not resume_from_checkpoint:
@@ -131,8 +127,8 @@ def check_folder(output_dir: Path, record: dict, resume_from_checkpoint: str | N
             raise ValueError(f"{folder} belongs to a run with another configuration: {'; '.join(words)}{more}.")
 
 
-def _check_steps(record: dict, checkpoint: Path | None) -> None:
-    """Refuse a run that has more steps behind it than it is told to take, before its record says something else."""
+def _check_steps_taken(record: dict, checkpoint: Path | None) -> None:
+    """Refuse a run that has taken more steps than it is now told to take."""
     recipe = record.get("training") or record.get("distillation") or {}
     steps = recipe.get("max_train_steps", 0) + recipe.get("pretraining_steps", 0)
     if checkpoint is not None and step_of(checkpoint) > steps:
@@ -140,25 +136,6 @@ def _check_steps(record: dict, checkpoint: Path | None) -> None:
             f"{checkpoint} has {step_of(checkpoint)} steps behind it, more than the {steps} of this run: give a larger "
             "--max_train_steps, or an earlier checkpoint."
         )
-
-
-def identify(record: dict) -> dict[str, object]:
-    """What makes a run this one, from the content of its configuration.json, by dotted names.
-
-    Where data and models lie is no part of that, only what they hold; nor is how long the run is.
-    """
-    networks = ("context_encoder", "denoiser", "scheduler", "training", "distillation", "found")
-    picked = {name: record.get(name, {}) for name in networks}
-    picked["options"] = {name: record.get("options", {}).get(name) for name in _OPTIONS}
-    data = record.get("data", {})
-    picked["data"] = {name: data.get(name) for name in _DATA}
-    picked["data"]["shuffle_buffer"] = data.get("shuffle_buffer") if data.get("streaming") else None
-    picked["start"] = {"network": record.get("start", {}).get("network")}
-    flat = {"script": record.get("script")}
-    for section, values in picked.items():
-        flat |= {f"{section}.{name}": value for name, value in values.items() if name != "max_train_steps"}
-    found = flat.pop("found.images", None) or {}
-    return flat | {f"images.{name}": value for name, value in found.items()}
 
 
 def _shorten(value: object) -> str:

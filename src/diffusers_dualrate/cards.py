@@ -1,0 +1,367 @@
+"""Model cards: what a folder's records say of a model, in the words that its readers need.
+
+Every figure of a card comes from evaluation.json and model_index.json, and what the training was told from
+configuration.json. What a person has to say, such as intended use, weak points and sources, may be given in notes.json;
+without it the card says what the records know. Nothing else enters, so a card can be made again at any time.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .commands import EVALUATION, GRID, evaluation_command, find_changes, training_command
+from .configuration import FILE, Configuration
+from .pipeline import DualRatePipeline
+from .records import read_json
+from .repositories import CARD
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+UNMEASURED = "Nothing yet. This command measures it, and `examples/make_card.py` then puts the figures here:"
+"""What a card says in place of figures, where there are none."""
+
+NOTES = ("license", "summary", "example_label", "intended_use", "training", "limits", "bias", "sources")
+_LEGEND = {
+    "fd_local": "*fd_local*: Fréchet distance in the features of a small classifier of this data, scaled to mean variance 1 on "
+    "the reference; it is comparable with itself only, at equal count.",
+    "fd_dinov2": "*fd_dinov2*: Fréchet distance in DINOv2's features from the images of the data as they are, not augmented.",
+    "fid": "*fid*: Fréchet distance in Inception's features from the images of the data as they are, not augmented.",
+    "precision": "*precision*, *recall*: share of samples within the manifold of real images, and the reverse, by three neighbours.",
+    "class_accuracy": "*class_accuracy*: how often that classifier sees the class that was asked for.",
+    "class_of_nearest": "*class_of_nearest*: how often the nearest training image, over shifts and backgrounds, has the class that "
+    "was asked for.",
+}
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def is_share(name: str) -> bool:
+    return not name.startswith(("fd_", "fid_"))
+
+
+def show(name: str, metric: dict) -> str:
+    """A metric over seeds: its mean, and its standard deviation where there are several."""
+    digits = ".1%" if is_share(name) else ".3f"
+    text = f"{metric['mean']:{digits}}"
+    if metric["std"] is not None:
+        text += f" ± {metric['std']:{digits}}"
+    return text.replace("%", " %")
+
+
+def describe_solver(way: dict) -> str:
+    solver = {"dpmsolver++": "DPM-Solver++"}.get(way["solver"], way["solver"])
+    k = "" if way["num_context_steps"] is None else f", K = {way['num_context_steps']}"
+    return f"{solver}, N = {way['num_inference_steps']}{k}"
+
+
+def name_rival(key: str, rival: dict, start: dict) -> str:
+    """What a model that stands beside is called: by its network, or by its name and its part in the training."""
+    if key.startswith("single_rate_"):
+        return f"{key.removeprefix('single_rate_')} network alone"
+    for part, role in (("teacher", "its teacher"), ("student", "its start")):
+        if Path(start.get(part) or "").name == rival["model"]:
+            return f"{rival['model']}, {role}"
+    return rival["model"]
+
+
+def sample_rows(evaluation: dict, title: str, columns: list[str]) -> Iterator[list[str]]:
+    """Rows of the table of samples: this model, those it is compared with, the floor."""
+    sources = [(title, evaluation)]
+    start = (evaluation["configuration"] or {}).get("start", {})
+    sources += [(name_rival(key, rival, start), rival) for key, rival in evaluation["rivals"].items()]
+    for source, model in sources:
+        is_light = bool(model["training"]) and model["training"]["network"] == "light"
+        for way in model["samples"]:
+            heavy, light = way["evaluations"]["context_encoder"], way["evaluations"]["denoiser"]
+            if heavy == 0 and not is_light:  # the network of a single-rate model is the heavy one
+                heavy, light = light, 0
+            guidance = f"{way['guidance_scale']:g}" if way["guidance_scale"] > 1 else "none"
+            cost = [f"{heavy} + {light}", guidance, f"{way['flops_with_guidance'] / 1e9:.2f}"]
+            cells = [show(name, way[name]) if name in way else "" for name in columns]
+            yield [f"{source}, {describe_solver(way)}", *cost, *cells]
+    yield ["floor", "", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
+
+
+def describe_images(evaluation: dict, changes: dict | None) -> str:
+    """The images that a training took, and for a student in what kind of step."""
+    told, data = evaluation["configuration"], evaluation["data"]
+    images = evaluation["training"]["images_seen"]
+    if told.get("distillation", {}).get("full_rollout"):
+        text = f"{images:,} samples of its own, from noise alone"
+    elif data["images"] is None:
+        text = f"{images:,} images of `{data['name']}`"
+    else:
+        text = (
+            f"{images:,} images, {images / data['images']:,.0f} passes over the {data['images']:,} of `{data['name']}`"
+        )
+    if phases := evaluation.get("images_by_phase"):
+        text += f", {phases['auxiliary']:,} of them in steps of the auxiliary and {phases['student']:,} in steps of the student"
+        if phases["pretraining"]:
+            text += f", after {phases['pretraining']:,} of denoising"
+    return f"{text}, {describe_preset(told, changes)} and seed {told['options']['seed']}."
+
+
+def describe_cost(evaluation: dict) -> str:
+    """What the training took in FLOPs, beside the trainings of the models that are compared; empty where it is not known."""
+    own, start = evaluation.get("training_flops"), evaluation["configuration"]["start"]
+    if own is None:
+        return ""
+    text = f"The training itself took {own / 1e12:,.1f} TFLOP, forwards and backwards"
+    others = [
+        f"{name_rival(key, rival, start)}: {rival['training_flops'] / 1e12:,.1f}"
+        for key, rival in evaluation["rivals"].items()
+        if rival.get("training_flops") is not None
+    ]
+    return f"{text}; beside it, each without what it started from, {'; '.join(others)}." if others else f"{text}."
+
+
+def v_loss_rows(evaluation: dict) -> Iterator[tuple[str, str]]:
+    is_pair = "context_encoder" in evaluation["parameters"]
+    titles = {
+        "model": f"this pair (K = {evaluation['samples'][0]['num_context_steps']})" if is_pair else "this model",
+        "context_dropped": "this pair, its context dropped",
+        "single_rate_light": "light network alone, of the denoiser's shape",
+        "single_rate_heavy": "heavy network alone, of the encoder's shape",
+    }
+    for name, title in titles.items():
+        if name in evaluation["v_loss"]:
+            rival = evaluation["rivals"].get(name)
+            seen = f", trained on {rival['training']['images_seen']:,} images" if rival and rival["training"] else ""
+            yield title + seen, f"{evaluation['v_loss'][name]:.4f}"
+
+
+def describe_preset(told: dict, changes: dict | None) -> str:
+    """Which preset a run followed, and whether in all."""
+    if changes is None:
+        return f"with the preset `{told['preset']}`, which lies beside this card as `{FILE}`,"
+    return f"with preset `{told['preset']}`{', changed as below,' if changes else ''}"
+
+
+def recipe_rows(told: dict, changes: dict | None) -> list[tuple[str, str]]:
+    """The recipe as a table, each value that was changed marked, then what was changed elsewhere in the preset."""
+    configuration = Configuration.from_json(told)
+    content, own = configuration.to_json(), f"{configuration.recipe.section}."
+    given = [override.partition("=")[0] for override in configuration.overrides]
+
+    def row(key: str) -> tuple[str, str]:
+        section, name = key.split(".", 1)
+        value = json.dumps(content[section][name])
+        if changes is not None and key in changes:
+            value = f"**{value}** (the preset has {json.dumps(changes[key])})"
+        elif changes is None and key in given:
+            value = f"**{value}** (overridden)"
+        return key.removeprefix(own), value
+
+    recipe = [f"{own}{name}" for name in told[own[:-1]]]
+    return [row(key) for key in dict.fromkeys([*recipe, *(given if changes is None else changes)])]
+
+
+def describe_unmeasured(pipeline: DualRatePipeline, model: str, told: dict, trained: dict, images: int | None) -> dict:
+    """What a card says of a model that nobody has measured, in the form of an evaluation.json.
+
+    Args:
+        pipeline: The model.
+        model: What it is called.
+        told: Content of its configuration.json.
+        trained: Content of its training.json.
+        images: Number of images that it was trained on, where that is known.
+    """
+    data = Configuration.from_json(told).data
+    networks = {"context_encoder": pipeline.context_encoder, "denoiser": pipeline.denoiser}
+    return {
+        "model": model,
+        "parameters": {
+            name: sum(parameter.numel() for parameter in network.parameters())
+            for name, network in networks.items()
+            if network is not None
+        },
+        "data": {
+            "name": data.name,
+            "hub": data.hub_name,
+            "images": images,
+            "classes": pipeline.denoiser.config.num_classes,
+        },
+        "configuration": told,
+        "training": trained,
+        "num_context_steps": pipeline.plan_run().num_context_steps,
+        "rivals": {},
+    }
+
+
+def complete_notes(notes: dict, evaluation: dict) -> dict:
+    """The notes, with what the records know in place of what nobody has said.
+
+    Raises:
+        ValueError: If there is something else in them.
+    """
+    if unknown := sorted(notes.keys() - set(NOTES)):
+        raise ValueError(f"notes.json has no part {unknown[0]!r}; it may have {', '.join(NOTES)}.")
+    data, told = evaluation["data"], evaluation["configuration"]
+    size = told["denoiser"]["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    kind = {"pair": "A Dual-Rate pair", "distilled pair": "A Dual-Rate student of few steps"}.get(
+        evaluation["training"]["network"], "A single-rate diffusion model"
+    )
+    classes = f" of {data['classes']} classes" if data["classes"] else ""
+    said = {
+        "summary": f"{kind} for images of {height}x{width}{classes}, trained on `{data['name']}`.",
+        "intended_use": f"Research, and images like those of `{data['name']}`. Nothing else was tried.",
+        "training": "",
+        "limits": [
+            f"It was trained on images of {height}x{width}; at other sizes it was not tried.",
+            "Nobody has described its weak points yet.",
+        ],
+        "bias": f"It repeats what `{data['name']}` holds too much or too little of, and may come close to single images of it.",
+        "sources": f"The images are those of `{data['name']}`.",
+        "license": None,
+        "example_label": None,
+    }
+    return said | {name: value for name, value in notes.items() if value}
+
+
+def describe_networks(evaluation: dict, index: dict, num_context_steps: int | None) -> str:
+    """How large the networks are, and how often each runs."""
+    parameters, n = evaluation["parameters"], index["num_inference_steps"]
+    if "context_encoder" not in parameters:
+        return f"One network of {parameters['denoiser']:,} parameters runs at every step."
+    light = n - num_context_steps if index.get("encoder_denoises") else n
+    return (
+        f"A context encoder of {parameters['context_encoder']:,} parameters runs {num_context_steps} times per image, and a "
+        f"denoiser of {parameters['denoiser']:,} parameters {light} times."
+    )
+
+
+def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCardData:
+    """What the Hub reads of a card."""
+    data, is_student = evaluation["data"], evaluation["training"]["network"].startswith("distilled")
+    metrics = [
+        *(["mse"] if evaluation.get("v_loss") else []),
+        *(["accuracy"] if columns else []),
+        *(["fid"] if any(column.startswith("fid_") for column in columns) else []),
+    ]
+    tags = ["dual-rate-diffusion", "class-conditional" if data["classes"] else "unconditional", "pixel-space"]
+    return ModelCardData(
+        license=notes["license"],
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=[*tags, "arxiv:2605.18190", *(["arxiv:2406.04103"] if is_student else [])],
+        datasets=[data["hub"]] if data["hub"] else None,
+        metrics=metrics or None,
+    )
+
+
+def measured_parts(evaluation: dict, title: str, columns: list[str]) -> dict:
+    """What the template takes of a measurement."""
+    used = [text for name, text in _LEGEND.items() if any(column.startswith(name) for column in columns)]
+    if "held_out_accuracy" in (evaluation.get("classifier") or {}):
+        used.append(
+            f"That classifier knows {percent(evaluation['classifier']['held_out_accuracy'])} of the images held out from its own training."
+        )
+    v_loss = evaluation.get("v_loss", {})
+    share = v_loss.get("share_of_gap_recovered")
+    return {
+        "hardware": evaluation["hardware"],
+        "v_loss_images": f"{v_loss['images']:,}" if v_loss else "",
+        "v_loss": list(v_loss_rows(evaluation)) if v_loss else [],
+        "share": None if share is None else percent(share),
+        "floor": f"real images ({evaluation['data']['floor']})",
+        "columns": columns,
+        "rows": list(sample_rows(evaluation, title, columns)),
+        "legend": " ".join(used),
+    }
+
+
+def make_card(
+    evaluation: dict,
+    index: dict,
+    notes: dict,
+    *,
+    presets: Path | None,
+    source: str | None = None,
+    picture: str | None = GRID,
+) -> str:
+    """The card's text.
+
+    Args:
+        evaluation: Content of evaluation.json, or what `describe_unmeasured` makes in its place.
+        index: Content of model_index.json.
+        notes: Content of notes.json, empty where there is none.
+        presets: Folder of the shipped presets, which a run's values are held against; `None` for none.
+        source: Name that the model is loaded by; default: the name of its folder.
+        picture: File of samples beside the card; `None` where there is none.
+
+    Raises:
+        ValueError: If the notes have an unknown part, or the model that was evaluated has no record of its training.
+    """
+    if evaluation["training"] is None or evaluation["configuration"] is None:
+        raise ValueError(
+            f"{EVALUATION} knows no training: put {FILE} and training.json beside the weights, and evaluate again."
+        )
+    notes = complete_notes(notes, evaluation)
+    record, data, told = evaluation["training"], evaluation["data"], evaluation["configuration"]
+    changes = find_changes(told, presets)
+    is_pair, is_student = "context_encoder" in evaluation["parameters"], record["network"].startswith("distilled")
+    is_measured, columns = "samples" in evaluation, list(evaluation.get("floor", ()))
+    k = evaluation["samples"][0]["num_context_steps"] if is_measured else evaluation["num_context_steps"]
+    defaults = f"N = {index['num_inference_steps']}{f', K = {k}' if is_pair else ''}"
+    if data["classes"]:
+        defaults += f" and guidance {index['guidance_scale']}"
+    label = notes["example_label"] or next(iter((index["id2label"] or {}).values()), 0)
+    title = "this student" if is_student else "this pair" if is_pair else "this model"
+    recipe = told.get("training") or told["distillation"]
+    return ModelCard.from_template(
+        describe_model(evaluation, notes, columns),
+        template_path=str(TEMPLATE),
+        model=evaluation["model"],
+        source=source or evaluation["model"],
+        is_on_hub=source is not None and not source.startswith("model_cards/"),
+        picture=picture,
+        notes=notes,
+        networks=describe_networks(evaluation, index, k),
+        defaults=defaults,
+        is_pair=is_pair,
+        is_student=is_student,
+        teacher_guidance=recipe["guidance_scale"] if is_student else 1,
+        classes=data["classes"],
+        label=f"class_labels={json.dumps(label)}" if data["classes"] else "",
+        is_measured=is_measured,
+        unmeasured=UNMEASURED,
+        evaluate=evaluation_command(f"runs/{evaluation['model']}", told),
+        **(measured_parts(evaluation, title, columns) if is_measured else {}),
+        images=describe_images(evaluation, changes),
+        cost=describe_cost(evaluation),
+        recipe=recipe_rows(told, changes),
+        command=training_command(told, changes, evaluation["model"]),
+    ).content
+
+
+def write_first_card(folder: Path, pipeline: DualRatePipeline, images: int | None, repo_id: str | None) -> Path:
+    """Write the card of a model that was just trained, unless one lies there that has figures or that somebody wrote.
+
+    Args:
+        folder: Folder of the model, with its configuration.json and training.json.
+        pipeline: The model.
+        images: Number of images that it was trained on, where that is known.
+        repo_id: Repository on the Hub that it will be loaded from; `None` for none.
+
+    Returns:
+        The card's path.
+    """
+    card = folder / CARD
+    if card.is_file() and UNMEASURED not in card.read_text(encoding="utf-8"):
+        return card
+    told, trained = (read_json(folder / name) for name in (FILE, "training.json"))
+    pictures = sorted(folder.glob("samples/*.png"))
+    text = make_card(
+        describe_unmeasured(pipeline, folder.resolve().name, told, trained, images),
+        read_json(folder / "model_index.json"),
+        {},
+        presets=None,
+        source=repo_id,
+        picture=pictures[-1].relative_to(folder).as_posix() if pictures else None,
+    )
+    card.write_text(text + "\n", encoding="utf-8")
+    return card

@@ -1,0 +1,160 @@
+"""The two networks as one chain calls them: with guidance, caches, labels and precision.
+
+With guidance, the branches without and with the class are evaluated in one batch, null branch first, each with its own
+context. Everything here belongs to one chain: two chains of the same networks at once share nothing.
+"""
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from diffusers.hooks import HookRegistry
+from torch import Tensor
+
+from .guidance import Guidance
+from .models import UViTContextEncoder, UViTDenoiser
+from .steps import ChainSteps
+
+# Networks whose caches a chain is filling.
+_FILLING: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_LOCK = threading.Lock()
+
+
+class Context(NamedTuple):
+    """What the encoder made of z_τ, projected for the denoiser, and the log-SNR λ_τ."""
+
+    maps: tuple[Tensor, ...]
+    log_snr: Tensor
+
+
+class Chain:
+    """One chain from noise to images: the callables that `sample_at_two_rates` asks for.
+
+    Args:
+        denoiser: The light network.
+        context_encoder: The heavy network; `None` for a single-rate model.
+        steps: The steps of this chain.
+        class_labels: Class of each image [B]; `None` for no class.
+        guidance: May change on the way.
+        generator: Source of the steps' noise.
+        encoder_denoises: Whether the encoder's own prediction serves at refreshes.
+        device: Where the networks compute.
+    """
+
+    def __init__(
+        self,
+        denoiser: UViTDenoiser,
+        context_encoder: UViTContextEncoder | None,
+        steps: ChainSteps,
+        class_labels: Tensor | None = None,
+        guidance: Guidance | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        encoder_denoises: bool = False,
+        device: str | torch.device | None = None,
+    ):
+        self.denoiser, self.context_encoder = denoiser, context_encoder
+        self.scheduler, self.plan = steps.scheduler, steps.plan
+        self.levels, self.log_snrs = steps.log_snrs.tolist(), steps.log_snrs.to(device)
+        self.class_labels, self.guidance = class_labels, guidance or Guidance()
+        self.encoder_denoises = encoder_denoises
+        takes_generator = "generator" in inspect.signature(steps.scheduler.step).parameters
+        self._step_options = {"generator": generator} if takes_generator else {}
+        self._dtype = denoiser.dtype  # once: the host finds it by a walk over all parameters
+        self._cached_rows: dict[torch.nn.Module, str] = {}
+        self.timesteps = list(steps.scheduler.timesteps)  # taken apart once, not at every look
+
+    def guides(self, i: int) -> bool:
+        """Whether step i evaluates both branches."""
+        return self.class_labels is not None and self.guidance.acts_at(self.levels[i])
+
+    def serves(self, i: int, z: Tensor, context: Context | None) -> bool:
+        """Whether a context serves step i. A guided step needs a context of both branches."""
+        return context is None or not self.guides(i) or len(context.maps[0]) != len(z)
+
+    def encode(self, i: int, z: Tensor) -> tuple[Context, Tensor | None]:
+        """Slow rate: context for the steps from i on, and the velocity at step i where the encoder denoises."""
+        z, log_snr = self.scheduler.scale_model_input(z, self.timesteps[i]), self.log_snrs[i]
+        both = any(self.guides(later) for later in self.plan.until_next(i))
+        # A clone: one tensor given twice, as both log-SNRs, would be another graph to a compiler.
+        context = Context(self.compute_context(z, log_snr, both), log_snr.clone())
+        return context, self.take_prediction(z, context, self.guides(i)) if self.encoder_denoises else None
+
+    def denoise(self, i: int, z: Tensor, context: Context | None) -> Tensor:
+        """Fast rate: the light network's velocity at step i."""
+        z = self.scheduler.scale_model_input(z, self.timesteps[i])
+        return self.compute_velocity(z.to(self._dtype), self.log_snrs[i], context, self.guides(i))
+
+    def step(self, i: int, v: Tensor, z: Tensor) -> Tensor:
+        """From step i to the next by the scheduler, in float32."""
+        return self.scheduler.step(v.float(), self.timesteps[i], z, **self._step_options, return_dict=False)[0]
+
+    def compute_context(self, z: Tensor, log_snr: Tensor, both: bool) -> tuple[Tensor, ...]:
+        """Run the heavy network on z, and project its features to the denoiser's widths; `both` is of both branches."""
+        z, class_labels = self._with_null_branch(z) if both else (z, self.class_labels)
+        assert self.context_encoder is not None  # else no plan refreshes
+        with self._cache_context(self.context_encoder, both):
+            encoded = self.context_encoder(z.to(self.context_encoder.dtype), log_snr, class_labels)
+        levels = len(self.denoiser.config.level_channels)
+        # A prediction stays in float32, and serves many steps: a copy, since CUDA graphs write over what they returned.
+        maps, handed_over = encoded.context[:levels], [part.clone() for part in encoded.context[levels:]]
+        return self.denoiser.project_context((*(part.to(self._dtype) for part in maps), *handed_over))
+
+    def compute_velocity(self, z: Tensor, log_snr: Tensor, context: Context | None, guides: bool) -> Tensor:
+        """Run the light network: the velocity at z, guided or not."""
+        maps, context_log_snr = (None, None) if context is None else context
+        if maps is not None and not guides and len(maps[0]) > len(z):
+            maps = tuple(part[len(z) :] for part in maps)  # this step needs only the branch with the class
+        z, class_labels = self._with_null_branch(z) if guides else (z, self.class_labels)
+        with self._cache_context(self.denoiser, guides):
+            v = self.denoiser(z, log_snr, class_labels, maps, context_log_snr).sample
+        return self.guidance.combine(v) if guides else v
+
+    def take_prediction(self, z: Tensor, context: Context, guides: bool) -> Tensor:
+        """The velocity at z that the encoder predicted, which serves at a refresh instead of the light network's."""
+        rows = 2 * len(z) if guides else len(z)
+        maps = tuple(part[-rows:] for part in context.maps)  # the branch with the class comes last
+        v = self.denoiser.handed_over_velocity(context.log_snr, maps)
+        return self.guidance.combine(v) if guides else v
+
+    def _with_null_branch(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.class_labels is not None  # else nothing guides
+        null = torch.full_like(self.class_labels, self.denoiser.config.num_classes)
+        return torch.cat([z, z]), torch.cat([null, self.class_labels])
+
+    def _cache_context(
+        self, network: UViTContextEncoder | UViTDenoiser, both: bool
+    ) -> contextlib.AbstractContextManager:
+        """Tell the host's caches, where one is enabled, which branches this is."""
+        if not network.is_cache_enabled:
+            return contextlib.nullcontext()  # telling costs a walk over all modules
+        rows = "both" if both else "cond"
+        if self._cached_rows.get(network) != rows:  # not every cache keeps apart what belongs to other rows
+            HookRegistry.check_if_exists_or_initialize(network).reset_stateful_hooks()
+            self._cached_rows[network] = rows
+        return network.cache_context(rows)
+
+
+@contextlib.contextmanager
+def own_caches(*networks: UViTContextEncoder | UViTDenoiser | None) -> Iterator[None]:
+    """While the block runs, keep the caches of these networks to one chain.
+
+    Raises:
+        RuntimeError: If another chain is filling the cache of one of them.
+    """
+    cached = [network for network in networks if network is not None and network.is_cache_enabled]
+    with _LOCK:
+        if any(network in _FILLING for network in cached):
+            raise RuntimeError(
+                "A cache is enabled on a network that another call is using now, and it holds one call at a time: call "
+                "disable_cache, or give each call a copy.deepcopy of the pipeline."
+            )
+        _FILLING.update(cached)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _FILLING.difference_update(cached)

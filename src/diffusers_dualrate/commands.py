@@ -1,0 +1,97 @@
+"""The commands that repeat a run and measure its model, made from what the run was told."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from .configuration import FILE, Configuration
+from .pipeline import DualRatePipeline
+from .recipes import DistillationRecipe, SingleRateRecipe
+from .records import read_json
+
+EVALUATION, GRID = "evaluation.json", "samples.png"
+"""What a measurement leaves beside a model."""
+
+# What a run is told and its repetition need not be: where it goes on from, and what says nothing of the model.
+_PASSING = frozenset(
+    "resume_from_checkpoint checkpoints_total_limit images_per_process push_to_hub hub_model_id output_dir cache_dir "
+    "report_to checkpointing_steps validation_steps mixed_precision".split()
+)
+
+
+def find_changes(told: dict, presets: Path | None) -> dict | None:
+    """Values of a run's networks, recipe and sampling that differ from the shipped preset's.
+
+    Args:
+        told: Content of the run's configuration.json.
+        presets: Folder of the shipped presets; `None` for none.
+
+    Returns:
+        What the preset has for each, by names such as `denoiser.level_blocks`; `None` where no preset of that name ships.
+    """
+    path = None if presets is None else presets / f"{told['preset']}.json"
+    trained = Configuration.from_json(told)
+    kind = type(trained.recipe)
+    sections = read_json(path) if path is not None and path.is_file() else {}
+    followed = ["context_encoder", "denoiser", "scheduler", kind.section]
+    if not sections.keys() >= set(followed):
+        return None
+    if kind is not DistillationRecipe:  # a student samples as it was distilled
+        followed.append("sampling")
+    preset = {name: sections.get(name, {}) for name in followed}
+    if kind is SingleRateRecipe:  # a preset's recipe is that of a pair
+        known = {field.name for field in dataclasses.fields(kind)}
+        preset["training"] = {name: value for name, value in preset["training"].items() if name in known}
+        preset["sampling"] = preset["sampling"] | {"num_context_steps": None}
+    shipped = Configuration.from_json(told | preset).with_classes(trained.networks.denoiser["num_classes"]).to_json()
+    ours = trained.to_json()
+    return {
+        f"{section}.{name}": shipped[section][name]
+        for section in followed
+        for name, value in ours[section].items()
+        if value != shipped[section][name]
+    }
+
+
+def list_flags(told: dict, *sections: str) -> list[str]:
+    """What a run was told beside preset and recipe, as flags: all that is not the default."""
+    configuration, flags = Configuration.from_json(told), []
+    for section in sections:
+        part = getattr(configuration, section)
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name not in _PASSING and value not in (field.default, None, False):
+                flags.append(f"--{field.name}" if value is True else f"--{field.name} {shlex.quote(str(value))}")
+    return flags
+
+
+def training_command(told: dict, changes: dict | None, model: str) -> str:
+    """The command that trains a model again."""
+    preset = FILE if changes is None or changes else told["preset"]  # the file lies beside the card
+    start = f"accelerate launch examples/{told['script']}.py --preset {preset}"
+    return " ".join([start, *list_flags(told, "start", "data", "options"), f"--output_dir runs/{model}"])
+
+
+def evaluation_command(folder: str | Path, told: dict | None) -> str:
+    """The command that measures a model.
+
+    Args:
+        folder: Folder of the model.
+        told: Content of its configuration.json, which names the data; `None` where there is none.
+    """
+    folder = Path(folder)
+    data = ["--train_data_dir images --label_column label"]  # of the user, whatever it is called
+    if told is not None and Configuration.from_json(told).data.name != "none":
+        data = list_flags({**told, "data": {**told["data"], "streaming": False}}, "data")
+        data = [flag for flag in data if not flag.startswith(("--shuffle_buffer", "--dataloader_num_workers"))]
+    measured = [
+        f"--{flag} {shlex.quote(str(folder / name))}" for flag, name in (("output", EVALUATION), ("grid", GRID))
+    ]
+    return " ".join([f"accelerate launch examples/evaluate.py --model {shlex.quote(str(folder))}", *data, *measured])
+
+
+def next_commands(folder: str | Path, told: dict, pipeline: DualRatePipeline) -> list[str]:
+    """What to do with a model that was just trained, in lines that begin in words and end in a command."""
+    look = f"Look at it: python examples/generate.py --model {shlex.quote(str(folder))} --output samples.png"
+    lines = [] if pipeline.context_encoder is None else [look]  # it draws pairs
+    return [*lines, f"Measure it: {evaluation_command(folder, told)}"]

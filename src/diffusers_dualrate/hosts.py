@@ -1,0 +1,274 @@
+"""A denoising network of diffusers as one of our networks: (z, log-SNR, class) to velocity, and feature maps beside it.
+
+The network keeps its own format: what a `HostNetwork` saves can be loaded by the network's own class. Beside its files lies
+host_network.json, which says how it was trained. Feature maps are the outputs of submodules that are named, its taps.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models import CacheMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from . import diffusion
+from .network import per_sample
+from .noise_process import NoiseProcess
+from .ranges import check_boolean
+from .repositories import RepositoryMixin, refuse_pickles
+
+# Two calls of one network at once must not take each other's feature maps.
+_TAPPING = threading.Lock()
+# Variance of x given z that a prediction without one is handed over with, in units of σ².
+_SHARE_OF_NOISE = 0.2
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a class of diffusers is called, by its configuration."""
+
+    num_classes: Callable[[Any], int | None]
+    stride: Callable[[Any], int]
+    taps: Callable[[nn.Module], list[str]]
+    call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _unet_taps(network: nn.Module) -> list[str]:
+    taps = []
+    for i, block in reversed(list(enumerate(cast(nn.ModuleList, network.up_blocks)))):
+        last = "attentions" if getattr(block, "attentions", None) else "resnets"
+        taps.append(f"up_blocks.{i}.{last}.{len(getattr(block, last)) - 1}")
+    return taps
+
+
+KINDS = {
+    "UNet2DModel": _Kind(
+        # The last class stands for none, as in a network that learned to go without one.
+        num_classes=lambda config: config.num_class_embeds and config.num_class_embeds - 1,
+        stride=lambda config: 2 ** (len(config.block_out_channels) - 1),
+        taps=_unet_taps,
+        call=lambda network, z, t, labels: network(z, t, labels).sample,
+    ),
+    "DiTTransformer2DModel": _Kind(
+        num_classes=lambda config: config.num_embeds_ada_norm,
+        stride=lambda config: config.patch_size,
+        taps=lambda network: [f"transformer_blocks.{len(cast(nn.ModuleList, network.transformer_blocks)) - 1}"],
+        call=lambda network, z, t, labels: network(z, timestep=t, class_labels=labels).sample,
+    ),
+}
+"""Classes of diffusers that can be taken as they are; one more is one entry more."""
+
+PIPELINES = {"DDPMPipeline": 1000, "DDIMPipeline": 50}
+"""Pipelines of diffusers whose `unet` can be taken as it is, and the steps that they take by default."""
+
+
+@dataclass
+class HostNetworkOutput(BaseOutput):
+    """Output of [`HostNetwork`].
+
+    Args:
+        sample: Predicted velocity v = α ε − σ x, [B, C, H, W].
+        context: The feature maps of the taps [B, channels, H, W], in their order; with `prediction_hand_over` then z, x̂
+            [B, C, H, W] and its variance [B, 1, H, W] in float32.
+    """
+
+    sample: Tensor
+    context: tuple[Tensor, ...]
+
+
+class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
+    """A denoising network of diffusers, which predicts velocity at a log-SNR like ours.
+
+    Args:
+        network: The network, of one of the classes in `KINDS`; it stays as it is.
+        process: How it was trained.
+        taps: Names of submodules whose outputs are the feature maps, from the highest resolution to the lowest; `None` for
+            those that suit its class. Tokens become maps.
+        prediction_hand_over: Whether the context ends with z, the network's own prediction x̂ and its variance, which is
+            taken for a fifth of the noise's.
+
+    Raises:
+        ValueError: If the class is not known, its channels are neither those of an image nor twice as many, or there is
+            no such submodule.
+    """
+
+    pipeline_defaults: ClassVar[dict] = {}
+
+    def __init__(
+        self,
+        network: ModelMixin,
+        process: NoiseProcess,
+        taps: Sequence[str] | None = None,
+        prediction_hand_over: bool = False,
+    ):
+        super().__init__()
+        name = type(network).__name__
+        if name not in KINDS:
+            raise ValueError(f"A heavy network of diffusers must be one of {', '.join(KINDS)}, got {name}.")
+        self._kind, config = KINDS[name], network.config
+        out_channels = config.get("out_channels") or config.in_channels
+        if out_channels not in (config.in_channels, 2 * config.in_channels):
+            raise ValueError(
+                f"{name} must predict an image of its {config.in_channels} channels, with or without variances, but it has "
+                f"out_channels={out_channels}."
+            )
+        if config.get("class_embed_type") is not None:
+            raise ValueError(f"{name} with class_embed_type={config.class_embed_type!r} takes no numbers of classes.")
+        self.network, self.process = network, process
+        self.taps = tuple(self._kind.taps(network) if taps is None else taps)
+        self._taken: dict[str, Tensor] | None = None
+        modules = dict(network.named_modules())
+        for tap in self.taps:
+            if tap not in modules:
+                raise ValueError(f"{name} has no submodule {tap!r} to tap.")
+            modules[tap].register_forward_hook(partial(self._take, tap))
+        self.register_to_config(
+            sample_size=config.sample_size,
+            in_channels=config.in_channels,
+            num_classes=self._kind.num_classes(config),
+            context_channels=None,
+            prediction_hand_over=check_boolean("prediction_hand_over", prediction_hand_over),
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, or latents, that it is made for."""
+        size = self.config.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def stride(self) -> int:
+        """What height and width must be divisible by."""
+        return self._kind.stride(self.network.config)
+
+    @cached_property
+    def context_shapes(self) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each feature map of an image of `image_size`."""
+        blueprint = self.blueprint()
+        with torch.device("meta"), torch.no_grad():
+            maps = blueprint(torch.empty(1, self.config.in_channels, *self.image_size), torch.empty(1)).context
+        return [(part.shape[1], part.shape[2], part.shape[3]) for part in maps[: len(self.taps)]]
+
+    @property
+    def context_channels(self) -> tuple[int, ...]:
+        """Channels of each feature map."""
+        return tuple(channels for channels, _, _ in self.context_shapes)
+
+    def blueprint(self) -> Self:
+        """The same network without weights, on the meta device, for shapes and FLOPs."""
+        with torch.device("meta"):
+            network = type(self.network).from_config(self.network.config).eval()
+            return type(self)(network, self.process, self.taps, self.config.prediction_hand_over)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
+        """Load a network that `save_pretrained` saved. Takes what the network's own method takes."""
+        place = {
+            name: kwargs[name] for name in ("subfolder", "revision", "cache_dir", "local_files_only") if name in kwargs
+        }
+        said = NoiseProcess.load_config(pretrained_model_name_or_path, **place)
+        own = {name: said.pop(name, None) for name in ("taps", "prediction_hand_over")}
+        name = diffusers.UNet2DModel.load_config(pretrained_model_name_or_path, **place).get("_class_name")
+        if name not in KINDS:
+            raise ValueError(f"{pretrained_model_name_or_path} holds a {name}, which is none of {', '.join(KINDS)}.")
+        network = getattr(diffusers, name).from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}
+        )
+        return cls(network, NoiseProcess.from_config(said), own["taps"], bool(own["prediction_hand_over"]))
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Save the network in its own format, and beside it the process and the taps."""
+        refuse_pickles(kwargs.get("safe_serialization", True))
+        self.network.save_pretrained(save_directory, *args, **kwargs)
+        process = NoiseProcess.from_config(self.process.config)
+        process.register_to_config(taps=list(self.taps), prediction_hand_over=self.config.prediction_hand_over)
+        process.save_config(Path(save_directory))
+
+    def enable_gradient_checkpointing(self, *args, **kwargs) -> None:
+        """As the network's own method."""
+        self.network.enable_gradient_checkpointing(*args, **kwargs)
+
+    def forward(
+        self,
+        sample: Tensor,
+        log_snr: Tensor | float,
+        class_labels: Tensor | None = None,
+        context: None = None,
+        context_log_snr: None = None,
+        return_dict: bool = True,
+    ) -> HostNetworkOutput | tuple[Tensor, tuple[Tensor, ...]]:
+        """Predict the velocity of noisy images, and take the feature maps.
+
+        Args:
+            sample: Noisy images z [B, C, H, W], variance-preserving.
+            log_snr: Their log-SNR, a scalar or [B].
+            class_labels: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            context: There for interchangeability with a denoiser: a single-rate network takes none.
+            context_log_snr: As `context`.
+            return_dict: Whether to return an output object or a plain tuple.
+        """
+        if context is not None or context_log_snr is not None:
+            raise ValueError("A network of diffusers takes no context.")
+        levels = per_sample(log_snr, sample)
+        num_classes = self.config.num_classes
+        if num_classes is None and class_labels is not None:
+            raise ValueError("This model is unconditional and takes no class_labels.")
+        if num_classes is not None and class_labels is None:
+            class_labels = torch.full((len(sample),), num_classes, device=sample.device)
+        if torch.compiler.is_compiling():
+            output, maps = self._run(sample, levels, class_labels)
+        else:
+            with _TAPPING:
+                output, maps = self._run(sample, levels, class_labels)
+        column = levels[:, None, None, None]
+        z = sample.float()
+        velocity = self.process.velocity(output.float(), z, column)
+        if self.config.prediction_hand_over:
+            variance = _SHARE_OF_NOISE * torch.sigmoid(-column).expand(-1, 1, *z.shape[2:])
+            maps = (*maps, z.clone(), diffusion.x_from_v(z, velocity, column), variance)
+        velocity = velocity.to(sample.dtype)
+        return HostNetworkOutput(sample=velocity, context=maps) if return_dict else (velocity, maps)
+
+    def _run(self, sample: Tensor, levels: Tensor, class_labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        seen = (sample * self.process.scale(levels)[:, None, None, None]).to(sample.dtype)
+        self._taken = {}
+        output = self._kind.call(self.network, seen, self.process.timestep(levels), class_labels)
+        maps = tuple(_as_map(self._taken[tap], sample, self.stride) for tap in self.taps)
+        self._taken = None
+        return output[:, : self.config.in_channels], maps  # what follows are variances, which are left aside
+
+    def _take(self, tap: str, module: nn.Module, inputs: tuple, output) -> None:
+        if self._taken is not None:
+            self._taken[tap] = output[0] if isinstance(output, tuple) else output
+
+
+def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
+    """Features [B, channels, H, W] as they are, and tokens [B, H W, channels] as such a map."""
+    if features.ndim == 4:
+        return features
+    height = sample.shape[-2] // stride
+    return features.transpose(1, 2).unflatten(2, (height, -1))
+
+
+def open_pipeline(pretrained_model_name_or_path, **kwargs) -> tuple[HostNetwork, SchedulerMixin, int]:
+    """Take a `DDPMPipeline` or `DDIMPipeline` apart.
+
+    Args:
+        pretrained_model_name_or_path: Its folder.
+        kwargs: Of `DiffusionPipeline.from_pretrained`.
+
+    Returns:
+        Its network, its scheduler for a network that predicts velocity, and its default number of steps.
+    """
+    pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+    process = NoiseProcess.of(pipeline.scheduler)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    steps = min(PIPELINES[type(pipeline).__name__], process.config.num_train_timesteps)
+    return HostNetwork(pipeline.unet, process), scheduler, steps

@@ -1,0 +1,32 @@
+"""Pictures of samples that can be looked at: small images enlarged, each under the name of its class."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+_SIDE, _GAP, _LINE = 96, 4, 14
+_LETTER = 6  # pixels that a letter of the default font is wide, about
+
+
+def draw_grid(images: Sequence[Image.Image], names: Sequence[str] | None = None, columns: int = 8) -> Image.Image:
+    """Arrange images in rows, the last of which may be shorter.
+
+    Args:
+        images: Images of one size; smaller ones are enlarged by a whole number, so that pixels stay squares.
+        names: What is written above each; `None` for nothing.
+        columns: Images in a row.
+    """
+    zoom = max(1, _SIDE // max(images[0].size))
+    width, height = (side * zoom for side in images[0].size)
+    columns, line = min(columns, len(images)), _LINE if names is not None else 0
+    rows = -(-len(images) // columns)
+    size = columns * (width + _GAP) + _GAP, rows * (line + height + _GAP) + _GAP
+    picture = Image.new("RGB", size, "white")
+    pen, letters = ImageDraw.Draw(picture), width // _LETTER
+    for i, image in enumerate(images):
+        left, top = _GAP + i % columns * (width + _GAP), _GAP + i // columns * (line + height + _GAP)
+        if names is not None:
+            name = names[i] if len(names[i]) <= letters else f"{names[i][: letters - 1]}…"
+            pen.text((left, top), name, "black")
+        picture.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top + line))
+    return picture

@@ -1,0 +1,144 @@
+"""What a run learns from: images and trained models, opened and held against each other."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from .augmentation import Augmentation
+from .configuration import Data
+from .data import LabelledImages, load_images
+from .hosts import HostNetwork
+from .pipeline import DualRatePipeline
+from .streams import StreamedImages
+
+
+def open_images(
+    data: Data,
+    resolution: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+    split: str = "train",
+) -> LabelledImages | StreamedImages:
+    """Open the images that flags name.
+
+    Args:
+        data: Which images, and how they are read.
+        resolution: Side or (height, width) in pixels.
+        channels: 3 for colour, 1 for grey.
+        augmentation: What may happen to the images.
+        seed: Seed of the augmentation and of a stream's shuffle.
+        split: Which part of the data set.
+
+    Raises:
+        ValueError: If there are none, or they are not as the flags say.
+    """
+    dataset = load_images(
+        data.dataset_name,
+        data.train_data_dir,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split=split,
+        config_name=data.dataset_config_name,
+        streaming=data.streaming,
+        seed=seed,
+        cache_dir=data.cache_dir,
+    )
+    options = {"buffer_size": data.shuffle_buffer} if data.streaming else {}
+    return (StreamedImages if data.streaming else LabelledImages)(
+        dataset,
+        resolution,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        num_classes=data.num_classes,
+        augmentation=augmentation,
+        channels=channels,
+        seed=seed,
+        on_corrupt=data.on_corrupt,
+        max_image_pixels=data.max_image_pixels,
+        **options,
+    )
+
+
+def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages) -> None:
+    """Refuse a model whose classes differ from those of the images in number, name or order."""
+    ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
+    if ours != theirs:
+        raise ValueError(
+            f"{name} has {theirs or 'no'} classes, and the data has {ours or 'none'}: see --label_column, --num_classes."
+        )
+    names = images.id2label or {}
+    named = pipe.id2label.keys() & names.keys()
+    differing = [i for i in sorted(named) if pipe.id2label[i] != names[i]]
+    if differing:
+        i = differing[0]
+        raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {names[i]!r} in the data.")
+
+
+def open_model(name: str, **options: Any) -> DualRatePipeline:
+    """A trained model of this package, to learn from or to start from; `options` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: If it is one of diffusers' own, which can be sampled only.
+    """
+    pipeline = DualRatePipeline.from_pretrained(name, **options)
+    for network in (pipeline.denoiser, pipeline.context_encoder):
+        if isinstance(network, HostNetwork):
+            kind = type(network.network).__name__
+            raise ValueError(
+                f"{name} holds a {kind} of diffusers, which can be sampled, but not trained or learned from."
+            )
+    return pipeline
+
+
+def open_start(name: str | None, images: LabelledImages | StreamedImages) -> DualRatePipeline | None:
+    """The trained model that a training starts from, in float32, or `None` where none is named.
+
+    Raises:
+        ValueError: If it has other classes or another size than the images.
+    """
+    if name is None:
+        return None
+    pipeline = open_model(name, dtype=torch.float32)
+    check_classes(name, pipeline, images)
+    config = pipeline.denoiser.config
+    for key, theirs, ours in (
+        ("sample_size", pipeline.denoiser.image_size, (images.height, images.width)),
+        ("in_channels", config.in_channels, images.channels),
+    ):
+        if theirs != ours:
+            raise ValueError(f"{name} does not fit the images: {key} is {theirs} there and {ours} here.")
+    return pipeline
+
+
+def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
+    """Load a trained network's weights into the one that the preset plans.
+
+    Raises:
+        ValueError: If their shapes differ.
+    """
+    shape = ("level_channels", "level_types", "level_blocks", "patch_size", "attention_head_dim", "embedding_dim")
+    for key in (*shape, "context_channels", "prediction_hand_over"):
+        theirs, ours = (network.config[key] for network in (trained, planned))
+        if key == "context_channels":  # by default the levels' own
+            theirs, ours = theirs or trained.config["level_channels"], ours or planned.config["level_channels"]
+        if json.dumps(theirs) != json.dumps(ours):  # lists and tuples alike
+            place = f"{key} of the {type(planned).__name__}"
+            raise ValueError(f"{name} does not fit the preset: {place} is {theirs} there and {ours} here.")
+    planned.load_state_dict(trained.state_dict())
+
+
+def fingerprint_of(model: DualRatePipeline) -> str:
+    """A short digest of a model's weights, which does not depend on its path."""
+    digest = hashlib.blake2b(digest_size=16)
+    networks: list[nn.Module] = [network for network in (model.context_encoder, model.denoiser) if network is not None]
+    for network in networks:
+        for name, weight in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

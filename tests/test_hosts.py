@@ -1,0 +1,326 @@
+"""Networks of diffusers as they are: the same images as their own pipelines, feature maps, saved in their own format."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_dualrate import (
+    DualRatePipeline,
+    DualRateScheduler,
+    HostNetwork,
+    NoiseProcess,
+    UViTDenoiser,
+    diffusion,
+    sources,
+)
+from diffusers_dualrate.flops import count_evaluations, network_flops
+
+LEVELS = [-9.0, -3.0, 0.0, 2.5, 8.0]
+
+
+def make_unet(seed=0, **options):
+    torch.manual_seed(seed)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    shape = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    return UNet2DModel(**{**shape, **blocks, **options}).eval()
+
+
+def make_dit(seed=0, **options):
+    torch.manual_seed(seed)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+    dit = DiTTransformer2DModel(
+        **{**shape, "in_channels": 4, "num_embeds_ada_norm": 3, "norm_num_groups": 4, **options}
+    )
+    for weight in dit.parameters():  # the host starts some of them at zero
+        nn.init.normal_(weight, std=0.1)
+    return dit.eval()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("log_snr", LEVELS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_what_a_network_predicts_becomes_the_velocity_of_its_image_and_noise(prediction_type, log_snr):
+    """v = α ε − σ x. Mutants: a sign, α and σ exchanged, c left out, in `velocity` or `scale`."""
+    x, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    level = torch.tensor(log_snr, dtype=torch.float64)
+    z, v = diffusion.add_noise(x, eps, level), diffusion.v_from_x_eps(x, eps, level)
+    outputs = {"epsilon": eps, "v_prediction": v, "sample": x, "flow": eps - x}
+    process = NoiseProcess(prediction_type=prediction_type)
+    torch.testing.assert_close(process.velocity(outputs[prediction_type], z, level), v)
+    if prediction_type == "flow":
+        s = process.timestep(level) / 1000
+        torch.testing.assert_close(2 * torch.log((1 - s) / s), level)
+        torch.testing.assert_close(process.scale(level) * z, (1 - s) * x + s * eps)
+    else:
+        assert process.scale(level) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"beta_schedule": "scaled_linear"}, {"beta_schedule": "squaredcos_cap_v2"}, {"num_train_timesteps": 50}],
+)
+def test_a_log_snr_has_the_timestep_of_the_table_or_one_between_two(options):
+    """Mutants: `later` one less or more, `high` and `low` exchanged, no clamp."""
+    scheduler = DDPMScheduler(**options)
+    process = NoiseProcess.of(scheduler)
+    levels = torch.logit(scheduler.alphas_cumprod.double()).float()
+    timesteps = torch.arange(len(levels)).float()
+    assert torch.equal(process.timestep(levels), timesteps)
+    between = process.timestep((0.25 * levels[1:] + 0.75 * levels[:-1])[:-1])
+    torch.testing.assert_close(between, timesteps[:-2] + 0.25, rtol=0, atol=5e-3)
+    assert process.timestep(torch.tensor([levels[0] + 5, levels[-1] - 5])).tolist() == [0, len(levels) - 1]
+
+
+def test_a_table_that_ends_in_noise_alone_ends_at_its_last_timestep():
+    process = NoiseProcess(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert process.log_snrs.isfinite().all()
+    assert process.timestep(torch.tensor([-80.0])) == 999
+    assert 998 <= process.timestep(process.log_snrs[998:999] - 0.1) < 999
+    with pytest.raises(ValueError, match="predicts noise says nothing of an image in noise alone"):
+        NoiseProcess.of(DDPMScheduler(rescale_betas_zero_snr=True))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler(prediction_type="flow_prediction"), "prediction_type must be one of 'epsilon'"),
+        (DualRateScheduler(), None),
+        (FlowMatchEulerDiscreteScheduler(), None),
+    ],
+    ids=["unknown", "ours", "flow"],
+)
+def test_a_scheduler_says_the_process_or_is_refused(scheduler, message):
+    if message:
+        with pytest.raises(ValueError, match=message):
+            NoiseProcess.of(scheduler)
+    else:
+        process = NoiseProcess.of(scheduler)
+        assert (process.log_snrs is None) == isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("options", [{}, {"beta_schedule": "squaredcos_cap_v2"}])
+def test_a_unet_samples_what_its_own_pipeline_samples(prediction_type, options, tmp_path):
+    own = DDIMPipeline(make_unet(), DDIMScheduler(clip_sample=False, prediction_type=prediction_type, **options))
+    own.set_progress_bar_config(disable=True)
+    own.save_pretrained(tmp_path)
+    ours = DualRatePipeline.from_pretrained(tmp_path)
+    ours.set_progress_bar_config(disable=True)
+    expected = own(2, generator(), num_inference_steps=8, output_type="np").images
+    images = ours(batch_size=2, num_inference_steps=8, generator=generator(), output_type="np").images
+    assert abs(images - expected).max() < 1e-5 and expected.std() > 0.05
+
+
+def test_a_ddpm_pipeline_samples_its_own_images_with_its_own_noise(tmp_path):
+    """Also clipped, and with the thousand steps that its pipeline takes by default, here fifty."""
+    own = DDPMPipeline(make_unet(), DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction"))
+    own.set_progress_bar_config(disable=True)
+    own.save_pretrained(tmp_path)
+    ours = DualRatePipeline.from_pretrained(tmp_path)
+    ours.set_progress_bar_config(disable=True)
+    assert ours.config.num_inference_steps == 50
+    expected = own(2, generator(), num_inference_steps=50, output_type="np").images
+    images = ours(batch_size=2, generator=generator(), output_type="np").images
+    assert abs(images - expected).max() < 1e-5
+
+
+def test_a_transformer_with_variances_predicts_as_it_does_itself_and_its_tokens_are_a_map():
+    dit = make_dit(out_channels=8)
+    scheduler = DDIMScheduler()
+    host = HostNetwork(dit, NoiseProcess.of(scheduler))
+    z, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 3])
+    level = torch.logit(scheduler.alphas_cumprod[300].double()).float()
+    seen = []
+    handle = dit.transformer_blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        output = host(z, level, labels)
+        alpha, sigma = diffusion.alpha_sigma(level)
+        eps = dit(z, timestep=torch.tensor([300, 300]), class_labels=labels).sample[:, :4]
+        none = host(z, level).sample
+        assert torch.equal(none, host(z, level, torch.tensor([3, 3])).sample)
+    handle.remove()
+    torch.testing.assert_close(output.sample, (eps - sigma * z) / alpha)
+    (tokens,) = output.context
+    assert tokens.shape == (2, 16, 4, 4)
+    assert torch.equal(tokens[:, :, 2, 3], seen[0][:, 2 * 4 + 3])
+    assert host.context_shapes == [(16, 4, 4)] and host.context_channels == (16,)
+    assert not torch.equal(none, output.sample)
+
+
+def test_feature_maps_are_the_outputs_of_the_taps_also_of_a_copy_and_of_half_precision():
+    unet = make_unet()
+    host = HostNetwork(unet, NoiseProcess())
+    assert host.taps == ("up_blocks.1.resnets.1", "up_blocks.0.attentions.1")
+    assert host.context_shapes == [(8, 8, 8), (16, 4, 4)] and host.stride == 2
+    seen = {}
+    for tap in host.taps:
+        unet.get_submodule(tap).register_forward_hook(
+            lambda module, inputs, output, tap=tap: seen.update({tap: output})
+        )
+    z = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        context = host(z, 0.5).context
+        copied = copy.deepcopy(host)(z, 0.5).context
+    assert all(torch.equal(part, seen[tap]) for part, tap in zip(context, host.taps, strict=True))
+    assert all(torch.equal(part, other) for part, other in zip(context, copied, strict=True))
+    half = copy.deepcopy(host).to(torch.bfloat16)
+    assert [part.dtype for part in half(z.bfloat16(), 0.5).context] == [torch.bfloat16] * 2
+    assert half(z.bfloat16(), 0.5).sample.dtype == torch.bfloat16
+
+
+def test_a_compiled_network_gives_the_same_maps_in_one_graph():
+    host = HostNetwork(make_unet(), NoiseProcess())
+    z, level = torch.randn(2, 3, 8, 8), torch.tensor(0.5)
+    with torch.no_grad():
+        expected = host(z, level)
+        host.compile(fullgraph=True, backend="eager")
+        found = host(z, level)
+    torch.testing.assert_close(found.sample, expected.sample)
+    for part, other in zip(found.context, expected.context, strict=True):
+        torch.testing.assert_close(part, other)
+
+
+def test_two_calls_at_once_have_their_own_maps():
+    host = HostNetwork(make_unet(), NoiseProcess())
+    z = [torch.randn(1, 3, 8, 8, generator=generator(seed)) for seed in range(4)]
+    with torch.no_grad():
+        expected, found = [host(each, 0.0).context for each in z], [None] * 4
+
+        def call(i):
+            with torch.no_grad():
+                for _ in range(10):
+                    found[i] = host(z[i], 0.0).context
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_saved_network_is_one_of_its_own_class_and_loads_with_its_process_and_taps(tmp_path):
+    host = HostNetwork(
+        make_unet(), NoiseProcess(prediction_type="sample", beta_schedule="squaredcos_cap_v2"), ["mid_block"], True
+    )
+    host.save_pretrained(tmp_path)
+    loaded, z = HostNetwork.from_pretrained(tmp_path).eval(), torch.randn(2, 3, 8, 8)
+    assert loaded.taps == ("mid_block",) and loaded.config.prediction_hand_over
+    assert torch.equal(loaded.process.log_snrs, host.process.log_snrs)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(z, 1.0).sample, host(z, 1.0).sample)
+        own = UNet2DModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(own(z, 10).sample, host.network(z, 10).sample)
+
+
+def make_pair(**options):
+    encoder = HostNetwork(make_unet(), NoiseProcess(prediction_type="v_prediction"), **options)
+    torch.manual_seed(1)
+    denoiser = UViTDenoiser(
+        sample_size=8, level_channels=(16, 32), level_types=("res", "res"), level_blocks=(1, 1), embedding_dim=16,
+        attention_head_dim=8, context_channels=encoder.context_channels, **options,
+    )  # fmt: skip
+    for projection in denoiser.context_proj:
+        nn.init.normal_(projection.weight, std=0.2)
+    nn.init.normal_(denoiser.proj_out.weight, std=0.2)
+    return DualRatePipeline(denoiser.eval(), DualRateScheduler(), encoder, num_inference_steps=6, num_context_steps=2)
+
+
+@pytest.mark.parametrize("hands_over", [False, True])
+def test_a_network_of_diffusers_is_the_encoder_of_a_pair_also_saved(tmp_path, hands_over):
+    pipe = make_pair(prediction_hand_over=hands_over)
+    pipe.set_progress_bar_config(disable=True)
+    with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
+        images = pipe(generator=generator(), output_type="latent").images
+    assert evaluations == [2, 6] and images.isfinite().all()
+    more = pipe(num_context_steps=3, generator=generator(), output_type="latent").images
+    assert not torch.equal(images, more), "the context changes nothing"
+    pipe.save_pretrained(tmp_path)
+    loaded = DualRatePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(loaded(generator=generator(), output_type="latent").images, images)
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "context_encoder"), UNet2DModel)
+    assert json.loads((tmp_path / "context_encoder" / "config.json").read_text())["_class_name"] == "UNet2DModel"
+
+
+def test_a_spared_pair_takes_the_networks_own_prediction_at_refreshes():
+    pipe = make_pair(prediction_hand_over=True)
+    pipe.register_to_config(encoder_denoises=True)
+    pipe.set_progress_bar_config(disable=True)
+    with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
+        every = pipe(num_context_steps=6, generator=generator(), output_type="latent").images
+    assert evaluations == [6, 0]
+    alone = DualRatePipeline(pipe.context_encoder, DualRateScheduler(), num_inference_steps=6)
+    alone.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(every, alone(generator=generator(), output_type="latent").images, rtol=0, atol=1e-5)
+
+
+def test_flops_are_those_of_the_network_itself():
+    unet = make_unet()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(torch.randn(1, 3, 8, 8), 3)
+    assert network_flops(HostNetwork(unet, NoiseProcess())) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HostNetwork(UNet2DConditionModel.from_config({
+            "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8,
+            "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        }), NoiseProcess()), "must be one of UNet2DModel, DiTTransformer2DModel, got UNet2DConditionModel"),
+        (lambda: HostNetwork(make_unet(out_channels=4), NoiseProcess()), "out_channels=4"),
+        (lambda: HostNetwork(make_unet(), NoiseProcess(), ["up_blocks.7"]), "no submodule 'up_blocks.7'"),
+        (lambda: HostNetwork(make_unet(class_embed_type="timestep"), NoiseProcess()), "class_embed_type='timestep'"),
+        (lambda: HostNetwork(make_unet(), NoiseProcess(prediction_type="score")), "prediction_type must be one of"),
+        (lambda: HostNetwork(make_unet(), NoiseProcess())(torch.zeros(1, 3, 8, 8), 0.0, torch.tensor([0])), "takes no class"),
+        (lambda: DualRatePipeline(make_pair().denoiser, DualRateScheduler(), HostNetwork(make_unet(), NoiseProcess(), ["mid_block"])), "widths"),
+    ],
+    ids=["class", "channels", "tap", "classes", "prediction", "labels", "pair"],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_sentence(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_maps_of_other_sizes_than_the_denoisers_are_refused():
+    encoder = HostNetwork(
+        make_unet(), NoiseProcess(prediction_type="v_prediction"), ["up_blocks.1.resnets.1", "conv_in"]
+    )
+    denoiser = UViTDenoiser(
+        sample_size=8, level_channels=(16, 32), level_types=("res", "res"), level_blocks=(1, 1), embedding_dim=16,
+        attention_head_dim=8, context_channels=(8, 8),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"sizes \[\(8, 8\), \(8, 8\)\], the denoiser's of \[\(8, 8\), \(4, 4\)\]"):
+        DualRatePipeline(denoiser, DualRateScheduler(), encoder)
+
+
+def test_a_folder_that_holds_no_such_network_is_refused(tmp_path):
+    HostNetwork(make_unet(), NoiseProcess()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKL"}))
+    with pytest.raises(ValueError, match="holds a AutoencoderKL, which is none of UNet2DModel"):
+        HostNetwork.from_pretrained(tmp_path)
+
+
+def test_a_model_of_diffusers_is_refused_where_one_would_train_it_or_learn_from_it(tmp_path):
+    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a UNet2DModel of diffusers, which can be sampled, but not trained"):
+        sources.open_model(str(tmp_path))
