@@ -55,8 +55,8 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -164,6 +164,15 @@ def take_over_student(
             "did not (context_free=False)."
         )
     return configuration
+
+
+def check_processes(accelerator: Accelerator, recipe: DistillationRecipe) -> None:
+    """Refuse late contexts where weights are spread: a process with none but early rows leaves the encoder, which waits."""
+    if accelerator.distributed_type is DistributedType.FSDP and recipe.plan.num_steps_alone:
+        raise ValueError(
+            f"Distillation with context_from={recipe.context_from} does not run with FSDP, whose processes must all "
+            "evaluate the encoder equally often: choose DDP."
+        )
 
 
 def make_networks(
@@ -290,6 +299,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     teacher, student, configuration = open_models(args, configuration)
+    check_processes(accelerator, configuration.recipe)
     images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
     check_classes(args.teacher, teacher, images)
     configuration = configuration.with_classes(images.num_classes)

@@ -21,6 +21,7 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler
 from diffusers_dualrate.refreshes import plan_refreshes
 
 from .rivals import FeatureReuseTrunk
+from .train_unet import timesteps_of
 
 DDIM_TIMESTEPS = 960
 
@@ -71,13 +72,18 @@ def open_pipeline(folder: Path, solver: str, **options) -> DualRatePipeline:
     return pipe
 
 
-def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, **evaluations) -> Sampler:
-    """Sample a pipeline with N and K, its networks' evaluations counted beside those named."""
+def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, late: bool = False, **evaluations) -> Sampler:
+    """Sample a pipeline with N and K, its networks' evaluations counted beside those named.
+
+    Late, the refreshes are the last K steps; else they are spread as the pipeline spreads them.
+    """
+    refreshes = {"refresh_steps": list(range(n - k, n))} if late else {"num_context_steps": k}
 
     def draw(labels, generators):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*takes other steps than those the pair")
-            return pipe(labels, n, k, generator=generators, guidance_scale=1.0, output_type="latent").images
+            options = {"guidance_scale": 1.0, "output_type": "latent"} | refreshes
+            return pipe(labels, n, generator=generators, **options).images
 
     evaluations["denoiser"] = (pipe.denoiser, n - k if pipe.config.encoder_denoises else n)
     if pipe.context_encoder is not None:
@@ -88,6 +94,11 @@ def make_sampler(pipe: DualRatePipeline, n: int, k: int | None = None, **evaluat
 def sample_as_trained(folder: Path, solver: str, n: int, k: int | None) -> Sampler:
     """A pair or a single-rate network with N and K."""
     return make_sampler(open_pipeline(folder, solver), n, k)
+
+
+def sample_late(folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """A pair whose denoiser goes without context until the last K steps, which have a fresh one each."""
+    return make_sampler(open_pipeline(folder, solver), n, k, late=True)
 
 
 def sample_converted(folder: Path, solver: str, n: int, k: int) -> Sampler:
@@ -117,10 +128,40 @@ def sample_with_reuse(folder: Path, solver: str, n: int, k: int) -> Sampler:
 
 def sample_stitched(folder: Path, light_folder: Path, solver: str, n: int, k: int) -> Sampler:
     """Two single-rate networks in one chain (T-Stitch, arXiv 2402.14167): the light one, then the heavy one for K steps."""
-    pipe, light = open_pipeline(folder, solver), open_pipeline(light_folder, solver).denoiser
-    heavy, is_heavy = pipe.denoiser.forward, itertools.cycle([False] * (n - k) + [True] * k)
-    pipe.denoiser.forward = lambda *inputs: heavy(*inputs) if next(is_heavy) else light(*inputs)
-    return make_sampler(pipe, n, light=(light, n - k), heavy=(pipe.denoiser.trunk, k))
+    heavy = open_pipeline(folder, solver).denoiser
+    return stitch(light_folder, heavy, {"heavy": heavy}, solver, n, k)
+
+
+def sample_stitched_to_unet(folder: Path, light_folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """The light network, then a `UNet2DModel` for K steps."""
+    unet = DDIMPipeline.from_pretrained(folder).unet.to(PartialState().device, memory_format=torch.channels_last)
+    ours = DualRatePipeline.from_pretrained(light_folder).scheduler
+
+    def denoise(z, log_snr, class_labels, *_):
+        return unet(z, timesteps_of(log_snr, ours), class_labels=class_labels)
+
+    return stitch(light_folder, denoise, {"heavy": unet}, solver, n, k)
+
+
+def sample_stitched_to_pair(folder: Path, light_folder: Path, solver: str, n: int, k: int) -> Sampler:
+    """The light network, then both networks of a pair for K steps: at fresh contexts they are one larger network."""
+    pipe = open_pipeline(folder, solver)
+    encoder, denoiser = pipe.context_encoder, pipe.denoiser
+
+    def denoise(z, log_snr, class_labels, *_):
+        context = denoiser.project_context(encoder(z, log_snr, class_labels).context)
+        return denoiser(z, log_snr, class_labels, context, log_snr)
+
+    return stitch(light_folder, denoise, {"context_encoder": encoder, "heavy": denoiser}, solver, n, k)
+
+
+def stitch(light_folder: Path, denoise: Callable, parts: dict, solver: str, n: int, k: int) -> Sampler:
+    """The light network for N - K steps, then `denoise`, each of whose parts runs K times."""
+    pipe = open_pipeline(light_folder, solver)
+    light, is_heavy = pipe.denoiser.forward, itertools.cycle([False] * (n - k) + [True] * k)
+    pipe.denoiser.forward = lambda *inputs: denoise(*inputs) if next(is_heavy) else light(*inputs)
+    counted = {name: (part, k) for name, part in parts.items()}
+    return make_sampler(pipe, n, light=(pipe.denoiser.trunk, n - k), **counted)
 
 
 def sample_with_deepcache(folder: Path, solver: str, n: int, k: int) -> Sampler:
@@ -192,6 +233,21 @@ _SHARED = {
         *((10, 5), (8, 4), (8, 2), (6, 3), (6, 2), (4, 2)),
     ),
 }
+# The light network alone, then K steps that are all heavy: of second order, and of as many first-order ones as pay.
+_LATE = {
+    "ancestral": ((8, 4), (8, 3), (6, 4), (6, 3)),
+    "dpmsolver++": ((8, 4), (6, 3), (5, 3), (4, 2)),
+    "sde-dpmsolver++": (
+        *((12, 8), (12, 6), (10, 5), (10, 3), (8, 6), (8, 4), (8, 3), (8, 2)),
+        *((6, 4), (6, 3), (6, 2), (5, 3), (5, 2), (4, 3), (4, 2), (4, 1)),
+    ),
+}
+# K spread over the steps below the time of the first context, which are half of the N.
+_LATE_SHARED = {
+    "ancestral": ((64, 8), (32, 8), (32, 4), (16, 4), (8, 2)),
+    "dpmsolver++": ((12, 3), (8, 2)),
+    "sde-dpmsolver++": ((24, 6), (16, 4), (12, 3), (8, 2), (4, 1)),
+}
 ARMS = {
     "single-rate": Arm(
         "heavy",
@@ -254,6 +310,12 @@ ARMS = {
         },
         requires="DeepCache",
     ),
+    "stitching-unet": Arm("unet", sample_stitched_to_unet, _LATE, beside="light"),
+    # The whole pair at fresh contexts, one network that is larger than the heavy one: is it the context, or the size?
+    "stitching-pair": Arm("fresh-pair", sample_stitched_to_pair, _LATE, beside="light"),
+    "dual-rate-late": Arm("late-pair", sample_late, _LATE),
+    "dual-rate-late-shared": Arm("late-pair", sample_as_trained, _LATE_SHARED),
+    "dual-rate-late-converted": Arm("late-converted", sample_spared, _LATE_SHARED),
     # Students have the steps that they were distilled for.
     "single-rate-mmd": Arm("heavy-mmd", sample_as_trained, {"ancestral": _single(8)}),
     "dual-rate-mmd": Arm("pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),
@@ -261,4 +323,6 @@ ARMS = {
     "dual-rate-mmd-full-rollout": Arm("pair-mmd-full-rollout", sample_as_trained, {"ancestral": ((8, 2),)}),
     "dual-rate-mmd-4-steps": Arm("pair-mmd-4-steps", sample_as_trained, {"ancestral": ((4, 2),)}),
     "dual-rate-mmd-2-steps": Arm("pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
+    "dual-rate-late-mmd": Arm("late-pair-mmd", sample_as_trained, {"ancestral": ((4, 2),)}),
+    "dual-rate-late-mmd-2-steps": Arm("late-pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
 }

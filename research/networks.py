@@ -119,11 +119,26 @@ class Training:
 _WINDOWS = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
-def _train_pair(context_ages, context_dropout=0.0):
+def _train_pair(context_ages, context_dropout=0.0, **recipe):
     """Both networks of a pair, jointly, with these largest ages of a context."""
     return Training(
         train_dual_rate,
-        changes={"training": {"context_ages": context_ages, "context_dropout": context_dropout}},
+        changes={"training": {"context_ages": context_ages, "context_dropout": context_dropout} | recipe},
+    )
+
+
+def _convert(**recipe):
+    """The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light one learns.
+
+    It learns to predict what the heavy one would.
+    """
+    recipe |= {"max_train_steps": 1500, "context_dropout": 0.0, "context_ages": [1 / 2, 1 / 4, 1 / 8, 1 / 16]}
+    hands_over = {"prediction_hand_over": True}
+    return Training(
+        train_dual_rate,
+        ("--follow_encoder",),
+        changes={"context_encoder": hands_over, "denoiser": hands_over, "training": recipe},
+        starts={"--pretrained_model_name_or_path": "heavy"},
     )
 
 
@@ -141,22 +156,10 @@ TRAININGS = {
     "fresh-pair": _train_pair([0.0]),
     # Half of the rows so, as in a sampler that shares each context between two steps: one of the two has a fresh one.
     "half-fresh-pair": _train_pair([0.0] * 4 + _WINDOWS),
-    # The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light network learns,
-    # to predict what the heavy one would.
-    "converted": Training(
-        train_dual_rate,
-        ("--follow_encoder",),
-        changes={
-            "context_encoder": {"prediction_hand_over": True},
-            "denoiser": {"prediction_hand_over": True},
-            "training": {
-                "max_train_steps": 1500,
-                "context_dropout": 0.0,
-                "context_ages": [1 / 2, 1 / 4, 1 / 8, 1 / 16],
-            },
-        },
-        starts={"--pretrained_model_name_or_path": "heavy"},
-    ),
+    # Half fresh, too, but without context in the noisier half of the chain, where nothing heavy is trained.
+    "late-pair": _train_pair([0.0] * 4 + _WINDOWS, context_from=0.5),
+    "converted": _convert(),
+    "late-converted": _convert(context_from=0.5),
     "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
     "unet": Training(train_unet, shape=("unet", "unet")),
@@ -166,6 +169,9 @@ TRAININGS = {
     "pair-mmd-full-rollout": _distil_pair(full_rollout=True),
     "pair-mmd-4-steps": _distil_pair(num_inference_steps=4, num_context_steps=2),
     "pair-mmd-2-steps": _distil_pair(num_inference_steps=2, num_context_steps=1),
+    # Their pair brings the time of the first context: half of the steps go without.
+    "late-pair-mmd": _distil_pair("late-pair", num_inference_steps=4, num_context_steps=2),
+    "late-pair-mmd-2-steps": _distil_pair("late-pair", num_inference_steps=2, num_context_steps=1),
 }
 
 

@@ -61,13 +61,11 @@ def parse_args(argv=None):
     parser.add_argument("--solvers", nargs="+", choices=report.SOLVERS, default=list(report.SOLVERS))
     parser.add_argument("--budgets", nargs="+", choices=report.BUDGETS, default=list(report.BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of training.")
+    budgets = [f"{name}/{budget}" for name in ARMS for budget in report.BUDGETS]
+    once = [*DATA, *ARMS, *report.BUDGETS, *(f"{data}/{name}" for data in DATA for name in ARMS), *budgets]
+    named = "DATA|ARM|BUDGET|DATA/ARM|ARM/BUDGET"
     parser.add_argument(
-        "--first_seed_only",
-        nargs="+",
-        choices=[*DATA, *ARMS, *report.BUDGETS, *(f"{data}/{name}" for data in DATA for name in ARMS)],
-        default=[],
-        metavar="DATA|ARM|BUDGET|DATA/ARM",
-        help="What has one training seed.",
+        "--first_seed_only", nargs="+", choices=once, default=[], metavar=named, help="What has one training seed."
     )
     parser.add_argument(
         "--leave_out",
@@ -108,7 +106,7 @@ def parse_args(argv=None):
     shrink.add_argument("--max_evaluations", **counts, help="Largest N; default: the data sets'.")
     shrink.add_argument("--batch_size", type=int, default=100)
     args = parser.parse_args(argv)
-    parts = [*report.BUDGETS, *(f"{name}{budget}" for name in ARMS for budget in ("", "/steps", "/flops"))]
+    parts = [*report.BUDGETS, *ARMS, *budgets]
     if unknown := set(args.leave_out) - {f"{data}/{part}" for data in DATA for part in parts}:
         parser.error(f"argument --leave_out: there is no {', '.join(sorted(unknown))}")
     args.output = args.output or str(Path(args.work_dir, "study.json"))
@@ -330,7 +328,10 @@ def list_series(args) -> list[tuple]:
         for budget in budgets_of(ARMS[name].training, args.budgets)
         for solver in args.solvers
         if not {f"{data}/{part}" for part in (name, budget, f"{name}/{budget}")} & set(args.leave_out)
-        and (seed == args.seeds[0] or not {data, name, budget, f"{data}/{name}"} & set(args.first_seed_only))
+        and (
+            seed == args.seeds[0]
+            or not {data, name, budget, f"{data}/{name}", f"{name}/{budget}"} & set(args.first_seed_only)
+        )
     ]
 
 

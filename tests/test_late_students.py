@@ -1,10 +1,13 @@
 """Students whose first steps go without context: what they are judged by, what learns from it, and what they cost."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
+from conftest import PRESET
 from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.diffusion import cosine_log_snr
 from diffusers_dualrate.moment_matching import (
@@ -16,7 +19,9 @@ from diffusers_dualrate.moment_matching import (
     sample_student,
     student_loss,
 )
+from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.refreshes import plan_segments
+from distill import check_processes
 from test_distill import data, root, run  # noqa: F401 (a fixture)
 from test_moment_matching import (
     FLOOR,
@@ -220,3 +225,18 @@ def test_a_student_that_cannot_begin_late_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match=message):
         run(root, tmp_path / "out", *data(root), *options, "--context_from", context_from)
     assert not (tmp_path / "out").exists()
+
+
+def test_late_contexts_are_refused_where_processes_must_evaluate_all_networks_equally_often():
+    """A process whose rows all stand before the first refresh skips the encoder, and FSDP's others would wait for it."""
+    steps = {"num_inference_steps": 4, "num_context_steps": 2}
+    early, late = (
+        DistillationRecipe(**PRESET["distillation"] | steps | {"context_from": time}) for time in (1.0, 0.5)
+    )
+    spread, whole = (
+        SimpleNamespace(distributed_type=kind) for kind in (DistributedType.FSDP, DistributedType.MULTI_GPU)
+    )
+    with pytest.raises(ValueError, match=r"context_from=0\.5 does not run with FSDP.*choose DDP"):
+        check_processes(spread, late)
+    check_processes(spread, early)
+    check_processes(whole, late)

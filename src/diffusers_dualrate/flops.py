@@ -169,7 +169,8 @@ def target_flops(
 ) -> float:
     """FLOPs of the forward passes in training for each denoising target, a noisy image at one t.
 
-    Rows without context, a share p, spare the encoder, so it is L + (1 − p)(H + projection).
+    Rows without context, a share p, spare the encoder and run the context-free branch, which costs F:
+    p F + (1 − p)(L + H + projection).
 
     Args:
         denoiser: The network that sees every target.
@@ -179,7 +180,9 @@ def target_flops(
     light = network_flops(denoiser)
     if context_encoder is None:
         return light
-    return light + (network_flops(context_encoder) + context_flops(denoiser)) * (1 - context_dropout)
+    free = network_flops(denoiser, with_context=False)
+    heavy = network_flops(context_encoder) + context_flops(denoiser)
+    return context_dropout * free + (1 - context_dropout) * (light + heavy)
 
 
 def training_image_flops(

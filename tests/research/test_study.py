@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser, diffusion
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.flops import context_flops, image_flops, network_flops
 from diffusers_dualrate.losses import lags
+from diffusers_dualrate.recipes import PairRecipe
 from diffusers_dualrate.steps import log_snr_of_steps
 from research import arms, jobs, networks, study, train_unet
 
@@ -241,6 +243,58 @@ def test_stitching_begins_with_the_light_network_and_ends_with_the_heavy_one(sol
     assert torch.equal(alone, study.draw_checked(arms.sample_as_trained(folders[0], solver, 6, None), [0], [5]))
 
 
+def test_a_late_pair_goes_without_context_until_its_last_steps(make_pipe, tmp_path, watch):
+    """Kills: n − k + 1 for n − k; K spread over the run; contexts that are shared."""
+    make_pipe(context_free=True).save_pretrained(tmp_path)
+    sampler = arms.sample_late(tmp_path, "sde-dpmsolver++", 5, 3)
+    assert {name: times for name, (_, times) in sampler.evaluations.items()} == {"denoiser": 5, "context_encoder": 3}
+    pipe = arms.open_pipeline(tmp_path, "sde-dpmsolver++")
+    calls, options = watch(pipe), {"guidance_scale": 1.0, "output_type": "latent", "refresh_steps": [2, 3, 4]}
+    expected = pipe([1], 5, generator=[torch.Generator().manual_seed(0)], **options).images
+    assert torch.equal(study.draw_checked(sampler, [1], [0]), expected)
+    assert [call.context is None for call in calls.denoiser] == [True, True, False, False, False]
+    assert len(calls.encoder) == 3
+
+
+@pytest.mark.parametrize("solver", study.report.SOLVERS)
+def test_stitched_to_all_of_a_pair_the_end_is_the_pair_with_a_refresh_at_every_step(solver, make_pipe, tmp_path):
+    """Kills: a stale context; the encoder's evaluations uncounted; the light network's weights in the last steps."""
+    make_pipe().save_pretrained(tmp_path / "pair")
+    make_pipe(single_rate=True).save_pretrained(tmp_path / "light")
+    folders = (tmp_path / "pair", tmp_path / "light")
+    alone = study.draw_checked(arms.sample_stitched_to_pair(*folders, solver, 4, 4), [0], [5])
+    assert torch.equal(alone, study.draw_checked(arms.sample_as_trained(folders[0], solver, 4, 4), [0], [5]))
+    sampler = arms.sample_stitched_to_pair(*folders, solver, 5, 2)
+    assert {name: times for name, (_, times) in sampler.evaluations.items()} == {
+        **{"denoiser": 5, "light": 3},
+        **{"heavy": 2, "context_encoder": 2},
+    }
+    assert not torch.equal(study.draw_checked(sampler, [0], [5]), alone)
+
+
+def test_stitched_to_a_unet_the_end_is_the_unet_under_its_own_timesteps(make_pipe, tmp_path):
+    """Kills: log-SNRs given as timesteps; timesteps counted from 1; a step more of the light network."""
+    make_pipe(single_rate=True).save_pretrained(tmp_path / "light")
+    ours = arms.open_pipeline(tmp_path / "light", "ancestral").scheduler
+    channels = make_pipe().denoiser.config.in_channels
+    unet = UNet2DModel(**networks._unet(8, channels, 4, 8), num_class_embeds=5).eval()
+    process = {"trained_betas": ours.betas.tolist(), "prediction_type": "v_prediction"}
+    DDIMPipeline(unet, DDIMScheduler(**process)).save_pretrained(tmp_path / "unet")
+    folders = (tmp_path / "unet", tmp_path / "light")
+    found = study.draw_checked(arms.sample_stitched_to_unet(*folders, "sde-dpmsolver++", 4, 4), [3], [5])
+    scheduler, generator = arms.make_scheduler("sde-dpmsolver++", ours), [torch.Generator().manual_seed(5)]
+    scheduler.set_timesteps(4)
+    z = randn_tensor((1, channels, 8, 8), generator)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            v = unet(z, t, class_labels=torch.tensor([3])).sample
+            z = scheduler.step(v, t, z, generator=generator, return_dict=False)[0]
+    torch.testing.assert_close(found, z, atol=1e-3, rtol=1e-3)
+    sampler = arms.sample_stitched_to_unet(*folders, "dpmsolver++", 6, 2)
+    assert {name: times for name, (_, times) in sampler.evaluations.items()} == {"denoiser": 6, "light": 4, "heavy": 2}
+    assert not torch.equal(study.draw_checked(sampler, [3], [5]), found)
+
+
 def test_a_conversion_is_sampled_both_ways_whatever_its_folder_says(make_networks, tmp_path):
     encoder, denoiser = make_networks(num_classes=4, prediction_hand_over=True)
     for saved in (False, True):
@@ -323,6 +377,18 @@ def test_half_of_the_contexts_of_half_fresh_pairs_are_fresh():
     ages = lags(uniforms, networks.make_preset("digits", "half-fresh-pair")["training"]["context_ages"])
     assert abs((ages < 1e-5).float().mean() - 0.5) < 0.02
     assert (ages[ages >= 1e-5] > 1e-3).float().mean() > 0.95
+
+
+def test_late_pairs_see_no_context_in_half_of_their_rows_and_their_students_follow_them():
+    """Kills: context_from laid over the wrong recipe; students of another pair."""
+    for training in ("late-pair", "late-converted"):
+        preset = networks.make_preset("digits", training)
+        assert PairRecipe(**preset["training"]).share_without_context == 0.5
+    assert "context_from" not in networks.make_preset("digits", "converted")["training"]
+    for training, (n, k) in {"late-pair-mmd": (4, 2), "late-pair-mmd-2-steps": (2, 1)}.items():
+        recipe = networks.make_preset("digits", training)["distillation"]
+        assert (recipe["num_inference_steps"], recipe["num_context_steps"]) == (n, k)
+        assert networks.lineage(training) == {training, "heavy", "late-pair"}
 
 
 def test_a_failing_job_does_not_stop_the_others_but_the_study(tmp_path, capsys):
@@ -512,6 +578,9 @@ def test_models_are_trained_once_and_after_all_that_they_start_from():
     both = ["--data", "digits", "letters", "--seeds", "0", "1", "--first_seed_only", "letters/deepcache"]
     again = {(data, name) for data, name, *_, seed in study.list_series(study.parse_args(both)) if seed == 1}
     assert ("letters", "deepcache") not in again and {("digits", "deepcache"), ("letters", "single-rate")} <= again
+    one = study.list_series(study.parse_args(["--seeds", "0", "1", "--first_seed_only", "dual-rate/flops"]))
+    again = {(name, budget) for _, name, budget, _, seed in one if seed == 1}
+    assert ("dual-rate", "flops") not in again and {("dual-rate", "steps"), ("dual-rate-late", "flops")} <= again
     groups = study.list_models(series)
     models = [model for group in groups for model in group]
     assert len(models) == len(set(models))
