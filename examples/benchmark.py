@@ -59,7 +59,7 @@ def find_device(name):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is no device of this machine") from error
+        raise ValueError(f"--device {name!r} is no device of this machine.") from error
     return device
 
 
@@ -102,7 +102,7 @@ def main(args):
     for name in ("batch_size", "num_inference_steps"):
         check_integer(name, getattr(args, name), least=1)
     plan_refreshes(args.num_inference_steps, args.num_context_steps)
-    device = torch.device(args.device)
+    device = find_device(args.device)
     on_cpu = device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)

@@ -192,12 +192,17 @@ def test_the_cost_of_training_has_its_closed_form_in_heavy_light_and_projection(
     encoder, denoiser = load("emoji32")
     heavy, light, projection = network_flops(encoder), network_flops(denoiser), context_flops(denoiser)
 
-    def cost(**options):
-        return training_image_flops(denoiser, encoder, context_dropout=p, **options)
+    alone = network_flops(denoiser, with_context=False)
 
-    assert cost() == 3 * light + (1 - p) * 3 * (heavy + projection)
-    assert cost(frozen=True) == 3 * light + (1 - p) * (heavy + 2 * projection)
-    assert cost(frozen=True, followed=True) == 3 * light + (1 - p) * (2 * heavy + 3 * projection)
+    def cost(**options):
+        recipe = PairRecipe(**PRESET["training"] | {"context_dropout": p} | options)
+        return training_image_flops(denoiser, encoder, recipe)
+
+    every = 3 * ((1 - p) * light + p * alone)
+    assert cost() == pytest.approx(every + (1 - p) * 3 * (heavy + projection), rel=1e-12)
+    assert cost(freeze_encoder=True) == pytest.approx(every + (1 - p) * (heavy + 2 * projection), rel=1e-12)
+    if p == 0:  # a denoiser that follows sees a context in every row
+        assert cost(follow_encoder=True) == pytest.approx(every + 2 * heavy + 3 * projection, rel=1e-12)
 
 
 def test_blocks_of_each_kind_have_the_multiply_adds_of_their_formula():

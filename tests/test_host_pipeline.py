@@ -232,6 +232,8 @@ def state():
 
 before = state()
 import diffusers_dualrate
+assert state() == before and "diffusers_dualrate" not in LOADABLE_CLASSES
+diffusers_dualrate.DualRatePipeline
 after = state()
 assert before == after
 assert LOADABLE_CLASSES["diffusers_dualrate"] and "diffusers_dualrate" not in before
