@@ -208,6 +208,8 @@ def tell(report, args):
         )
     if "v_loss" in report:
         print(f"\nv-loss: {', '.join(f'{name} {loss}' for name, loss in v_loss_rows(report))}")
+    if not report["references"]:
+        print("\nNo distance was measured: --classifier takes what examples/train_classifier.py makes.")
     print(f"\nGFLOP are per image. Every figure is in {args.output}.")
     if Path(args.output).resolve() == Path(args.model, EVALUATION).resolve() and report["training"] is not None:
         print(f"Make the card: python examples/make_card.py {shlex.quote(args.model)}")

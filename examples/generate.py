@@ -233,6 +233,9 @@ def main(args):
             f"{row.flops / rows[0].flops:>8.2f}{row.seconds / count:>9.3f}"
         )
     print(f"\nThe picture is {Path(args.output).resolve()}.")
+    print(
+        "Next: other classes, N, K or guidance, by the flags of --help; or examples/evaluate.py, which measures a model."
+    )
     return rows
 
 

@@ -80,6 +80,7 @@ def main(args):
         repo_id = claim_repository(args.hub_model_id or folder.resolve().name)
         write_card(folder, repo_id)
         print(f"The model is {upload_model(folder, repo_id)}.")
+        print(f'Load it: DualRatePipeline.from_pretrained("{repo_id}")')
 
 
 if __name__ == "__main__":

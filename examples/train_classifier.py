@@ -46,6 +46,9 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # now, since what follows takes seconds to import
 
+import dataclasses
+import shlex
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -54,7 +57,8 @@ from tqdm.auto import tqdm
 
 from diffusers_dualrate.arguments import find_preset, read_preset, select
 from diffusers_dualrate.augmentation import Augmentation
-from diffusers_dualrate.configuration import Data
+from diffusers_dualrate.commands import EVALUATION, GRID
+from diffusers_dualrate.configuration import FILE, Data
 from diffusers_dualrate.data import LabelledImages
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.processes import choose_threads
@@ -81,6 +85,18 @@ def measure_accuracy(
         x, labels = fetch(images, 0, indices[first : first + batch_size])
         right += (classifier(x.to(device)).argmax(1).cpu() == labels).sum().item()
     return right / len(indices)
+
+
+def suggest(args: argparse.Namespace) -> str:
+    """The command that measures a model, which the preset names where it is that of a run."""
+    preset = Path(args.preset)
+    folder = preset.parent if preset.name == FILE else Path("runs/model")
+    data = select(args, Data)
+    flags = [f"--{field.name} {shlex.quote(str(data[field.name]))}" for field in dataclasses.fields(Data)
+             if field.name != "cache_dir" and data.get(field.name) not in (None, field.default)]  # fmt: skip
+    files = ("classifier", Path(args.output)), ("output", folder / EVALUATION), ("grid", folder / GRID)
+    flags += [f"--{flag} {shlex.quote(str(path))}" for flag, path in files]
+    return " ".join([f"accelerate launch examples/evaluate.py --model {shlex.quote(str(folder))}", *flags])
 
 
 def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[str, float]:
@@ -146,9 +162,8 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[
     classifier.cpu().save(args.output, **facts, **{name: getattr(args, name) for name in recipe})
     print(f"accuracy on {num_held_out:,} images held out: {accuracy:.1%}")
     print(f"SHA-256: {file_hash(args.output)}")
-    print(
-        f"The classifier is {args.output}. Measure a model with it: examples/evaluate.py --classifier {args.output} ..."
-    )
+    print(f"The classifier is {args.output}.")
+    print(f"Measure a model of this data with it: {suggest(args)}")
     return facts
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -653,7 +654,7 @@ def test_a_benchmark_on_a_device_that_is_not_there_is_refused_by_its_name(device
         run_benchmark("--device", device)
 
 
-def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_path):
+def test_a_classifier_learns_what_held_out_images_show_and_says_how_to_measure_with_it(tmp_path, capsys):
     for i in range(60):
         pixels = np.random.default_rng(i).integers(0, 100, (8, 8, 3), dtype=np.uint8)
         pixels[..., i % 3] += 120  # the class is the colour that prevails
@@ -663,6 +664,10 @@ def test_a_classifier_learns_what_held_out_images_show_and_names_its_recipe(tmp_
     arguments += ["--train_data_dir", tmp_path / "images", "--cache_dir", tmp_path / "cache"]
     arguments += ["--output", tmp_path / "colours.safetensors", "--max_train_steps", 30, "--train_batch_size", 16]
     facts = train_classifier.main(train_classifier.parse_args([str(argument) for argument in arguments]))
+    command = capsys.readouterr().out.partition("Measure a model of this data with it: ")[2]
+    args = evaluate.parse_args(shlex.split(command.partition("evaluate.py ")[2]))
+    assert args.classifier == str(tmp_path / "colours.safetensors")
+    assert args.train_data_dir == str(tmp_path / "images") and args.output == "runs/model/evaluation.json"
     assert facts["held_out_images"] == 6 and facts["held_out_accuracy"] == 1
     classifier = ImageClassifier.load(tmp_path / "colours.safetensors")
     assert classifier.facts["max_train_steps"] == 30 and classifier.facts["held_out_accuracy"] == 1

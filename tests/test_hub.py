@@ -435,6 +435,7 @@ def test_a_published_model_comes_back_file_by_file_with_its_card_its_pictures_an
     for name in content_of(folder):
         assert came[name].read_bytes() == (folder / name).read_bytes(), name
     assert 'from_pretrained("you/made")\n' in came["README.md"].read_text() and "/you/made." in printed
+    assert 'Load it: DualRatePipeline.from_pretrained("you/made")' in printed
 
 
 def test_a_pipeline_of_a_folder_with_a_card_takes_it_along_with_pictures_and_records(hub, published):
@@ -444,6 +445,7 @@ def test_a_pipeline_of_a_folder_with_a_card_takes_it_along_with_pictures_and_rec
     for name in content_of(folder):
         if not name.endswith("config.json") and name != "model_index.json":  # in which the host names its version
             assert files[name] == (folder / name).read_bytes(), name
+    assert not [name for name in files if str(folder).encode() in files[name]], "a path of this machine is published"
     _, files = hub.repositories["you/denoiser"].find("main")  # which is a part, and the card is that of the whole
     assert "evaluation.json" not in files and "automatically generated" in files["README.md"].decode()
 

@@ -1,5 +1,6 @@
 """The README is short, and every figure in it, in the pages of the site and in the model cards is the one its JSON holds."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_dualrate import plan_refreshes
+from diffusers_dualrate import UViTContextEncoder, UViTDenoiser, plan_refreshes
+from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.flops import training_image_flops
+from diffusers_dualrate.models import SINGLE_RATE
+from diffusers_dualrate.recipes import PairRecipe, SingleRateRecipe
 from research import arms, gains, networks, report, study
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +110,68 @@ def test_the_picture_repeats_what_the_cards_measured():
         )
         assert (row["heavy"], row["light"]) == expected and row["milliseconds"] > 0
     assert (ROOT / "docs" / "images" / "comparison.png").stat().st_size < 400e3
+
+
+def test_figures_that_stand_in_sentences_are_those_of_their_records():
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+    fewer = [row["times_fewer_flops"] for row in gains.read(gains.GAINS)["pairs"]]
+    assert f"for {min(fewer):.1f} to {max(fewer):.1f} times fewer FLOPs" in (ROOT / "docs" / "hooks.py").read_text()
+    presets = {name: json.loads((ROOT / f"examples/presets/{name}.json").read_text()) for name in ("quick", "emoji32")}
+    size, steps = presets["quick"]["denoiser"]["sample_size"], presets["quick"]["training"]["max_train_steps"]
+    assert f"{size} pixels and {steps} steps" in pages["folder-to-hub.md"]
+    sampling = presets["emoji32"]["sampling"]
+    words = "N = {num_inference_steps}, K = {num_context_steps}, guidance {guidance_scale:g}".format(**sampling)
+    assert f"{words}, second order" in pages["models.md"] and sampling["second_order"]
+    images = f"{gains.read(CARDS[0] / 'evaluation.json')['data']['images']:,}"
+    assert f"{images} emoji" in README and f"{images} images" in pages["models.md"]
+
+
+def test_the_tables_of_the_comparison_that_are_written_by_hand_have_the_points_of_the_study():
+    points, text = gains.collect(gains.read(gains.STUDY)), (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    found = {}
+    for n in (8, 10, 12, 16):
+        found[f"| {n}/{n // 2} |"] = ("emoji32", "dual-rate", "steps", "dpmsolver++", n, n // 2)
+    for n in (8, 10):
+        found[f"| T-Stitch {n}/{n // 2} |"] = (
+            "digits",
+            "stitching",
+            "steps",
+            "sde-dpmsolver++",
+            n,
+            n // 2,
+        )
+    for arm in ("dual-rate-converted-spared", "dual-rate-half-fresh"):
+        budget = next(key[2] for key in points if key[:2] == ("digits", arm))
+        found[f"| `{arm}` 10/5 |"] = ("digits", arm, budget, "sde-dpmsolver++", 10, 5)
+    for start, key in found.items():
+        point = gains.describe(points, key)
+        (row,) = [line for line in text.splitlines() if line.startswith(start)]
+        digits, spread = (2 if key[0] == "emoji32" else 3), row.split("|")[3].strip().partition(" ± ")[2]
+        figures = [f"{point['flops'] / 1e6:,.0f}", f"{point['fd']['mean']:.{digits}f}".removeprefix("0")]
+        if spread:
+            figures[1] += f" ± {point['fd']['std']:.{digits}f}".replace(" 0.", " .")
+        assert [cell.strip() for cell in row.split("|")[2:4]] == figures
+    eight = gains.describe(points, ("emoji32", "single-rate", "steps", "dpmsolver++", 8, None))["fd"]["mean"]
+    assert f"eight steps of DPM-Solver++ have {eight:.2f}" in text
+
+
+@pytest.mark.slow
+def test_what_the_page_of_trainings_says_of_their_cost_is_what_the_networks_of_the_presets_take():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert [name for name, *_ in shown] == ["imagenet64", "imagenet128", "emoji32", "letters16", "digits8"]
+    for name, *figures in shown:
+        (path,) = ROOT.glob(f"*/presets/{name}.json")
+        preset = json.loads(path.read_text())
+        with torch.device("meta"):
+            heavy = UViTDenoiser(**preset["context_encoder"] | SINGLE_RATE)
+            pair = UViTDenoiser(**preset["denoiser"]), UViTContextEncoder(**preset["context_encoder"])
+        told = preset["training"] | {"augmentation": Augmentation()}
+        single = {field.name for field in dataclasses.fields(SingleRateRecipe)}
+        alone = training_image_flops(heavy, None, SingleRateRecipe(**{key: told[key] for key in single & told.keys()}))
+        ways = ({}, {"context_dropout": 0.5}, {"follow_encoder": True})
+        taken = [training_image_flops(*pair, PairRecipe(**told | {"context_dropout": 0.0} | way)) for way in ways]
+        assert figures == [f"{flops / alone:.2f}" for flops in taken], name
 
 
 def test_what_the_quick_preset_took_is_what_its_run_recorded():

@@ -165,13 +165,18 @@ def test_a_run_explains_its_numbers_at_the_first_step_and_says_at_its_end_what_t
     assert re.search(r" 1/4 \[[^\]]*loss=\d\.\d+, v_loss=\d\.\d+", bar)
     assert printed.count("\nloss: what is minimised") == printed.count("\nv_loss: mean squared error") == 1
     assert f"The model is in {tmp_path / 'run'}, and its card is {tmp_path / 'run/README.md'}." in printed
-    commands = dict(re.findall(r"^(Look at it|Measure it): (.*)$", printed, re.MULTILINE))
+    commands = dict(re.findall(r"^(Look at it|Make .*|Measure it): (.*)$", printed, re.MULTILINE))
+    learn = importlib.import_module("train_classifier").parse_args(
+        shlex.split(commands.pop("Make what measures distances, once for each data set").partition(".py ")[2])
+    )
+    assert learn.preset == str(tmp_path / "run/configuration.json") and learn.label_column == "label"
     assert set(commands) == ({"Look at it", "Measure it"} if script == "dual" else {"Measure it"})
     for command in commands.values():
         script_of, _, flags = command.partition(".py ")
         args = importlib.import_module(script_of.rpartition("/")[2]).parse_args(shlex.split(flags))
         assert args.model == str(tmp_path / "run")
     assert args.label_column == "label" and args.output == str(tmp_path / "run/evaluation.json")
+    assert args.classifier == learn.output == str(tmp_path / "classifier.safetensors")
 
 
 def test_the_card_of_a_run_says_that_nobody_measured_it_and_one_that_somebody_wrote_stays(folder, tmp_path):

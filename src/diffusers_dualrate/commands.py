@@ -72,26 +72,41 @@ def training_command(told: dict, changes: dict | None, model: str) -> str:
     return " ".join([start, *list_flags(told, "start", "data", "options"), f"--output_dir runs/{model}"])
 
 
-def evaluation_command(folder: str | Path, told: dict | None) -> str:
+def _list_data_flags(told: dict | None) -> list[str]:
+    """The images that a model was trained on, as flags of what measures it."""
+    if told is None or Configuration.from_json(told).data.name == "none":
+        return ["--train_data_dir images --label_column label"]  # of the user, whatever it is called
+    data = list_flags({**told, "data": {**told["data"], "streaming": False}}, "data")
+    return [flag for flag in data if not flag.startswith(("--shuffle_buffer", "--dataloader_num_workers"))]
+
+
+def evaluation_command(folder: str | Path, told: dict | None, classifier: str | Path | None = None) -> str:
     """The command that measures a model.
 
     Args:
         folder: Folder of the model.
         told: Content of its configuration.json, which names the data; `None` where there is none.
+        classifier: File of the classifier in whose features distances are measured; `None` for no distance.
     """
-    folder = Path(folder)
-    data = ["--train_data_dir images --label_column label"]  # of the user, whatever it is called
-    if told is not None and Configuration.from_json(told).data.name != "none":
-        data = list_flags({**told, "data": {**told["data"], "streaming": False}}, "data")
-        data = [flag for flag in data if not flag.startswith(("--shuffle_buffer", "--dataloader_num_workers"))]
-    measured = [
-        f"--{flag} {shlex.quote(str(folder / name))}" for flag, name in (("output", EVALUATION), ("grid", GRID))
-    ]
-    return " ".join([f"accelerate launch examples/evaluate.py --model {shlex.quote(str(folder))}", *data, *measured])
+    folder, files = Path(folder), [] if classifier is None else [("classifier", Path(classifier))]
+    files += [("output", folder / EVALUATION), ("grid", folder / GRID)]
+    named = [f"--{flag} {shlex.quote(str(path))}" for flag, path in files]
+    start = f"accelerate launch examples/evaluate.py --model {shlex.quote(str(folder))}"
+    return " ".join([start, *_list_data_flags(told), *named])
 
 
 def next_commands(folder: str | Path, told: dict, pipeline: DualRatePipeline) -> list[str]:
     """What to do with a model that was just trained, in lines that begin in words and end in a command."""
     look = f"Look at it: python examples/generate.py --model {shlex.quote(str(folder))} --output samples.png"
     lines = [] if pipeline.context_encoder is None else [look]  # it draws pairs
-    return [*lines, f"Measure it: {evaluation_command(folder, told)}"]
+    if not pipeline.denoiser.config.num_classes:
+        return [*lines, f"Measure it: {evaluation_command(folder, told)}"]
+    classifier = Path(folder).parent / "classifier.safetensors"
+    preset = Path(folder) / FILE if "training" in told else told["preset"]  # a student's has no part `training`
+    learn = f"python examples/train_classifier.py --preset {shlex.quote(str(preset))}"
+    learn = " ".join([learn, *_list_data_flags(told), f"--output {shlex.quote(str(classifier))}"])
+    return [
+        *lines,
+        f"Make what measures distances, once for each data set: {learn}",
+        f"Measure it: {evaluation_command(folder, told, classifier)}",
+    ]

@@ -109,6 +109,10 @@ class RepositoryMixin:
         hub["commit_message"] = hub.get("commit_message") or f"Upload {type(self).__name__}"
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)
+            for path in Path(folder).rglob("*.json"):  # the host names the folder that this was loaded from
+                config = json.loads(path.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None) is not None:
+                    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             for name in records_of(source):
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 shutil.copy(source / name, Path(folder, name))
