@@ -214,15 +214,9 @@ def write_gains(gains: dict) -> str:
     ]  # fmt: skip
     ratios = ["times fewer FLOPs", "pair ÷ heavy"]
     return "\n\n".join([
-<<<<<<< HEAD
-        format_table(["undistilled", "N/K", "heavy alone", "pair", *ratios, "light alone"], pairs),
-        format_table(["distilled", "N/K", "heavy alone", "pair", *ratios], students),
-        format_table(["milliseconds", "N/K", "heavy alone", "pair", "times fewer FLOPs", "times less time"], times),
-=======
-        write_table(["undistilled", "N/K", "heavy alone", "pair", *ratios, "light alone, best N"], pairs),
-        write_table(["distilled", "N/K", "distilled heavy", "pair", *ratios], students),
-        write_table(["milliseconds per image, no guidance", "N/K", "heavy alone", "pair", "times fewer FLOPs", "times less time"], times),
->>>>>>> wt-r19
+        format_table(["undistilled", "N/K", "heavy alone", "pair", *ratios, "light alone, best N"], pairs),
+        format_table(["distilled", "N/K", "distilled heavy", "pair", *ratios], students),
+        format_table(["milliseconds per image, no guidance", "N/K", "heavy alone", "pair", "times fewer FLOPs", "times less time"], times),
     ])  # fmt: skip
 
 
