@@ -90,6 +90,7 @@ from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
+from diffusers_dualrate.folders import check_output_dir
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
 from diffusers_dualrate.metrics import (
     check_classifier,
@@ -201,11 +202,8 @@ def tell(report, args):
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     print()
     for how, *cells in rows:
-        print(
-            "  ".join(
-                [how.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
-            )
-        )
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([how.ljust(widths[0]), *aligned]))
     if "v_loss" in report:
         print(f"\nv-loss: {', '.join(f'{name} {loss}' for name, loss in v_loss_rows(report))}")
     if not report["references"]:
@@ -216,7 +214,7 @@ def tell(report, args):
 
 
 def check(args):
-    """Refuse, before anything is read, what could not be measured; make the folders that are written to."""
+    """Refuse, before anything is read, what could not be measured or written."""
     for name in ("num_samples", "num_reference"):
         if getattr(args, name) is not None and getattr(args, name) < 4:  # three neighbours
             raise ValueError(f"{name} must be at least 4, got {getattr(args, name)}.")
@@ -238,7 +236,7 @@ def check(args):
     for flag, path in (("--output", args.output), ("--grid", args.grid)):
         if path is not None:
             check_output(flag, path)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            check_output_dir(Path(path).parent, args.train_data_dir)
 
 
 def take_up_rivals(report, pipe, images, args, accelerator):
@@ -387,10 +385,12 @@ def main(args, open_images=sources.open_images):
         found, first = measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator)
         report["samples"].append(found)
         if args.grid and len(report["samples"]) == 1 and accelerator.is_main_process:
+            Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
             draw_first(first, pipe, images, args).save(args.grid)
 
     report |= {"seeds": args.seeds, **environment(accelerator)}
     if accelerator.is_main_process:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
         tell(report, args)
     return report

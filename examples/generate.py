@@ -15,7 +15,9 @@ from diffusers_dualrate.flags import HelpFormatter
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub repository or folder of a pair.")
+    parser.add_argument(
+        "--model", required=True, help="Hub repository or folder of a pair, or of a single-rate model."
+    )
     parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
     parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
     parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
@@ -47,9 +49,10 @@ from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
+from diffusers_dualrate.guidance import Guidance
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import check_output
-from diffusers_dualrate.steps import make_dpm_solver
+from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 
 GAP, LINE = 4, 16  # pixels between images, and of a line of text
 
@@ -90,13 +93,26 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     if (refreshes, light) != plan.evaluations(spared):
         raise RuntimeError(f"{name} made {refreshes} and {light} evaluations instead of {plan.evaluations(spared)}.")
     flops = plan_flops(
-        pipe.denoiser, pipe.context_encoder, plan, guided=[guidance_scale > 1] * n, encoder_denoises=spared
+        pipe.denoiser,
+        pipe.context_encoder,
+        plan,
+        guided=guided_steps(pipe, guidance_scale, steps),
+        encoder_denoises=spared,
     )
     # The network that runs at every step of a single-rate model is the heavy one.
     is_pair = pipe.context_encoder is not None
     heavy, light = (refreshes, light) if is_pair else (light, 0)
     title = f"{name}: {heavy} heavy + {light} light evaluations"
     return Row(title, images, (n, refreshes if is_pair else None), heavy, light, flops, guidance_scale, seconds)
+
+
+def guided_steps(pipe, guidance_scale, steps):
+    """Whether guidance acts at each step, which it may do at some noise levels only."""
+    defaults = SamplingDefaults.of(pipe.config)
+    named = {name: value for name, value in steps.items() if name != "num_context_steps"}
+    levels = plan_steps(pipe.scheduler, defaults, **named, is_pair=False).log_snrs.tolist()
+    guidance = Guidance(guidance_scale, tuple(defaults.guidance_interval or (-math.inf, math.inf)))
+    return [guidance.acts_at(level) for level in levels]
 
 
 def picture_size(num_columns, num_rows, image_size, per_column):
@@ -187,8 +203,6 @@ def open_beside(flag, args, pipe):
 def main(args):
     check(args)
     pipe = DualRatePipeline.from_pretrained(args.model)
-    if pipe.context_encoder is None:
-        raise ValueError(f"--model must be a pair, but {args.model} is a single-rate model: give it to --compare.")
     single, student = (open_beside(flag, args, pipe) for flag in ("compare", "distilled"))
     num_classes = pipe.denoiser.config.num_classes
     check_size(pipe, args, len(args.class_labels) if args.class_labels else args.num_columns)
@@ -204,10 +218,16 @@ def main(args):
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
     count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
-    print(choose_threads(count * network_flops(pipe.context_encoder)))
+    print(choose_threads(count * network_flops(pipe.context_encoder or pipe.denoiser)))
     common = (args, class_labels, guidance_scale)
     rows = [
-        sample(pipe, "Dual-Rate", *common, num_inference_steps=steps, num_context_steps=args.num_context_steps),
+        sample(
+            pipe,
+            "single-rate" if pipe.context_encoder is None else "Dual-Rate",
+            *common,
+            num_inference_steps=steps,
+            num_context_steps=args.num_context_steps,
+        ),
     ]
     if single is not None:
         rows.append(sample(single, "single-rate", *common, num_inference_steps=steps))

@@ -61,6 +61,7 @@ from diffusers_dualrate.commands import EVALUATION, GRID
 from diffusers_dualrate.configuration import FILE, Data
 from diffusers_dualrate.data import LabelledImages
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
+from diffusers_dualrate.folders import check_output_dir
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import LONGEST_SIDE, MOST_AT_ONCE, check_integer, check_number, check_output
 from diffusers_dualrate.records import build
@@ -112,6 +113,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[
     if Path(args.output).suffix != ".safetensors":
         raise ValueError(f"--output must end in .safetensors, got {args.output!r}.")
     check_output("--output", args.output)
+    check_output_dir(Path(args.output).parent, args.train_data_dir)
     preset = read_preset(find_preset(args.preset, PRESETS), ("denoiser", "training"))
     images = open_images(
         Data(**select(args, Data)),

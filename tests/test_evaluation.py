@@ -190,6 +190,9 @@ def test_what_is_no_classifier_is_refused_with_its_name(tmp_path):
     statistics_of(torch.randn(4, 2)).save(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors' is not a classifier"):
         ImageClassifier.load(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="text.safetensors' is not a classifier"):
+        ImageClassifier.load(tmp_path / "text.safetensors")
 
 
 def make_training_set(count=12, size=8):

@@ -176,7 +176,6 @@ def test_generate_refuses_a_zero_rather_than_taking_the_default_in_its_place(mod
         (["--compare", "other"], "other has 3 classes, not those of the pair"),
         (["--compare", "pair"], "--compare must be a single-rate model, but pair is a pair"),
         (["--compare", "small"], "small draws other images than the pair: sample_size is 8, not 16"),
-        (["--model", "light"], "--model must be a pair, but light is a single-rate model"),
         (["--model", "nowhere"], "nowhere"),
         (["--seed", "-1"], r"--seed must lie between 0 and 2\*\*63 - 1, got -1"),
         (["--zoom", "-2"], "--zoom must be at least 1, got -2"),
@@ -213,6 +212,26 @@ def test_generate_refuses_what_would_fail_later_before_any_image(
     monkeypatch.setattr(generate, "sample", lambda *_, **__: pytest.fail("an image was made"))
     with pytest.raises((ValueError, OSError), match=sentence):
         generate.main(generate.parse_args(["--model", "pair", *flags]))
+
+
+def test_a_single_rate_model_is_drawn_alone_and_guidance_costs_where_it_acts(models, tmp_path, capsys):
+    light = DualRatePipeline.from_pretrained(models / "light")
+    light.register_to_config(guidance_scale=2.0, guidance_interval=[-2.0, 20.0], num_inference_steps=4)
+    light.save_pretrained(tmp_path / "light")
+    arguments = [
+        "--model",
+        str(tmp_path / "light"),
+        "--output",
+        str(tmp_path / "x.png"),
+        "--num_images_per_class",
+        "1",
+    ]
+    (row,) = generate.main(generate.parse_args(arguments))
+    guided = sum(
+        level >= -2 for level in light.scheduler.log_snr(torch.tensor([1000.0, 750.0, 500.0, 250.0])).tolist()
+    )
+    assert row.flops == (4 + guided) * network_flops(light.denoiser) and 0 < guided < 4
+    assert "single-rate" in capsys.readouterr().out and (tmp_path / "x.png").exists()
 
 
 def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypatch, capsys):

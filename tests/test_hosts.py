@@ -474,3 +474,24 @@ def test_a_model_of_diffusers_is_refused_where_one_would_train_it_or_learn_from_
     DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a UNet2DModel of diffusers, which can be sampled, but not trained"):
         sources.open_model(str(tmp_path))
+
+
+def test_a_unet_with_classes_draws_each_of_them_and_knows_none_that_stands_for_no_class(tmp_path):
+    own = DDIMPipeline(make_unet(num_class_embeds=3), DDIMScheduler(clip_sample=False))
+    own.save_pretrained(tmp_path)
+    ours, z = DualRatePipeline.from_pretrained(tmp_path), torch.randn(1, 3, 8, 8)
+    ours.set_progress_bar_config(disable=True)
+    level = torch.logit(own.scheduler.alphas_cumprod[500].double()).float()
+    alpha, sigma = diffusion.alpha_sigma(level)
+    with torch.no_grad():
+        eps = own.unet(z, 500, torch.tensor([2])).sample
+        torch.testing.assert_close(ours.denoiser(z, level, torch.tensor([2])).sample, (eps - sigma * z) / alpha)
+    assert len(ours([0, 2], num_inference_steps=2, output_type="pt").images) == 2
+    with pytest.raises(ValueError, match="knows no class that stands for none: give class_labels"):
+        ours(num_inference_steps=2)
+    with pytest.raises(ValueError, match="guidance_scale=2.0 needs a network that learned to go without a class"):
+        ours([0], guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"class_labels must lie in 0\.\.2, got 3"):
+        ours([3])
+    with pytest.raises(ValueError, match="taps must be a list of names of submodules, got 'up_blocks.0'"):
+        HostNetwork(own.unet, NoiseProcess(), "up_blocks.0")

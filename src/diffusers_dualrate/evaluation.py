@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, silu
@@ -223,8 +223,11 @@ class ImageClassifier(nn.Module):
         """
         if not Path(path).is_file():
             raise ValueError(f"There is no classifier {str(path)!r}: examples/train_classifier.py trains one.")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError:
+            metadata = {}
         if "config" not in metadata:
             raise ValueError(f"{str(path)!r} is not a classifier of examples/train_classifier.py.")
         classifier = cls(**json.loads(metadata["config"]))

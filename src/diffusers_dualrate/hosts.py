@@ -36,6 +36,7 @@ class _Kind:
     """How to call the networks of one class of diffusers, and what their configuration says."""
 
     num_classes: Callable[[Any], int | None]
+    has_null_class: bool
     stride: Callable[[Any], int]
     taps: Callable[[nn.Module], list[str]]
     call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
@@ -51,14 +52,15 @@ def _unet_taps(network: nn.Module) -> list[str]:
 
 KINDS = {
     "UNet2DModel": _Kind(
-        # The last class stands for none, as in a network that learned to go without one.
-        num_classes=lambda config: config.num_class_embeds and config.num_class_embeds - 1,
+        num_classes=lambda config: config.num_class_embeds,
+        has_null_class=False,
         stride=lambda config: 2 ** (len(config.block_out_channels) - 1),
         taps=_unet_taps,
         call=lambda network, z, t, labels: network(z, t, labels).sample,
     ),
     "DiTTransformer2DModel": _Kind(
         num_classes=lambda config: config.num_embeds_ada_norm,
+        has_null_class=True,
         stride=lambda config: config.patch_size,
         taps=lambda network: [f"transformer_blocks.{len(cast(nn.ModuleList, network.transformer_blocks)) - 1}"],
         call=lambda network, z, t, labels: network(z, timestep=t, class_labels=labels).sample,
@@ -131,6 +133,8 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         if config.get("class_embed_type") is not None:
             raise ValueError(f"{name} with class_embed_type={config.class_embed_type!r} takes no numbers of classes.")
         self.network, self.process = network, process
+        if isinstance(taps, str):
+            raise ValueError(f"taps must be a list of names of submodules, got {taps!r}.")
         self.taps = tuple(self._kind.taps(network) if taps is None else taps)
         self._taken: dict[str, Tensor] | None = None
         modules = dict(network.named_modules())
@@ -142,6 +146,7 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
             sample_size=config.sample_size,
             in_channels=config.in_channels,
             num_classes=self._kind.num_classes(config),
+            has_null_class=self._kind.has_null_class,
             context_channels=None,
             prediction_hand_over=check_boolean("prediction_hand_over", prediction_hand_over),
         )
@@ -230,6 +235,10 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         if num_classes is None and class_labels is not None:
             raise ValueError("This model is unconditional and takes no class_labels.")
         if num_classes is not None and class_labels is None:
+            if not self.config.has_null_class:
+                raise ValueError(
+                    f"A {type(self.network).__name__} knows no class that stands for none: give class_labels."
+                )
             class_labels = torch.full((len(sample),), num_classes, device=sample.device)
         if torch.compiler.is_compiling():
             output, maps = self._run(sample, levels, class_labels)

@@ -82,6 +82,11 @@ def check_inputs(
     _check_generator(generator, batch_size)
     _check_latents(latents, shape)
     guidance = _check_guidance(guidance_scale, guidance_interval, ids)
+    if guidance.scale > 1 and not denoiser.config.get("has_null_class", True):
+        raise ValueError(
+            f"guidance_scale={guidance.scale} needs a network that learned to go without a class, and this one of "
+            "diffusers did not."
+        )
     return Inputs(ids, shape, guidance, latents)
 
 

@@ -91,7 +91,7 @@ class SingleRateRecipe(Recipe):
         super().__post_init__()
         check_choice("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         check_number("bias", self.bias)
-        check_number("label_dropout", self.label_dropout, least=0, most=1)
+        check_number("label_dropout", self.label_dropout, least=0, below=1)  # else no class is learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class PairRecipe(SingleRateRecipe):
         for age in ages:
             check_number("context_ages", age, least=0, most=1)
         check_number("context_from", self.context_from, above=0, most=1)
-        check_number("context_dropout", self.context_dropout, least=0, most=1)
+        check_number("context_dropout", self.context_dropout, least=0, below=1)  # else no encoder is
         for name in ("freeze_encoder", "follow_encoder"):
             check_boolean(name, getattr(self, name))
         if self.follow_encoder and self.context_dropout:

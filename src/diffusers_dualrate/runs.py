@@ -308,7 +308,9 @@ class Run:
             save_checkpoint(self.accelerator, self.ema, self.output_dir, self.step, {"position": self._position})
             if self.accelerator.is_main_process:
                 keep_newest(self.output_dir, self.options.checkpoints_total_limit)
-        if (every := self.configuration.validation_steps) and self.step % every == 0:
+        if (every := self.configuration.validation_steps) and (
+            self.step % every == 0 or self.step == self.recipe.num_steps
+        ):
             self._sample()
         self._started = time.perf_counter()  # what is saved or drawn is no training time
 
