@@ -56,7 +56,7 @@ def test_named_steps_refresh_and_no_others():
     assert all(type(entry) is bool for entry in plan_refreshes(5, refresh_steps=[0, 3]))
 
 
-@pytest.mark.parametrize("steps", [[], [0, 3, 2], [0, 2, 2], [-1, 0], [0, 8], [0, 9], [0, 2.5]])
+@pytest.mark.parametrize("steps", [[], [0, 3, 2], [0, 2, 2], [-1, 0], [0, 8], [0, 9], [0, 2.5], {0}, "0"])
 def test_named_steps_that_are_none_out_of_order_repeated_outside_the_run_or_broken_are_refused(steps):
     """Mutants: `< 0` made `< -1`, `>=` made `>` (both), the check of order or of the end dropped."""
     with pytest.raises(ValueError, match="refresh_steps"):

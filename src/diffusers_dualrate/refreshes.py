@@ -164,9 +164,10 @@ def count_steps_above(log_snrs: Iterable[float], context_from: float, level: flo
 
 
 def _check_steps(num_inference_steps: int, refresh_steps: Sequence[int]) -> set[int]:
-    if not hasattr(refresh_steps, "__iter__") or isinstance(refresh_steps, str):
+    given = refresh_steps.tolist() if hasattr(refresh_steps, "tolist") else refresh_steps
+    if not isinstance(given, Sequence) or isinstance(given, str):  # a set has no order
         raise ValueError(f"refresh_steps must be a list of steps, got {refresh_steps!r}.")
-    steps = list(refresh_steps)
+    steps = list(given)
     for step in steps:
         check_integer(f"each of refresh_steps {steps}", step)
     if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
