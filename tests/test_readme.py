@@ -230,8 +230,9 @@ def test_the_page_of_the_comparison_shows_the_study_that_its_json_holds():
         floor = study["floors"][point["data"]]
         assert point["n"] == floor["n"] and point["fd"] > 0 and point["flops"] > 0 and point["training_flops"] > 0
         n, k, evaluations = point["N"], point["K"], point["evaluations"]
-        assert evaluations.pop("denoiser") == (n - k if point["arm"].endswith("-spared") else n)
-        assert evaluations.pop("light", None) == (n - k if point["arm"] == "stitching" else None)
+        arm = arms.ARMS[point["arm"]]
+        assert evaluations.pop("denoiser") == (n - k if arm.sample is arms.sample_spared else n)
+        assert evaluations.pop("light", None) == (n - k if arm.beside else None)
         assert set(evaluations.values()) == (set() if k is None else {k})
 
 
