@@ -298,8 +298,9 @@ def test_the_page_of_the_comparison_shows_the_study_that_its_json_holds():
         floor = study["floors"][point["data"]]
         assert point["n"] == floor["n"] and point["fd"] > 0 and point["flops"] > 0 and point["training_flops"] > 0
         n, k, evaluations = point["N"], point["K"], point["evaluations"]
-        assert evaluations.pop("denoiser") == (n - k if point["arm"].endswith("-spared") else n)
-        assert evaluations.pop("light", None) == (n - k if point["arm"] == "stitching" else None)
+        arm = arms.ARMS[point["arm"]]
+        assert evaluations.pop("denoiser") == (n - k if arm.sample is arms.sample_spared else n)
+        assert evaluations.pop("light", None) == (n - k if arm.beside else None)
         assert set(evaluations.values()) == (set() if k is None else {k})
 
 
@@ -339,3 +340,17 @@ def test_a_model_folder_is_the_content_of_a_hub_repository(card):
 def test_the_diagram_of_two_rates_is_what_a_plan_prints():
     for page in (README, (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")):
         assert f"```text\n{plan_refreshes(8, 2)}\n```" in page
+
+
+def test_where_late_contexts_are_ahead_is_what_the_table_of_the_study_says():
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    letters = page[page.index("**letters** – ") :]
+    rows = [line.split(" | ") for line in letters.splitlines() if line.startswith("| flops | dual-rate-late sde")]
+    below = [int(row[2]) for row in rows if row[-1] == "below |"]
+    assert below == [39, 42, 59]
+    assert f"{below[0]} to {below[-1]} MFLOP" in README
+    log = (ROOT / "docs" / "hooks.py").read_text(encoding="utf-8")
+    assert (
+        f"{below[0]}, {below[1]} and {below[2]} MFLOP" in page
+        and f"{below[0]}, {below[1]} and {below[2]} MFLOP" in log
+    )
