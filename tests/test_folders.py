@@ -55,7 +55,7 @@ def test_each_folder_of_images_is_a_class_whatever_its_name_and_those_of_its_fil
 
 
 def test_every_format_that_pillow_writes_and_reads_is_an_image(tmp_path):
-    source = Image.fromarray(make_pixels())
+    source = Image.fromarray(make_pixels()).resize((16, 16))  # the least that an icon has
     Image.init()
     formats = {}
     for ending, name in sorted(Image.registered_extensions().items()):
@@ -73,6 +73,10 @@ def test_every_format_that_pillow_writes_and_reads_is_an_image(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr", "RGBX", "RGBA"])
 def test_an_image_of_any_mode_of_8_bits_is_what_it_shows(tmp_path, mode):
     Image.new("RGB", (8, 8), "white").convert(mode).save(tmp_path / "0.tif")
+    try:
+        Image.open(tmp_path / "0.tif").load()
+    except OSError:
+        pytest.skip(f"this version of Pillow cannot read its own {mode}")
     item = LabelledImages(load_images(train_data_dir=tmp_path), 8)[0]
     assert item["pixel_values"].min() > 0.97
 
