@@ -489,9 +489,33 @@ def test_a_unet_with_classes_draws_each_of_them_and_knows_none_that_stands_for_n
     assert len(ours([0, 2], num_inference_steps=2, output_type="pt").images) == 2
     with pytest.raises(ValueError, match="knows no class that stands for none: give class_labels"):
         ours(num_inference_steps=2)
-    with pytest.raises(ValueError, match="guidance_scale=2.0 needs a network that learned to go without a class"):
+    with pytest.raises(ValueError, match="guidance_scale=2.0 needs networks that learned to go without a class"):
         ours([0], guidance_scale=2.0)
     with pytest.raises(ValueError, match=r"class_labels must lie in 0\.\.2, got 3"):
         ours([3])
     with pytest.raises(ValueError, match="taps must be a list of names of submodules, got 'up_blocks.0'"):
         HostNetwork(own.unet, NoiseProcess(), "up_blocks.0")
+
+
+def test_a_unet_with_classes_has_shapes_and_costs_and_as_an_encoder_refuses_guidance_alike():
+    encoder = HostNetwork(make_unet(num_class_embeds=3), NoiseProcess(prediction_type="v_prediction"))
+    assert encoder.context_shapes == HostNetwork(make_unet(), NoiseProcess()).context_shapes
+    assert network_flops(encoder) == network_flops(HostNetwork(make_unet(), NoiseProcess()))
+    denoiser = UViTDenoiser(
+        sample_size=8, num_classes=3, level_channels=(16, 32), level_types=("res", "res"), level_blocks=(1, 1),
+        embedding_dim=16, attention_head_dim=8, context_channels=encoder.context_channels,
+    ).eval()  # fmt: skip
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, num_inference_steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    assert len(pipe([0, 2], output_type="pt").images) == 2
+    with pytest.raises(
+        ValueError, match="guidance_scale=2.0 needs networks .*, and the UNet2DModel of diffusers did not"
+    ):
+        pipe([0], guidance_scale=2.0)
+
+
+def test_a_call_that_fails_keeps_no_feature_maps():
+    host = HostNetwork(make_unet(), NoiseProcess())
+    with pytest.raises(RuntimeError):
+        host(torch.zeros(1, 3, 7, 7), 0.0)  # halves that do not fit each other
+    assert host._taken is None

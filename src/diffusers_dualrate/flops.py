@@ -40,6 +40,8 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
     with torch.device("meta"):
         sample = torch.empty(1, network.config.in_channels, height, width)
         inputs = {"sample": sample, "log_snr": torch.empty(1)}
+        if network.config.num_classes is not None:  # not every network of diffusers goes without
+            inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
         if with_context and isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
             trunk_input = torch.empty(1, copy.trunk.patch_embed.in_channels, height, width)
             context = copy.trunk(trunk_input, torch.empty(1, copy.config.embedding_dim))

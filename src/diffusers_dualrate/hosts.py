@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, Self, cast
 
 import diffusers
 import torch
@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from . import diffusion
-from .network import per_sample
+from .network import ImageNetworkMixin, per_sample
 from .noise_process import NoiseProcess
 from .ranges import check_boolean
 from .repositories import RepositoryMixin, refuse_pickles
@@ -90,7 +90,7 @@ class HostNetworkOutput(BaseOutput):
     context: tuple[Tensor, ...]
 
 
-class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
+class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
     """A denoising network of diffusers, which predicts velocity at a log-SNR like ours.
 
     Args:
@@ -105,8 +105,6 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         ValueError: If the class is not known, its channels are neither those of an image nor twice as many, or there is
             no such submodule.
     """
-
-    pipeline_defaults: ClassVar[dict] = {}
 
     def __init__(
         self,
@@ -152,12 +150,6 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         )
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images, or latents, that it is made for."""
-        size = self.config.sample_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-    @property
     def stride(self) -> int:
         """What height and width must be divisible by."""
         return self._kind.stride(self.network.config)
@@ -167,7 +159,9 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
         """Channels, height and width of each feature map of an image of `image_size`."""
         blueprint = self.blueprint()
         with torch.device("meta"), torch.no_grad():
-            maps = blueprint(torch.empty(1, self.config.in_channels, *self.image_size), torch.empty(1)).context
+            class_labels = None if self.config.num_classes is None else torch.zeros(1, dtype=torch.long)
+            sample = torch.empty(1, self.config.in_channels, *self.image_size)
+            maps = blueprint(sample, torch.empty(1), class_labels).context
         return [(part.shape[1], part.shape[2], part.shape[3]) for part in maps[: len(self.taps)]]
 
     @property
@@ -184,9 +178,7 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load a network that `save_pretrained` saved. Takes what the network's own method takes."""
-        place = {
-            name: kwargs[name] for name in ("subfolder", "revision", "cache_dir", "local_files_only") if name in kwargs
-        }
+        place = _place_of(kwargs)
         said = NoiseProcess.load_config(pretrained_model_name_or_path, **place)
         own = {name: said.pop(name, None) for name in ("taps", "prediction_hand_over")}
         name = diffusers.UNet2DModel.load_config(pretrained_model_name_or_path, **place).get("_class_name")
@@ -256,15 +248,23 @@ class HostNetwork(RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
 
     def _run(self, sample: Tensor, levels: Tensor, class_labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         seen = (sample * self.process.scale(levels)[:, None, None, None]).to(sample.dtype)
-        self._taken = {}
-        output = self._kind.call(self.network, seen, self.process.timestep(levels), class_labels)
-        maps = tuple(_as_map(self._taken[tap], sample, self.stride) for tap in self.taps)
-        self._taken = None
+        taken = self._taken = {}
+        try:
+            output = self._kind.call(self.network, seen, self.process.timestep(levels), class_labels)
+        finally:
+            self._taken = None  # no feature map outlives its call
+        maps = tuple(_as_map(taken[tap], sample, self.stride) for tap in self.taps)
         return output[:, : self.config.in_channels], maps  # what follows are variances, which are left aside
 
     def _take(self, tap: str, module: nn.Module, inputs: tuple, output) -> None:
         if self._taken is not None:
             self._taken[tap] = output[0] if isinstance(output, tuple) else output
+
+
+def _place_of(options: dict) -> dict:
+    """Those of the options of `from_pretrained` that say where files are looked for."""
+    names = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
+    return {name: options[name] for name in names if name in options}
 
 
 def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
@@ -320,7 +320,6 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
                 f"{pretrained_model_name_or_path} is a pipeline of diffusers, loaded as it is: give no {name}."
             )
     given = kwargs.pop("scheduler", None)
-    place = {name: kwargs[name] for name in ("revision", "cache_dir", "local_files_only", "token") if name in kwargs}
     pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
     component, defaults = PIPELINES[type(pipeline).__name__]
     process = NoiseProcess.of(pipeline.scheduler)
@@ -329,7 +328,7 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
         "denoiser": HostNetwork(getattr(pipeline, component), process),
         "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
         "vae": pipeline.components.get("vae"),
-        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place).get("id2label"),
+        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **_place_of(kwargs)).get("id2label"),
     }
     steps = min(defaults["num_inference_steps"], process.config.num_train_timesteps)
     return {**parts, **defaults, "num_inference_steps": steps}

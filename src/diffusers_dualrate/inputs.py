@@ -82,11 +82,6 @@ def check_inputs(
     _check_generator(generator, batch_size)
     _check_latents(latents, shape)
     guidance = _check_guidance(guidance_scale, guidance_interval, ids)
-    if guidance.scale > 1 and not denoiser.config.get("has_null_class", True):
-        raise ValueError(
-            f"guidance_scale={guidance.scale} needs a network that learned to go without a class, and this one of "
-            "diffusers did not."
-        )
     return Inputs(ids, shape, guidance, latents)
 
 
@@ -324,6 +319,12 @@ def make_chain(
         generator=generator,
         **options,
     )
+    for network in filter(None, (denoiser, context_encoder)):
+        if inputs.guidance.scale > 1 and not network.config.get("has_null_class", True):
+            raise ValueError(
+                f"guidance_scale={inputs.guidance.scale} needs networks that learned to go without a class, and the "
+                f"{type(network.network).__name__} of diffusers did not."
+            )
     check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
     if context_encoder is not None and not isinstance(steps.scheduler, DualRateScheduler):
         warnings.warn(

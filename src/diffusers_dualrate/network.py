@@ -20,22 +20,28 @@ _MOST_BLOCKS = 1000
 _MOST_CHANNELS = 2**16  # of a level, far beyond any network that trains
 
 
-class UViTNetwork(RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
-    """Base of encoder and denoiser: trunk, noise-level and class conditioning, and the host's bookkeeping."""
+class ImageNetworkMixin:
+    """What a pipeline asks of every network that it calls, ours or of diffusers."""
 
     # Defaults of the pipeline that hands this network out among its components.
     pipeline_defaults: ClassVar[dict] = {}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, or latents, that it is made for."""
+        size = self.config.sample_size  # type: ignore[attr-defined] # of the host's class
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class UViTNetwork(
+    ImageNetworkMixin, RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
+    """Base of encoder and denoiser: trunk, noise-level and class conditioning, and the host's bookkeeping."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm"]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images that it is made for."""
-        size = self.config.sample_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def stride(self) -> int:
