@@ -10,7 +10,6 @@ import argparse
 import base64
 import html
 import io
-import math
 import queue
 import threading
 import time
@@ -150,11 +149,7 @@ def show_chain(pipe, title, names, n, k, guidance_scale, **inputs):
     """Yield after each step this side of the page, with GFLOP and seconds per image."""
     spared, is_pair = pipe.config.encoder_denoises, pipe.context_encoder is not None
     taken = plan_steps(pipe.scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
-    plan, guidance = (
-        taken.plan,
-        Guidance(guidance_scale, tuple(pipe.config.guidance_interval or (-math.inf, math.inf))),
-    )
-    guided = [guidance.acts_at(level) for level in taken.log_snrs.tolist()]
+    plan, guided = taken.plan, taken.guided_by(Guidance.of(guidance_scale, pipe.config.guidance_interval))
     flops = plan_flops(pipe.denoiser, pipe.context_encoder, plan, guided=guided, encoder_denoises=spared) / 1e9
     how = f"N = {len(plan)}, " + (f"K = {plan.num_context_steps}, " if is_pair else "")
     how += f"guidance {guidance_scale:g}" if any(guided) else "no guidance"

@@ -69,7 +69,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # now, since what follows takes seconds to import
 
-import functools
 import json
 import math
 import shlex
@@ -91,6 +90,7 @@ from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
 from diffusers_dualrate.folders import check_output_dir
+from diffusers_dualrate.guidance import Guidance
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
 from diffusers_dualrate.metrics import (
     check_classifier,
@@ -109,7 +109,7 @@ from diffusers_dualrate.provenance import environment
 from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
-from diffusers_dualrate.steps import make_dpm_solver
+from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -137,7 +137,9 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
         pipe.scheduler = make_dpm_solver(own_scheduler)
     # What was not asked for is the model's: its K, or the steps that it names.
     called = steps if args.num_context_steps is not None else steps | {"num_context_steps": None}
-    plan = pipe.plan_run(called["num_inference_steps"], called["num_context_steps"])
+    n, k, is_pair = called["num_inference_steps"], called["num_context_steps"], pipe.context_encoder is not None
+    taken = plan_steps(pipe.scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
+    plan, guidance = taken.plan, Guidance.of(steps["guidance_scale"], pipe.config.guidance_interval)
     per_seed, first, calls = [], None, 0
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         for seed in args.seeds:
@@ -151,22 +153,20 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
             first = measured.first if first is None else first
     pipe.scheduler = own_scheduler
     # Every way to sample proves what it evaluated, all processes together.
-    heavy, light = plan.evaluations(pipe.config.encoder_denoises)
+    heavy, light = plan.evaluations(spared := pipe.config.encoder_denoises)
     evaluations = [sum(counts) for counts in zip(*gather_object([evaluations]), strict=True)]
     if evaluations != [heavy * calls, light * calls]:
         raise RuntimeError(
             f"{solver} made {evaluations} evaluations of {heavy} and {light} in each of {calls} batches."
         )
-    cost = functools.partial(
-        plan_flops, pipe.denoiser, pipe.context_encoder, plan, encoder_denoises=pipe.config.encoder_denoises
-    )
+    path = pipe.denoiser, pipe.context_encoder, plan
     report = {
         "solver": solver,
         **steps,
         "num_context_steps": heavy or None,
         "evaluations": {"context_encoder": heavy, "denoiser": light},
-        "flops": cost(),
-        "flops_with_guidance": cost(guided=[steps["guidance_scale"] > 1] * len(plan)),
+        "flops": plan_flops(*path, encoder_denoises=spared),
+        "flops_with_guidance": plan_flops(*path, guided=taken.guided_by(guidance), encoder_denoises=spared),
         **spread(per_seed),
     }
     return report, first

@@ -76,7 +76,9 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
     pipe.set_progress_bar_config(desc=name)
-    plan = pipe.plan_run(**steps)
+    is_pair, defaults = pipe.context_encoder is not None, SamplingDefaults.of(pipe.config)
+    taken = plan_steps(pipe.scheduler, defaults, **steps, is_pair=is_pair)
+    plan, guided = taken.plan, taken.guided_by(Guidance.of(guidance_scale, defaults.guidance_interval))
     start = time.perf_counter()
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         images = pipe(
@@ -92,27 +94,11 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     spared, n = pipe.config.encoder_denoises, len(plan)
     if (refreshes, light) != plan.evaluations(spared):
         raise RuntimeError(f"{name} made {refreshes} and {light} evaluations instead of {plan.evaluations(spared)}.")
-    flops = plan_flops(
-        pipe.denoiser,
-        pipe.context_encoder,
-        plan,
-        guided=guided_steps(pipe, guidance_scale, steps),
-        encoder_denoises=spared,
-    )
+    flops = plan_flops(pipe.denoiser, pipe.context_encoder, plan, guided=guided, encoder_denoises=spared)
     # The network that runs at every step of a single-rate model is the heavy one.
-    is_pair = pipe.context_encoder is not None
     heavy, light = (refreshes, light) if is_pair else (light, 0)
     title = f"{name}: {heavy} heavy + {light} light evaluations"
     return Row(title, images, (n, refreshes if is_pair else None), heavy, light, flops, guidance_scale, seconds)
-
-
-def guided_steps(pipe, guidance_scale, steps):
-    """Whether guidance acts at each step, which it may do at some noise levels only."""
-    defaults = SamplingDefaults.of(pipe.config)
-    named = {name: value for name, value in steps.items() if name != "num_context_steps"}
-    levels = plan_steps(pipe.scheduler, defaults, **named, is_pair=False).log_snrs.tolist()
-    guidance = Guidance(guidance_scale, tuple(defaults.guidance_interval or (-math.inf, math.inf)))
-    return [guidance.acts_at(level) for level in levels]
 
 
 def picture_size(num_columns, num_rows, image_size, per_column):

@@ -278,6 +278,15 @@ def measure(models, data):
 
 
 @pytest.mark.slow
+def test_evaluate_counts_guidance_at_the_steps_where_it_acts(measure, models):
+    pair = DualRatePipeline.from_pretrained(models / "pair")
+    pair.register_to_config(guidance_interval=[100.0, 101.0])  # nowhere
+    pair.save_pretrained(models / "unguided")
+    (samples,) = measure("--model", models / "unguided")["samples"]
+    assert samples["guidance_scale"] == 2 and samples["flops_with_guidance"] == samples["flops"] > 0
+
+
+@pytest.mark.slow
 def test_evaluate_writes_every_metric_and_ends_in_a_table(measure, models, capsys):
     measure("--model", models / "heavy", "--output", models / "heavy" / "evaluation.json", "--solver_steps", 3)
     rivals = ["--heavy", models / "heavy", "--light", models / "light"]

@@ -1,7 +1,9 @@
 """Classifier-free guidance (arXiv 2207.12598): how strong it is, and at which noise levels it acts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -17,6 +19,11 @@ class Guidance:
 
     scale: float = 1.0
     interval: tuple[float, float] = (-math.inf, math.inf)
+
+    @classmethod
+    def of(cls, scale: float, interval: Sequence[float] | None) -> Self:
+        """Guidance at the log-SNRs of an interval; `None` for all."""
+        return cls(scale) if interval is None else cls(scale, (interval[0], interval[1]))
 
     def acts_at(self, log_snr: float) -> bool:
         """Whether a step at this log-SNR is guided."""

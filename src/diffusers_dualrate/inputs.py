@@ -172,7 +172,7 @@ def _check_guidance(scale: float, interval: tuple[float, float] | None, class_la
     if scale > 1 and class_labels is None:
         raise ValueError(f"guidance_scale={scale} needs class_labels.")
     check_interval(interval)
-    return Guidance(scale) if interval is None else Guidance(scale, (interval[0], interval[1]))
+    return Guidance.of(scale, interval)
 
 
 def check_delivery(

@@ -26,7 +26,7 @@ from .ranges import check_choice, check_integer, check_number
 from .refreshes import RefreshPlan, plan_refreshes
 from .sampling import sample_at_two_rates
 from .scheduler import DualRateScheduler
-from .steps import plan_steps
+from .steps import ChainSteps, plan_steps
 
 UNITS = ("gflop", "milliseconds", "share")
 """Of a budget for one image: 10^9 FLOPs, time on this machine, or a share of what the heavy network alone costs."""
@@ -130,7 +130,7 @@ class _Search:
         self.scale, interval = self.defaults.choose_guidance(None, None, num_classes is not None)
         self.interval = None if interval is None else (interval[0], interval[1])
         self.noise = BrownianNoise((num_images, config.in_channels, *pipe.denoiser.image_size), PLANNING_SEED, seed)
-        self._levels: dict[int, list[float]] = {}
+        self._steps: dict[int, ChainSteps] = {}
         self.tried: dict[tuple, Choice] = {}
 
     def _start(self, choice: Choice, rows: slice):
@@ -216,11 +216,10 @@ class _Search:
 
     def cost(self, choice: Choice) -> float:
         """What an image costs by a choice."""
-        guidance = Guidance(self.scale, choice.guidance_interval or (-math.inf, math.inf))
         n = choice.num_inference_steps
-        if n not in self._levels:
-            self._levels[n] = plan_steps(self.pipe.scheduler, self.defaults, n, is_pair=False).log_snrs.tolist()
-        guided = [guidance.acts_at(level) for level in self._levels[n]]
+        if n not in self._steps:
+            self._steps[n] = plan_steps(self.pipe.scheduler, self.defaults, n, is_pair=False)
+        guided = self._steps[n].guided_by(Guidance.of(self.scale, choice.guidance_interval))
         spared = self.pipe.config.encoder_denoises
         return plan_cost(choice.plan, *self._prices, guided=guided, encoder_denoises=spared)
 

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
 from .defaults import SamplingDefaults
+from .guidance import Guidance
 from .ranges import check_integer
 from .refreshes import MOST_STEPS, RefreshPlan, count_steps_above, plan_refreshes
 from .scheduler import DualRateScheduler
@@ -27,6 +28,10 @@ class ChainSteps(NamedTuple):
     scheduler: SchedulerMixin
     plan: RefreshPlan
     log_snrs: Tensor
+
+    def guided_by(self, guidance: Guidance) -> list[bool]:
+        """Whether guidance acts at each step."""
+        return [guidance.acts_at(log_snr) for log_snr in self.log_snrs.tolist()]
 
 
 def plan_steps(
