@@ -64,6 +64,7 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextE
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import tell_last_good_state
 from diffusers_dualrate.configuration import Configuration, Networks
+from diffusers_dualrate.guidance import guide
 from diffusers_dualrate.losses import Denoise, seed_of
 from diffusers_dualrate.moment_matching import (
     Grid,
@@ -216,7 +217,7 @@ def guide_teacher(teacher: DualRatePipeline, guidance_scale: float) -> Denoise:
         if guidance_scale == 1:
             return v
         v_null = teacher.denoiser(z, log_snr).sample
-        return v_null + guidance_scale * (v - v_null)
+        return guide(v_null, v, guidance_scale)
 
     return predict_teacher
 

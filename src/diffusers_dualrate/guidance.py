@@ -32,5 +32,9 @@ class Guidance:
 
     def combine(self, v: Tensor) -> Tensor:
         """Velocities [B, C, H, W] from those of both branches [2 B, C, H, W]."""
-        v_null, v_class = v.chunk(2)
-        return v_null + self.scale * (v_class - v_null)
+        return guide(*v.chunk(2), self.scale)
+
+
+def guide(v_null: Tensor, v_class: Tensor, scale: float) -> Tensor:
+    """Guided velocity [B, C, H, W] from those without and with the class; 1 is the one with the class."""
+    return v_null + scale * (v_class - v_null)
