@@ -32,7 +32,8 @@ class Guidance:
 
     def combine(self, v: Tensor) -> Tensor:
         """Velocities [B, C, H, W] from those of both branches [2 B, C, H, W]."""
-        return guide(*v.chunk(2), self.scale)
+        v_null, v_class = v.chunk(2)
+        return guide(v_null, v_class, self.scale)
 
 
 def guide(v_null: Tensor, v_class: Tensor, scale: float) -> Tensor:
