@@ -343,7 +343,7 @@ def train(
     )
     ema = EMAModel(networks.parameters(), decay=recipe.ema_decay)
     ema.to(accelerator.device)
-    run.load(ema)
+    run.load(ema, optimizer)
 
     grid = Grid(schedule_of(pipeline.scheduler).log_snr, recipe.plan)
     guidance_scale = recipe.guidance_scale if run.images.num_classes else 1.0

@@ -104,7 +104,7 @@ from diffusers_dualrate.metrics import (
     spread,
 )
 from diffusers_dualrate.pictures import draw_grid
-from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.processes import check_launch, choose_threads, run_script
 from diffusers_dualrate.provenance import environment
 from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
@@ -318,7 +318,7 @@ def make_judges(classifier, images, fresh, augmentation, args, accelerator):
 
 def main(args, open_images=sources.open_images):
     check(args)
-    accelerator = Accelerator()
+    accelerator = check_launch(Accelerator())
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
     told, trained = read_records(args.model)
     if told is None and accelerator.is_main_process:

@@ -53,7 +53,7 @@ from diffusers_dualrate.flops import network_flops
 from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
 from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
 from diffusers_dualrate.planning import plan_for
-from diffusers_dualrate.processes import choose_threads, run_script
+from diffusers_dualrate.processes import check_launch, choose_threads, run_script
 from diffusers_dualrate.ranges import check_output
 from diffusers_dualrate.records import read_json
 
@@ -114,7 +114,7 @@ def save(planned, pipe, args):
 
 def main(args):
     check(args)
-    accelerator = Accelerator()
+    accelerator = check_launch(Accelerator())
     if accelerator.num_processes > 1:
         raise ValueError(f"A plan is chosen by one process, and there are {accelerator.num_processes}.")
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)

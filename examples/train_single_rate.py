@@ -95,7 +95,7 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
     )
     ema = EMAModel(networks.parameters(), decay=recipe.ema_decay)
     ema.to(accelerator.device)
-    run.load(ema)
+    run.load(ema, optimizer)
 
     schedule = schedule_of(pipeline.scheduler, recipe.bias)
 

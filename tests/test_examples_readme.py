@@ -109,4 +109,3 @@ def test_the_configuration_of_fsdp2_wraps_the_blocks_that_the_networks_name():
         networks = json.loads(preset.read_text())
         for network in (networks["context_encoder"], networks["denoiser"]):
             assert {f"UViT{kind.title()}Block" for kind in network["level_types"]} <= set(wrapped), preset
-    assert "UNTESTED" in Path("examples/fsdp2.yaml").read_text()

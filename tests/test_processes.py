@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from diffusers_dualrate import processes
-from diffusers_dualrate.processes import FLOPS_PER_THREAD, choose_threads
+from diffusers_dualrate.processes import FLOPS_PER_THREAD, check_launch, choose_threads
 
 SOURCE = Path(processes.__file__).parents[1]
 
@@ -66,6 +68,25 @@ def test_what_the_user_told_torch_stays(threads):
     torch.set_num_threads(3)
     assert choose_threads(0) == "threads: 3, as torch.set_num_threads was told"
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("started", "kind", "number", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "NO", 1, "2 processes were started, but Accelerate finds no GPU for each"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "NO", 1, "FSDP was asked for, but Accelerate runs it on GPUs only"),
+        ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "MULTI_CPU", 2, "FSDP was asked for"),
+        ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "FSDP", 2, "FSDP of version 1 is not supported"),
+        ({}, "DEEPSPEED", 1, "DEEPSPEED is not supported: choose DDP, or FSDP2"),
+        ({}, "MEGATRON_LM", 1, "MEGATRON_LM is not supported: choose DDP, or FSDP2"),
+    ],
+)
+def test_a_launch_that_would_run_something_else_than_it_says_is_refused(monkeypatch, started, kind, number, said):
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], num_processes=number, is_fsdp2=False)
+    with pytest.raises(ValueError, match=said):
+        check_launch(accelerator)
 
 
 def end(code):

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -798,13 +797,6 @@ def test_a_process_whose_rows_would_all_lack_context_is_refused(folder, tmp_path
     )
     with refused if is_refused else contextlib.nullcontext():
         assert configure(args, "train_dual_rate").divide_batch(2).recipe.train_batch_size == 2 * images
-
-
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_what_no_run_was_made_for_is_refused(kind, folder, tmp_path):
-    configuration = configure(train_dual_rate.parse_args(arguments(folder, tmp_path)), "train_dual_rate")
-    with pytest.raises(ValueError, match="is not supported: choose DDP, or FSDP2"):
-        Run(SimpleNamespace(distributed_type=kind), configuration, torch.nn.Module(), [0])
 
 
 def test_a_run_is_told_by_what_its_networks_were_made_with_and_by_nothing_that_differs_between_processes(

@@ -12,17 +12,21 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.forkserver import ensure_running
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_dualrate import checkpoints
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints, step_of
-from diffusers_dualrate.losses import denoising_loss
 from diffusers_dualrate.processes import run_script
 from loopback_hub import LoopbackHub
 
@@ -30,7 +34,9 @@ pytestmark = pytest.mark.slow
 
 # One server imports everything once; each child is then a fork of it, free of what other tests did.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["test_training_processes", "train_dual_rate", "train_single_rate"])
+PROCESSES.set_forkserver_preload(
+    ["test_training_processes", "datasets", "train_dual_rate", "train_single_rate", "distill"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +56,28 @@ def arguments(folder, output_dir, *more):
     return [str(argument) for argument in (*fixed, *more)]
 
 
-def work(script, argv, rank, world_size, port, at_step, happening):
+def take_up_fsdp2():
+    """Do what `accelerate launch --config_file examples/fsdp2.yaml` does, but on the CPU, in full precision.
+
+    torch spreads weights over CPUs as over GPUs. Accelerate takes FSDP up where it finds several GPUs or the like
+    (`AcceleratorState.__init__`), so it is told that there are.
+    """
+    command = ["--config_file", "examples/fsdp2.yaml", "--mixed_precision", "no", "script.py"]
+    environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(command))[0])
+    os.environ.update({name: value for name, value in environment.items() if name.startswith(("ACCELERATE", "FSDP"))})
+    torch.distributed.init_process_group("gloo")
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def work(script, argv, rank, world_size, port, at_step, happening, is_spread):
     """Body of a child: one process of a run, to which something may happen in a step of its own."""
     torch.set_num_threads(1)
-    if world_size > 1:
+    if world_size > 1 or is_spread:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    if is_spread:
+        take_up_fsdp2()
     script, calls = importlib.import_module(script), []
 
     def loss_function(*args, **kwargs):
@@ -69,14 +91,16 @@ def work(script, argv, rank, world_size, port, at_step, happening):
                 threading.Timer(happening, os.kill, (os.getpid(), signal.SIGKILL)).start()
             else:
                 os.kill(os.getpid(), happening)
-        return denoising_loss(*args, **kwargs)
+        return take_loss(*args, **kwargs)
 
-    script.denoising_loss = loss_function
+    name = "grid_denoising_loss" if hasattr(script, "grid_denoising_loss") else "denoising_loss"
+    take_loss = getattr(script, name)
+    setattr(script, name, loss_function)
     sys.stdout = sys.stderr = open(f"{argv[argv.index('--output_dir') + 1]}.log{rank}", "w")
     run_script(lambda argv: script.main(script.parse_args(argv)), argv)
 
 
-def run(script, argv, world_size=1, at_step=None, happening=None):
+def run(script, argv, world_size=1, at_step=None, happening=None, is_spread=False):
     """Train in `world_size` processes; what happens, happens to the last one. Returns the exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,7 +108,13 @@ def run(script, argv, world_size=1, at_step=None, happening=None):
     children = []
     for rank in range(world_size):
         step = at_step if rank == world_size - 1 else None
-        children.append(PROCESSES.Process(target=work, args=(script, argv, rank, world_size, port, step, happening)))
+        args = (script, argv, rank, world_size, port, step, happening, is_spread)
+        children.append(PROCESSES.Process(target=work, args=args))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(
+            "PYTHONPATH", os.pathsep.join(sys.path)
+        )  # else the server finds no module of ours to preload
+        ensure_running()
     for child in children:
         child.start()
     for child in children:
@@ -93,6 +123,22 @@ def run(script, argv, world_size=1, at_step=None, happening=None):
             child.kill()
             child.join()
     return [child.exitcode for child in children]
+
+
+def weights_of(model):
+    """Released weights of a model, by network and name."""
+    return {
+        f"{path.parent.name}.{name}": weight
+        for path in model.glob("*/diffusion_pytorch_model.safetensors")
+        for name, weight in load_file(path).items()
+    }
+
+
+def assert_same_model(one, other):
+    ours, theirs = weights_of(one), weights_of(other)
+    assert ours.keys() == theirs.keys() and ours
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
 
 
 def everything_in(checkpoint):
@@ -159,6 +205,22 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(folder, tmp_path
     assert [step_of(checkpoint) for checkpoint in list_checkpoints(tmp_path / "parts")] == [2]
     assert run("train_dual_rate", [*argv, "--resume_from_checkpoint", "latest"], 2) == [0, 0]
     assert everything_in(tmp_path / "parts/checkpoint-4") == everything_in(tmp_path / "two/checkpoint-4")
+
+
+def test_a_distillation_spread_with_fsdp2_goes_on_with_any_number_of_processes_and_ends_as_in_one(folder, tmp_path):
+    """It stops in its first phase, in which some weights have had no gradient yet."""
+    assert run("train_single_rate", arguments(folder, tmp_path / "teacher", "--max_train_steps", 1)) == [0]
+    options = ["--teacher", tmp_path / "teacher", "--checkpointing_steps", 1]
+    assert run("distill", arguments(folder, tmp_path / "one", *options)) == [0]
+    argv = arguments(folder, tmp_path / "spread", *options)
+    codes = run("distill", argv, 2, at_step=1, happening=signal.SIGINT, is_spread=True)
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    argv += ["--resume_from_checkpoint"]
+    assert run("distill", [*argv, "latest"], 1, is_spread=True) == [0]
+    assert run("distill", [*argv, "checkpoint-4"], 2, is_spread=True) == [0, 0]
+    assert_same_model(tmp_path / "one", tmp_path / "spread")
+    assert run("distill", [*argv, "checkpoint-4"]) == [1]
+    assert "was saved with FSDP2, and this run is without it" in (tmp_path / "spread.log0").read_text()
 
 
 def test_where_one_process_fails_both_end_at_once_each_with_its_own_sentence(folder, tmp_path):

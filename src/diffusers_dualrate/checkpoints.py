@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -94,7 +95,11 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, output_dir: Path, s
         OSError: If something could not be written, on any process; the earlier checkpoints are as they were.
     """
     partial, final = output_dir / f".{PREFIX}{step}", output_dir / f"{PREFIX}{step}"
-    shadow = {str(i): gather(parameter).contiguous() for i, parameter in enumerate(ema.shadow_params)}
+    shadow = {}
+    for i, parameter in enumerate(ema.shadow_params):
+        whole = gather(parameter)
+        if accelerator.is_main_process:  # the others give their share, and hold no more than one at a time
+            shadow[str(i)] = whole.cpu().contiguous()
     error = None
     try:
         accelerator.save_state(str(partial))
@@ -130,6 +135,12 @@ def load_checkpoint(accelerator: Accelerator, ema: EMAModel, checkpoint: Path) -
     Raises:
         ValueError: If a file of the checkpoint does not fit this run.
     """
+    if (is_spread := (checkpoint / f"{FSDP_MODEL_NAME}_0").exists()) != accelerator.is_fsdp2:
+        kinds = ("with", "without") if is_spread else ("without", "with")
+        raise ValueError(
+            f"The checkpoint {checkpoint} was saved {kinds[0]} FSDP2, and this run is {kinds[1]} it: go on as the run began, "
+            "on any number of processes."
+        )
     try:
         accelerator.load_state(str(checkpoint))
         shadow = load_file(checkpoint / _EMA)

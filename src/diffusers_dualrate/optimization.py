@@ -9,18 +9,21 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from .configuration import Options
+from .processes import check_launch
 from .recipes import Recipe, SingleRateRecipe
 
 
 def make_accelerator(options: Options, **kwargs: Any) -> Accelerator:
     """Accelerate's object as a run wants it; `kwargs` are further arguments of it."""
-    return Accelerator(
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        mixed_precision=options.mixed_precision,
-        log_with=options.report_to,
-        project_dir=options.output_dir,
-        step_scheduler_with_optimizer=False,  # else the schedule would depend on the number of processes
-        **kwargs,
+    return check_launch(
+        Accelerator(
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            mixed_precision=options.mixed_precision,
+            log_with=options.report_to,
+            project_dir=options.output_dir,
+            step_scheduler_with_optimizer=False,  # else the schedule would depend on the number of processes
+            **kwargs,
+        )
     )
 
 
@@ -33,6 +36,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
         eps=recipe.adam_epsilon,
         weight_decay=recipe.adam_weight_decay,
     )
+
+
+def begin_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give each trained weight the state that AdamW gives it at its first gradient, now: zeros, and no step done."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.requires_grad and weight not in optimizer.state:
+                zeros = torch.zeros_like(weight), torch.zeros_like(weight)
+                optimizer.state[weight] = {"step": torch.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
 
 
 def make_lr_scheduler(

@@ -1,4 +1,4 @@
-"""The processes that a script runs in: how many threads each computes with, and how each ends.
+"""The processes that a script runs in: how they are started, how many threads each computes with, how each ends.
 
 A script ends through `run_script`:
 
@@ -18,10 +18,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import distributed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 EXIT_SECONDS = 30.0
 """How long what was registered with `atexit` may take in one of several processes."""
@@ -35,6 +38,32 @@ with `letters16`, 7 times with `digits8`, 13 times with `tiny`.
 
 _THREADS_AT_START = torch.get_num_threads()
 _chosen = None
+
+
+def check_launch(accelerator: "Accelerator") -> "Accelerator":
+    """Refuse a launch that Accelerate takes for another one, and one that no script was made for; returns its argument.
+
+    Raises:
+        ValueError: If several processes were started and each believes that it is alone; if it runs DeepSpeed,
+            Megatron-LM or the first FSDP; if it was told to run FSDP and does not, as on a CPU.
+    """
+    from accelerate.utils import DistributedType
+
+    kind, started = accelerator.distributed_type, int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but Accelerate finds no GPU for each, and each would work alone: set "
+            "ACCELERATE_USE_CPU=true for the CPU."
+        )
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{kind.value} is not supported: choose DDP, or FSDP2 where the memory of one GPU is not enough."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and kind is not DistributedType.FSDP:
+        raise ValueError("FSDP was asked for, but Accelerate runs it on GPUs only, and finds none here: choose DDP.")
+    if kind is DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP of version 1 is not supported: choose FSDP2, as examples/fsdp2.yaml does.")
+    return accelerator
 
 
 def choose_threads(flops: float) -> str:

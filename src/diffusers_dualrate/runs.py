@@ -6,7 +6,7 @@ No loop and no mathematics: those are in the examples. A loop uses a run like th
     averaged = copy.deepcopy(networks).eval()                   # will hold the EMA weights, for samples and release
     networks, optimizer, lr_scheduler, loader = accelerator.prepare(..., run.make_loader())
     ema = EMAModel(networks.parameters(), decay=...)
-    run.load(ema)                                               # goes on where a checkpoint stopped
+    run.load(ema, optimizer)                                    # goes on where a checkpoint stopped
     with run.watch(ema, averaged, pipeline):                    # SIGINT and SIGTERM now end the loop in order
         for step, part, batch in run.batches(loader):
             with accelerator.accumulate(networks):
@@ -38,7 +38,7 @@ from typing import cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from diffusers import ImagePipelineOutput
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ from .data import LabelledImages
 from .flops import context_flops, network_flops, training_image_flops
 from .inventory import describe_images
 from .models import UViTContextEncoder, UViTDenoiser
+from .optimization import begin_states
 from .pair import TrainablePair
 from .pictures import draw_grid
 from .pipeline import DualRatePipeline
@@ -100,8 +101,7 @@ class Run:
 
     Raises:
         ValueError: If the folder holds another run, or this one and it is not to be resumed, or it lives; if the
-            checkpoint does not exist, is damaged or belongs to another run; if the batch cannot be divided; if
-            Accelerate was told to run DeepSpeed or Megatron-LM.
+            checkpoint does not exist, is damaged or belongs to another run; if the batch cannot be divided.
     """
 
     def __init__(
@@ -112,11 +112,6 @@ class Run:
         images: LabelledImages | StreamedImages,
         models: Mapping[str, DualRatePipeline | None] = MappingProxyType({}),
     ):
-        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            name = accelerator.distributed_type.value
-            raise ValueError(
-                f"{name} is not supported: choose DDP, or FSDP2 where the memory of one GPU is not enough."
-            )
         self.accelerator, self.images = accelerator, images
         self.configuration = configuration.divide_batch(accelerator.num_processes)
         self.recipe, self.options = self.configuration.recipe, self.configuration.options
@@ -153,8 +148,10 @@ class Run:
         batches = DealtBatches(order, size // self.parts, self.parts)
         return DataLoader(self.images, batch_sampler=batches, num_workers=workers, worker_init_fn=_leave_signals)
 
-    def load(self, ema: EMAModel) -> None:
+    def load(self, ema: EMAModel, optimizer: torch.optim.Optimizer) -> None:
         """Restore what `prepare` returned and the EMA weights from the checkpoint, if there is one to resume from."""
+        if self.accelerator.is_fsdp2:
+            begin_states(optimizer)  # whose checkpoints load only where every weight that is trained has one
         if self.checkpoint is not None:
             try:
                 load_checkpoint(self.accelerator, ema, self.checkpoint)
@@ -281,7 +278,7 @@ class Run:
         """
         numbers = [value for values in self._noted.values() for value in values]
         if self.accelerator.scaler is None:
-            numbers.append(torch.as_tensor(norm, device=self.accelerator.device).float())
+            numbers.append(torch.as_tensor(gather(norm), device=self.accelerator.device).float())
         is_bad = ~torch.stack(numbers).isfinite().all()
         flags = torch.stack([is_bad.float(), torch.full_like(is_bad, self._signal is not None, dtype=torch.float32)])
         is_bad, self.is_stopping = (self.accelerator.reduce(flags, "sum") > 0).tolist()
