@@ -14,6 +14,7 @@ from diffusers_dualrate.uvit import (
     UViTStage,
     UViTTransformerBlock,
     UViTTrunk,
+    gelu_tanh,
     rotary_angles,
     rotate,
 )
@@ -83,6 +84,19 @@ def rotate_as_complex(features, height, width):
     return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
+def test_sampling_on_a_cpu_takes_gelu_by_its_formula_and_training_takes_the_kernel_that_has_a_gradient():
+    """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) in float64. Kills: a wrong factor of x or x³, a lost half, a sign."""
+    x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-200.0, -20.0, 20.0, 200.0])])
+    exact = x.double() / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)))
+    with torch.no_grad():
+        given = x.clone()
+        torch.testing.assert_close(gelu_tanh(given).double(), exact, rtol=1e-6, atol=5e-7)
+        assert torch.equal(given, x)  # what it is given stays
+    inputs = x.clone().requires_grad_()
+    gelu_tanh(inputs).sum().backward()
+    assert inputs.grad.isfinite().all()
+
+
 def test_the_transformer_block_runs_attention_and_mlp_in_parallel_on_one_normalised_input():
     """ViT-22B: h + W_o [attention; gelu(mlp)] of FiLM(RMSNorm h), with RMSNorm then RoPE on q and k, head by head.
 
@@ -119,7 +133,7 @@ def test_rotary_attention_logits_depend_on_relative_positions_only_and_on_both_a
     """Kills: rotation by the position's square or with one sign wrong; one axis used twice or left out."""
     height, width = 4, 5
     angles = rotary_angles(height, width, head_dim, torch.device("cpu")).double()
-    assert angles.shape == (height * width, 1, head_dim // 2)
+    assert angles.shape == (height * width, 1, head_dim)
     query, key = torch.randn(2, head_dim).double().expand(height * width, 1, 2, head_dim).unbind(2)
     query, key = (rotate(part[None], cos_sin(angles))[0, :, 0] for part in (query, key))
     torch.testing.assert_close(query.norm(dim=1), query[:1].norm(dim=1).expand(height * width))

@@ -23,6 +23,8 @@ from torch.nn.functional import gelu, silu
 _LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, _NUM_FREQUENCIES = 0.05, 3.0, 32
 # Positions are at most a few dozen apart, so the base is far below that of language models.
 _ROPE_BASE = 100.0
+# Of x/2 and its cube in the tanh form of GELU.
+_GELU_LINEAR, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 8 * math.sqrt(2 / math.pi) * 0.044715
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -41,6 +43,11 @@ class NoiseLevelEmbedding(nn.Module):
         angles = log_snr.float()[:, None] * exponents.exp()
         features = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
         return self.linear_2(silu(self.linear_1(features)))
+
+
+def samples_on_cpu(features: Tensor) -> bool:
+    """Whether these are computed on a CPU and without gradients, where other kernels are the fast ones."""
+    return features.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def start_at_zero(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
@@ -118,21 +125,30 @@ class UViTDepthwiseBlock(nn.Module):
 
 
 def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Angles [H·W, 1, head_dim/2] of two-dimensional rotary positions: a quarter of the channels pairs a row's, as
-    many a column's (RoFormer, arXiv 2104.09864, per axis)."""
+    """Angles [H·W, 1, head_dim] of two-dimensional rotary positions: a quarter of the channels pairs a row's, as many a
+    column's (RoFormer, arXiv 2104.09864, per axis). Those of the first half are negative, as `rotate` takes them."""
     exponents = torch.arange(0, 1, 4 / head_dim, device=device)[: head_dim // 4]
     frequencies = _ROPE_BASE**-exponents
     rows = torch.arange(height, device=device)[:, None, None] * frequencies
     columns = torch.arange(width, device=device)[None, :, None] * frequencies
     angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=2)
-    return angles.reshape(height * width, 1, head_dim // 2)
+    return torch.cat([-angles, angles], dim=2).reshape(height * width, 1, head_dim)
 
 
 def rotate(features: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate channel pairs (i, i + D/2) of [B, S, heads, D] by angles given as (cos, sin), each [S, 1, D/2]."""
+    """Rotate channel pairs (i, i + D/2) of [B, S, heads, D] by angles given as (cos, sin), each [S, 1, D]."""
     cos, sin = rotation
-    first, second = features.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.addcmul(features * cos, features.roll(features.shape[-1] // 2, dims=-1), sin)
+
+
+def gelu_tanh(features: Tensor) -> Tensor:
+    """GELU in its tanh form: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
+    if not samples_on_cpu(features) or features.dtype != torch.float32 or torch.compiler.is_compiling():
+        return gelu(features, approximate="tanh")
+    # The fused kernel computes its tanh so slowly there that these seven take half its time.
+    half = features / 2
+    inner = (half * half).mul_(_GELU_CUBIC).add_(_GELU_LINEAR).mul_(half)
+    return half.addcmul_(half, inner.tanh_())
 
 
 class UViTAttnProcessor:
@@ -150,7 +166,7 @@ class UViTAttnProcessor:
         attended = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        return attn.to_out(attn.dropout(torch.cat([attended.flatten(2), gelu(mlp, approximate="tanh")], dim=-1)))
+        return attn.to_out(attn.dropout(torch.cat([attended.flatten(2), gelu_tanh(mlp)], dim=-1)))
 
 
 class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
@@ -175,7 +191,7 @@ class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Map tokens [B, S, C] to what the block adds to them; `rotation` is (cos, sin), each [S, 1, head_dim/2]."""
+        """Map tokens [B, S, C] to what the block adds to them; `rotation` is (cos, sin), each [S, 1, head_dim]."""
         return self.processor(self, hidden_states, rotation)
 
 
@@ -321,6 +337,8 @@ class UViTTrunk(nn.Module):
                 f"Image sizes must be divisible by {self.stride} (patch size times downsampling), "
                 f"got height {height} and width {width}."
             )
+        if samples_on_cpu(sample):  # twice as fast for convolutions, pooling and upsampling, and tokens as they lie
+            sample = sample.contiguous(memory_format=torch.channels_last)
         hidden_states = self.patch_embed(sample)
         skips = []
         for level, (stage, downsample) in enumerate(zip(self.down, self.downsample, strict=True)):
