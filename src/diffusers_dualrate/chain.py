@@ -8,13 +8,14 @@ import contextlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from diffusers.hooks import HookRegistry
 from torch import Tensor
 
+from .graphs import call_directly
 from .guidance import Guidance
 from .models import UViTContextEncoder, UViTDenoiser
 from .steps import ChainSteps
@@ -64,6 +65,7 @@ class Chain:
         takes_generator = "generator" in inspect.signature(steps.scheduler.step).parameters
         self._step_options = {"generator": generator} if takes_generator else {}
         self._dtype = denoiser.dtype  # once: the host finds it by a walk over all parameters
+        self.run: Callable[..., tuple[Tensor, ...]] = call_directly
         self._cached_rows: dict[torch.nn.Module, str] = {}
         self.timesteps = list(steps.scheduler.timesteps)  # taken apart once, not at every look
 
@@ -97,7 +99,11 @@ class Chain:
         z, class_labels = self._with_null_branch(z) if both else (z, self.class_labels)
         assert self.context_encoder is not None  # else no plan refreshes
         with self._cache_context(self.context_encoder, both):
-            encoded = self.context_encoder(z.to(self.context_encoder.dtype), log_snr, class_labels)
+            return self.run(self._encode, z.to(self.context_encoder.dtype), log_snr, class_labels)
+
+    def _encode(self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
+        assert self.context_encoder is not None
+        encoded = self.context_encoder(z, log_snr, class_labels)
         levels = len(self.denoiser.config.level_channels)
         # A prediction stays in float32, and serves many steps: a copy, since CUDA graphs write over what they returned.
         maps, handed_over = encoded.context[:levels], [part.clone() for part in encoded.context[levels:]]
@@ -110,8 +116,18 @@ class Chain:
             maps = tuple(part[len(z) :] for part in maps)  # this step needs only the branch with the class
         z, class_labels = self._with_null_branch(z) if guides else (z, self.class_labels)
         with self._cache_context(self.denoiser, guides):
-            v = self.denoiser(z, log_snr, class_labels, maps, context_log_snr).sample
+            (v,) = self.run(self._predict, z, log_snr, class_labels, maps, context_log_snr)
         return self.guidance.combine(v) if guides else v
+
+    def _predict(
+        self,
+        z: Tensor,
+        log_snr: Tensor,
+        class_labels: Tensor | None,
+        maps: tuple[Tensor, ...] | None,
+        context_log_snr: Tensor | None,
+    ) -> tuple[Tensor]:
+        return (self.denoiser(z, log_snr, class_labels, maps, context_log_snr).sample,)
 
     def take_prediction(self, z: Tensor, context: Context, guides: bool) -> Tensor:
         """The velocity at z that the encoder predicted, which serves at a refresh instead of the light network's."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from .callbacks import Call, call_back
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
+from .graphs import Recordings, lend
 from .hosts import HostNetwork, OfHostError, check_own, open_host_pipeline
 from .inputs import (
     check_components,
@@ -128,6 +129,25 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
         # The newest call, and all that are running.
         self._call, self._running = Call(), list[Call]()
+        self._recordings: Recordings | None = None
+
+    def enable_cuda_graphs(self) -> None:
+        """Replay both networks as CUDA graphs, recorded at the first call of each shape: for GPUs that launches hold up.
+
+        Images stay the same. Where a graph might be wrong (hooks of an offload or a cache, adapters, autocast, networks of
+        diffusers, another device), a warning says so and the networks run without. `compile` works beside it, but for its
+        mode "reduce-overhead". Buffers of each shape stay on the device until `disable_cuda_graphs`.
+        """
+        self._recordings = Recordings()
+
+    @property
+    def cuda_graphs(self) -> Recordings | None:
+        """The recordings of `enable_cuda_graphs`, which count their replays; `None` without."""
+        return self._recordings
+
+    def disable_cuda_graphs(self) -> None:
+        """Run the networks kernel by kernel again, and free what graphs hold."""
+        self._recordings = None
 
     @property
     def components(self) -> dict[str, Any]:
@@ -335,6 +355,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         try:
             with (
                 own_caches(chain.context_encoder, chain.denoiser),
+                lend(self._recordings, chain.context_encoder, chain.denoiser, watch=callback is not None) as chain.run,
                 self.progress_bar(total=len(chain.plan)) as progress_bar,
             ):
                 self._call = call  # from here on: a call that is refused must not hide the one that runs
