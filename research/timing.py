@@ -28,17 +28,17 @@ def time_case(preset: str, n: int, k: int, batch: int, repeats: int) -> dict:
     import benchmark  # found in examples/, which the package's import puts on the path
 
     flags = ["--batch_size", batch, "--num_inference_steps", n, "--num_context_steps", k, "--repeats", repeats]
-    report = benchmark.main(
+    record = benchmark.main(
         benchmark.parse_args(["--preset", str(EXAMPLES / "presets" / f"{preset}.json"), *map(str, flags)])
     )
-    pair, heavy = report["dual-rate"], report["single-rate"]
+    heavy, pair = record["rows"]
     return {
         "where": f"`{preset}`, CPU, batch {batch}",
         "N": n,
         "K": k,
-        "pair_ms": 1000 * pair["seconds"] / batch,
-        "heavy_ms": 1000 * heavy["seconds"] / batch,
-        "times_fewer_flops": heavy["flops"] / pair["flops"],
+        "pair_ms": pair["ms_per_image"],
+        "heavy_ms": heavy["ms_per_image"],
+        "times_fewer_flops": pair["times_fewer_flops"],
         "command": f"python examples/benchmark.py --preset examples/presets/{preset}.json {' '.join(map(str, flags))}",
         "hardware": f"{platform.machine()}, 1 thread, float32, process time, lower quartile",
         "versions": {"torch": torch.__version__},

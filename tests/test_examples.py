@@ -599,12 +599,21 @@ def test_benchmark_refuses_a_single_repeat_which_has_no_spread(capsys):
     assert "a spread needs at least 2" in capsys.readouterr().err
 
 
-def test_benchmark_counts_evaluations_and_reports_ratios(capsys):
-    report = run_benchmark()
-    assert report["dual-rate"]["flops"] < report["single-rate"]["flops"]
-    assert all(arm["seconds"] > 0 < arm["overhead"] for arm in report.values())
-    text = capsys.readouterr().out
-    assert "fewer FLOPs" in text and "float32, process time on one thread" in text
+def test_benchmark_times_arms_in_turns_and_writes_one_record(tmp_path, capsys):
+    record, chart = tmp_path / "benchmark.json", tmp_path / "benchmark.png"
+    flags = ["--batch_size", "1", "2", "--solver_steps", "3", "--student_steps", "2", "1", "--cache_interval", "2"]
+    written = run_benchmark(*flags, "--output", str(record), "--chart", str(chart))
+    rows = written["rows"]
+    assert json.loads(record.read_text()) == written and chart.stat().st_size > 0
+    names = ["single-rate", "dual-rate", "single-rate dpmsolver++", "single-rate student", "dual-rate student"]
+    names.append("single-rate taylorseer")
+    assert [(row["arm"], row["batch_size"]) for row in rows] == [(name, size) for size in (1, 2) for name in names]
+    assert all(row["seconds"] > 0 < row["overhead"] for row in rows)
+    heavy, pair, solver, *_ = rows
+    assert heavy["share"] == 1 and solver["times_fewer_flops"] == pytest.approx(4 / 3)
+    assert pair["times_less_time"] == pytest.approx(heavy["seconds"] / pair["seconds"])
+    assert pair["share"] == pytest.approx(pair["times_less_time"] * pair["flops"] / heavy["flops"])
+    assert "tiny, float32, eager, process time on one thread" in capsys.readouterr().out
 
 
 def test_benchmark_counts_evaluations_of_compiled_networks_in_half_precision_too(monkeypatch, capsys):
@@ -616,18 +625,19 @@ def test_benchmark_counts_evaluations_of_compiled_networks_in_half_precision_too
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
-    run_benchmark("--compile", "--dtype", "bfloat16")
+    run_benchmark("--modes", "compiled", "--dtype", "bfloat16")
     torch.compiler.reset()
     assert len(graphs) == 3  # an encoder, its denoiser, and the single-rate network
-    assert "bfloat16, compiled, process time" in capsys.readouterr().out
+    assert "tiny, bfloat16, compiled, process time" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="times an accelerator")
 def test_benchmark_times_an_accelerator_by_the_wall(capsys):
     device = torch.accelerator.current_accelerator()
-    report = run_benchmark("--device", str(device), "--dtype", "bfloat16")
-    assert all(arm.keys() == {"seconds", "flops"} for arm in report.values())
+    modes = ("eager", "compiled", "graphs") if device.type == "cuda" else ("eager",)
+    rows = run_benchmark("--device", str(device), "--dtype", "bfloat16", "--modes", *modes)["rows"]
+    assert [row["mode"] for row in rows[::2]] == list(modes) and all(row["overhead"] is None for row in rows)
     assert f"wall time on {device}" in capsys.readouterr().out
 
 
@@ -669,6 +679,13 @@ def test_a_classifier_that_diverges_says_so_and_leaves_no_file(data, tmp_path):
         (["--batch_size", "0"], "batch_size must be an integer of at least 1, got 0"),
         (["--num_inference_steps", "-1"], "num_inference_steps must be an integer of at least 1, got -1"),
         (["--num_context_steps", "99"], "num_context_steps must be between 1 and num_inference_steps=4, got 99"),
+        (["--student_steps", "2", "3"], "num_context_steps must be between 1 and num_inference_steps=2, got 3"),
+        (["--cache_interval", "1"], "cache_interval must be an integer of at least 2, got 1"),
+        (["--modes", "graphs"], "--modes graphs needs a CUDA device, got 'cpu'"),
+        (
+            ["--output", "nowhere/a.json"],
+            "--output must be a file ending in .json in a folder that is there, got 'now",
+        ),
     ],
 )
 def test_a_benchmark_of_what_cannot_be_run_is_refused(flags, sentence):
