@@ -30,7 +30,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # now, since what follows takes seconds to import
 
-from diffusers_dualrate.cards import make_card
+from diffusers_dualrate.cards import describe_origin, make_card
 from diffusers_dualrate.commands import EVALUATION, GRID, evaluation_command
 from diffusers_dualrate.configuration import FILE
 from diffusers_dualrate.records import read_json
@@ -63,6 +63,7 @@ def write_card(folder, source=None):
         presets=PRESETS,
         source=source,
         picture=GRID if (folder / GRID).is_file() else None,
+        origin=describe_origin(folder),
     )
     (folder / CARD).write_text(card + "\n", encoding="utf-8")
     print(f"The card is {folder / CARD}.")

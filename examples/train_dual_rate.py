@@ -97,9 +97,11 @@ def make_networks(configuration: Configuration, start: DualRatePipeline | None) 
         else:
             take_over(name, denoiser, start.denoiser)
         take_over(name, context_encoder, trained)
+        if recipe.is_frozen:  # so the model that is saved may name it
+            context_encoder.origin = trained.origin
     if recipe.is_frozen:
         for name, parameter in context_encoder.named_parameters():
-            parameter.requires_grad_(name.startswith(("context_heads", "variance")))
+            parameter.requires_grad_(name.startswith(UViTContextEncoder.OWN_PARTS))
     networks = TrainablePair(denoiser, context_encoder)
     if configuration.options.gradient_checkpointing:
         networks.enable_gradient_checkpointing()

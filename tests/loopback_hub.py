@@ -76,11 +76,13 @@ class LoopbackHub:
         endpoint: The server's address, as in `HF_ENDPOINT`.
         repositories: Name to repository, whether added here or pushed by a client.
         requests: Every request so far, as (method, path without query).
+        private: Names of repositories that only the token `hf_owner` opens: to others there is none.
     """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.private: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -139,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, unquote(path)))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
+            if any(f"/{name}/" in f"{path}/" for name in self.hub.private):
+                if self.headers.get("Authorization") != "Bearer hf_owner":
+                    raise HubError(401, "Invalid username or password.", "RepoNotFound")
             respond(path, body)
         except HubError as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": str(error), "X-Repo-Commit": error.sha}

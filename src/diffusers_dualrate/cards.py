@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .commands import EVALUATION, GRID, evaluation_command, find_changes, training_command
 from .configuration import FILE, Configuration
+from .origins import CONFIG, Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
-from .repositories import CARD
+from .repositories import CARD, content_of
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 UNMEASURED = "Nothing yet. This command measures it, and `examples/make_card.py` then puts the figures here:"
@@ -234,6 +235,21 @@ def describe_networks(evaluation: dict, index: dict, num_context_steps: int | No
     )
 
 
+def describe_origin(folder: Path) -> str:
+    """What a card says of a context encoder that the repository names; empty for one that it holds."""
+    path = Path(folder, "context_encoder", CONFIG)
+    origin = Origin.named_in(read_json(path), path) if path.is_file() else None
+    if origin is None:
+        return ""
+    size = sum(Path(folder, name).stat().st_size for name in content_of(folder) if name.endswith(".safetensors"))
+    place = "" if origin.subfolder is None else f"`{origin.subfolder}` of "
+    text = (
+        f"This repository holds {size / 1e6:.1f} MB of weights. Its context encoder comes from elsewhere as the model is loaded: "
+        f"{place}[{origin.repository}](https://huggingface.co/{origin.repository}) at revision `{origin.revision[:12]}`."
+    )
+    return f"{text} The encoder's licence is {origin.license}." if origin.license else text
+
+
 def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCardData:
     """What the Hub reads of a card."""
     data, is_student = evaluation["data"], evaluation["training"]["network"].startswith("distilled")
@@ -282,6 +298,7 @@ def make_card(
     presets: Path | None,
     source: str | None = None,
     picture: str | None = GRID,
+    origin: str = "",
 ) -> str:
     """The card's text.
 
@@ -292,6 +309,7 @@ def make_card(
         presets: Folder of the shipped presets, which a run's values are held against; `None` for none.
         source: Name that the model is loaded by; default: the name of its folder.
         picture: File of samples beside the card; `None` where there is none.
+        origin: Of `describe_origin`.
 
     Raises:
         ValueError: If the notes have an unknown part, or the model that was evaluated has no record of its training.
@@ -321,6 +339,7 @@ def make_card(
         picture=picture,
         notes=notes,
         networks=describe_networks(evaluation, index, k),
+        origin=origin,
         defaults=defaults,
         is_pair=is_pair,
         is_student=is_student,
@@ -362,6 +381,7 @@ def write_first_card(folder: Path, pipeline: DualRatePipeline, images: int | Non
         presets=None,
         source=repo_id,
         picture=pictures[-1].relative_to(folder).as_posix() if pictures else None,
+        origin=describe_origin(folder),
     )
     card.write_text(text + "\n", encoding="utf-8")
     return card

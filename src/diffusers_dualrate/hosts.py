@@ -1,15 +1,14 @@
 """A denoising network of diffusers as one of our networks: (z, log-SNR, class) to velocity, and feature maps beside it.
 
-The network keeps its own format: what a `HostNetwork` saves can be loaded by the network's own class. Beside its files lies
-host_network.json, which says how it was trained. Feature maps are the outputs of submodules that are named, its taps.
+The network keeps its own format: what a `HostNetwork` saves can be loaded by the network's own class. Its config.json also
+says how it was trained, where that class does not look. Feature maps are the outputs of submodules that are named, its taps.
 """
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Self, cast
 
 import diffusers
@@ -22,11 +21,14 @@ from torch import Tensor, nn
 from . import diffusion
 from .network import ImageNetworkMixin, per_sample
 from .noise_process import NoiseProcess
+from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
 from .ranges import check_boolean
 from .repositories import RepositoryMixin, refuse_pickles
 
 # Two calls of one network at once must not take each other's feature maps.
 _TAPPING = threading.Lock()
+# Where config.json says what makes a network one of ours; a name that its own class passes over.
+_HOST = "_host_network"
 # The variance of x given z that is handed over, in units of σ². The networks themselves predict none.
 _SHARE_OF_NOISE = 0.2
 
@@ -131,6 +133,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         if config.get("class_embed_type") is not None:
             raise ValueError(f"{name} with class_embed_type={config.class_embed_type!r} takes no numbers of classes.")
         self.network, self.process = network, process
+        self.origin = Origin.find(config.get("_name_or_path"))
         if isinstance(taps, str):
             raise ValueError(f"taps must be a list of names of submodules, got {taps!r}.")
         self.taps = tuple(self._kind.taps(network) if taps is None else taps)
@@ -178,24 +181,44 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load a network that `save_pretrained` saved. Takes what the network's own method takes."""
-        place = _place_of(kwargs)
-        said = NoiseProcess.load_config(pretrained_model_name_or_path, **place)
-        own = {name: said.pop(name, None) for name in ("taps", "prediction_hand_over")}
-        name = diffusers.UNet2DModel.load_config(pretrained_model_name_or_path, **place).get("_class_name")
+        place = pretrained_model_name_or_path
+        config = dict(diffusers.UNet2DModel.load_config(place, **place_of(kwargs)))
+        name, said = config.get("_class_name"), config.get(_HOST)
         if name not in KINDS:
-            raise ValueError(f"{pretrained_model_name_or_path} holds a {name}, which is none of {', '.join(KINDS)}.")
-        network = getattr(diffusers, name).from_pretrained(
-            pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True}
-        )
-        return cls(network, NoiseProcess.from_config(said), own["taps"], bool(own["prediction_hand_over"]))
+            raise ValueError(f"{place} holds a {name}, which is none of {', '.join(KINDS)}.")
+        if not isinstance(said, dict):
+            raise ValueError(f"{place} lacks {_HOST} in its config.json, which says how the network was trained.")
+        own = {key: said[key] for key in ("taps", "prediction_hand_over") if key in said}
+        process = NoiseProcess(**{key: value for key, value in said.items() if key not in own})
+        options = {**kwargs, "use_safetensors": True}
+        origin = Origin.named_in(config, place)
+        if origin is None:
+            network = _classes()[name].from_pretrained(place, **options)
+        else:
+            network = origin.fetch(place, {name: _classes()[name]}, options)
+        host = cls(network, process, **own)
+        host.origin = origin or Origin.find(place, **kwargs)
+        return host
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save the network in its own format, and beside it the process and the taps."""
+        """Save the network in its own format, and in its config.json the process and the taps."""
         refuse_pickles(kwargs.get("safe_serialization", True))
         self.network.save_pretrained(save_directory, *args, **kwargs)
-        process = NoiseProcess.from_config(self.process.config)
-        process.register_to_config(taps=list(self.taps), prediction_hand_over=self.config.prediction_hand_over)
-        process.save_config(Path(save_directory))
+        write_into_config(save_directory, **{_HOST: self._to_json()})
+
+    def find_published(self) -> Origin | None:
+        """Its origin, if the network is as it is there; else `None`."""
+        return None if self.origin is None else self.origin.confirm(self.network.state_dict(), _classes())
+
+    def save_what_is_new(self, save_directory, origin: Origin, variant: str | None = None) -> None:
+        """Save the configuration alone, as all weights are the origin's."""
+        prepare_folder(save_directory)
+        cast(ModelMixin, self.network).save_config(save_directory)
+        write_into_config(save_directory, **{_HOST: self._to_json(), KEY: origin.to_json()})
+
+    def _to_json(self) -> dict:
+        process = {key: value for key, value in self.process.config.items() if not key.startswith("_")}
+        return process | {"taps": list(self.taps), "prediction_hand_over": self.config.prediction_hand_over}
 
     def enable_gradient_checkpointing(self, *args, **kwargs) -> None:
         """As the network's own method."""
@@ -261,10 +284,9 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             self._taken[tap] = output[0] if isinstance(output, tuple) else output
 
 
-def _place_of(options: dict) -> dict:
-    """Those of the options of `from_pretrained` that say where files are looked for."""
-    names = ("subfolder", "revision", "cache_dir", "local_files_only", "token")
-    return {name: options[name] for name in names if name in options}
+def _classes() -> Mapping[str, type[ModelMixin]]:
+    """The classes of `KINDS` themselves."""
+    return {name: getattr(diffusers, name) for name in KINDS}
 
 
 def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
@@ -328,7 +350,7 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
         "denoiser": HostNetwork(getattr(pipeline, component), process),
         "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
         "vae": pipeline.components.get("vae"),
-        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **_place_of(kwargs)).get("id2label"),
+        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place_of(kwargs)).get("id2label"),
     }
     steps = min(defaults["num_inference_steps"], process.config.num_train_timesteps)
     return {**parts, **defaults, "num_inference_steps": steps}

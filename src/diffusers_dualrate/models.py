@@ -112,6 +112,8 @@ class UViTContextEncoder(UViTNetwork):
             self.variance_embedding = nn.Linear(embedding_dim, 1, bias=False)
             nn.init.zeros_(self.variance_embedding.weight)
 
+    OWN_PARTS = ("context_heads", "variance")
+
     @property
     def context_channels(self) -> tuple[int, ...]:
         """Width of the context at every level."""
@@ -143,6 +145,7 @@ class UViTContextEncoder(UViTNetwork):
         for name in ("trunk", "noise_embedding", "class_embedding", "norm_out", "proj_out"):
             if getattr(encoder, name, None) is not None:
                 getattr(encoder, name).load_state_dict(getattr(denoiser, name).state_dict())
+        encoder.origin = denoiser.origin
         # Without a dtype where none is needed: the host warns of every cast.
         return (
             encoder.to(denoiser.device)

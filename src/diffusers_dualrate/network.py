@@ -2,15 +2,21 @@
 
 import dataclasses
 import inspect
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Self, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import CacheMixin
 from diffusers.models.attention import AttentionMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
 from .ranges import LONGEST_SIDE, MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .repositories import RepositoryMixin, refuse_pickles
 from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm, start_at_zero
@@ -25,6 +31,22 @@ class ImageNetworkMixin:
 
     # Defaults of the pipeline that hands this network out among its components.
     pipeline_defaults: ClassVar[dict] = {}
+    # Where it was loaded from, if that was the Hub.
+    origin: Origin | None = None
+
+    def find_published(self) -> Origin | None:
+        """Its origin, if what it learned is what the network there has learned; else `None`."""
+        return None
+
+    def save_what_is_new(self, save_directory, origin: Origin, variant: str | None = None) -> None:
+        """Save it without what its origin holds.
+
+        Args:
+            save_directory: Folder of the network, as `from_pretrained` takes it.
+            origin: Of `find_published`.
+            variant: As the host's method has it.
+        """
+        raise NotImplementedError
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -42,6 +64,8 @@ class UViTNetwork(
     _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _repeated_blocks = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
     _skip_layerwise_casting_patterns = ["embed", "norm"]
+    # Of a network that may be saved without what its origin holds: the parts that are never the origin's.
+    OWN_PARTS: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stride(self) -> int:
@@ -62,6 +86,8 @@ class UViTNetwork(
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        if cls.OWN_PARTS and (config := cls._read_config(pretrained_model_name_or_path, kwargs)).get(KEY) is not None:
+            return cls._load_what_is_new(pretrained_model_name_or_path, config, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -73,7 +99,49 @@ class UViTNetwork(
         for weight in model.parameters():
             if weight.device.type == "cpu":
                 weight.data = weight.data.clone()
+        model.origin = Origin.find(pretrained_model_name_or_path, **kwargs)
         return (model, info) if wants_info else model  # type: ignore[return-value] # as the host's method does
+
+    @classmethod
+    def _read_config(cls, place, options: dict) -> dict:
+        try:
+            return cast(dict, cls.load_config(place, **place_of(options)))
+        except (OSError, ValueError):  # whoever loads the network says so
+            return {}
+
+    @classmethod
+    def _load_what_is_new(cls, place, config: dict, options: dict) -> Self:
+        """A network whose other weights are those of its origin."""
+        origin = Origin.named_in(config, place)
+        assert origin is not None  # or nobody calls this
+        theirs = origin.fetch(place, _published_kinds(), options)
+        name, where = _weights_name(options.get("variant")), place_of(options)
+        if Path(place).is_dir():
+            file = str(Path(place, options.get("subfolder") or "", name))
+        else:
+            file = hf_hub_download(str(place), name, **where)
+        weights = load_file(file)
+        weights |= {key: w for key, w in theirs.state_dict().items() if not key.startswith(cls.OWN_PARTS)}
+        network = cast(Self, cls.from_config({key: value for key, value in config.items() if key != KEY}))
+        if missing := sorted(network.state_dict().keys() - weights.keys()):
+            raise ValueError(f"{place} and {origin} lack {len(missing)} weights, such as {missing[0]}.")
+        network.to(theirs.device) if theirs.dtype == network.dtype else network.to(theirs.device, theirs.dtype)
+        network.load_state_dict({key: weights[key] for key in network.state_dict()})
+        network.origin = origin
+        return network.eval()
+
+    def find_published(self) -> Origin | None:
+        if self.origin is None or not self.OWN_PARTS:
+            return None
+        shared = {name: w for name, w in self.state_dict().items() if not name.startswith(self.OWN_PARTS)}
+        return self.origin.confirm(shared, _published_kinds())
+
+    def save_what_is_new(self, save_directory, origin: Origin, variant: str | None = None) -> None:
+        prepare_folder(save_directory)
+        self.save_config(save_directory)
+        write_into_config(save_directory, **{KEY: origin.to_json()})
+        own = {name: w.contiguous() for name, w in self.state_dict().items() if name.startswith(self.OWN_PARTS)}
+        save_file(own, Path(save_directory, _weights_name(variant)), metadata={"format": "pt"})
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs) -> tuple[dict, dict, dict]:
@@ -195,3 +263,13 @@ def per_sample(log_snr: Tensor | float, sample: Tensor) -> Tensor:
     """Log-SNR [B] of the images of `sample`, from one value for all or one for each."""
     log_snr = torch.as_tensor(log_snr, dtype=torch.float32, device=sample.device)
     return log_snr.reshape(-1).expand(sample.shape[0])
+
+
+def _published_kinds() -> Mapping[str, type[ModelMixin]]:
+    """Classes that the trunk of an encoder may be published in."""
+    return {cls.__name__: cls for cls in UViTNetwork.__subclasses__()}
+
+
+def _weights_name(variant: str | None) -> str:
+    stem, _, ending = SAFETENSORS_WEIGHTS_NAME.partition(".")
+    return f"{stem}.{variant}.{ending}" if variant else SAFETENSORS_WEIGHTS_NAME

@@ -47,7 +47,7 @@ class NoiseProcess(ConfigMixin):
         ValueError: If there is no such process, or the network predicts noise and the table ends in noise alone.
     """
 
-    config_name = "host_network.json"
+    config_name = "config.json"
 
     @register_to_config
     def __init__(

@@ -28,8 +28,9 @@ from .inputs import (
 )
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
+from .origins import access
 from .refreshes import RefreshPlan
-from .repositories import RepositoryMixin, check_index, refuse_pickles
+from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
 from .sampling import sample_at_two_rates
 from .steps import plan_steps
 
@@ -161,7 +162,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         """Load a model from a Hub repository, a local folder or the cache; weights from safetensors files only.
 
         Takes what `DiffusionPipeline.from_pretrained` takes. No code of a repository is run unless `custom_pipeline` and
-        `trust_remote_code` ask for it.
+        `trust_remote_code` ask for it. An encoder that the repository names, and does not hold, comes from where it says.
         """
         index = Path(str(pretrained_model_name_or_path), cls.config_name)
         try:
@@ -170,7 +171,8 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
                 for name in _REQUIRED:
                     if kwargs.get(name) is None and config.get(name) in (None, [None, None]):
                         raise ValueError(f"{index} names no {name}: give one as an argument.")
-            return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+            with access(kwargs):
+                return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
         except OfHostError:  # a single-rate model, with its scheduler and its number of steps
             given = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
             return cls(**open_host_pipeline(pretrained_model_name_or_path, **kwargs) | given)
@@ -180,22 +182,46 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         index = super()._dict_from_json_file(json_file)
         return check_own(json_file, check_index(json_file, index, ("context_encoder", *_REQUIRED)))
 
-    def save_pretrained(self, save_directory, safe_serialization: bool = True, *args, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, safe_serialization: bool = True, *args, include_encoder: bool = False, **kwargs
+    ) -> None:
         """Save the model as a repository. Takes what the host's method takes.
 
-        Beside each component lies a line of code that names its class, as the host asks of classes it does not know. So
+        A context encoder that was loaded from a repository of its own on the Hub, and is as it is there, is named and left
+        out. Beside each component lies a line of code that names its class, as the host asks of classes it does not know. So
         people who never import this package, but have it installed, load the model by
         `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`. Nobody else runs it.
+
+        Args:
+            save_directory: The folder.
+            safe_serialization: There for the host; pickled weights are refused.
+            args: Of the host's method.
+            include_encoder: Whether the encoder is saved in any case.
+            kwargs: Of the host's method.
         """
         refuse_pickles(safe_serialization)
-        super().save_pretrained(save_directory, True, *args, **kwargs)
-        package = __name__.partition(".")[0]
-        files = {"pipeline.py": self} | {f"{name}/{package}.py": part for name, part in self.components.items()}
-        for name, thing in files.items():
-            path, cls = Path(save_directory, name), type(thing)
-            if cls.__module__.startswith(package) and not path.exists() and not Path(save_directory).is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(f"from {package} import {cls.__name__}  # noqa: F401\n", encoding="utf-8")
+        # What `torch.compile` wrapped, if it did.
+        encoder: Any = getattr(self.context_encoder, "_orig_mod", self.context_encoder)
+        if include_encoder and encoder is not None:
+            encoder = copy.copy(encoder)
+            encoder.origin = None
+            self._with(context_encoder=encoder).save_pretrained(save_directory, True, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):  # which comes back here
+            super().save_pretrained(save_directory, True, *args, **kwargs)
+            return
+        own_repository = getattr(self.denoiser.origin, "repository", None)
+        is_foreign = encoder is not None and encoder.origin is not None and encoder.origin.repository != own_repository
+        origin = encoder.find_published() if encoder is not None and is_foreign else None
+        if encoder is None or origin is None:
+            super().save_pretrained(save_directory, True, *args, **kwargs)
+        else:
+            rest = copy.copy(self)
+            rest.register_modules(context_encoder=None)
+            super(DualRatePipeline, rest).save_pretrained(save_directory, True, *args, **kwargs)
+            encoder.save_what_is_new(Path(save_directory, "context_encoder"), origin, kwargs.get("variant"))
+            self.save_config(save_directory)
+        name_classes(save_directory, self, self.components)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -378,7 +404,11 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
 
     def _copy_for(self, call: Call, chain: Chain) -> "DualRatePipeline":
         """This pipeline as the callbacks of one call see it."""
+        return self._with(_call=call, _running=[], scheduler=chain.scheduler)
+
+    def _with(self, **attributes: Any) -> "DualRatePipeline":
+        """A shallow copy that has other attributes."""
         own = copy.copy(self)
         # Past the host's setter, which would write the configuration anew.
-        own.__dict__.update(_call=call, _running=[], scheduler=chain.scheduler)
+        own.__dict__.update(attributes)
         return own

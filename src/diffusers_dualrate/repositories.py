@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, constants, create_repo, hf_hub_download, uplo
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .origins import OriginError
 from .registration import register
 
 # Whatever can be saved or loaded comes through here, so the host knows of it before that.
@@ -52,6 +53,8 @@ class RepositoryMixin:
             raise OSError(f"{place} cannot be loaded: there is no such folder.")
         try:
             return super().from_pretrained(place, *args, **kwargs)  # type: ignore[misc] # of the host's class
+        except OriginError:  # which says it all
+            raise
         except ValueError as error:
             raise ValueError(f"{place} cannot be loaded: {error}") from error
         except OSError as error:
@@ -70,7 +73,7 @@ class RepositoryMixin:
             name: kwargs.pop(name) for name in ("commit_message", "private", "token", "create_pr") if name in kwargs
         }
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        self.save_pretrained(save_directory, *args, **kwargs)
         has_card = Path(save_directory, CARD).is_file()
         self._publish(repo_id, Path(save_directory) if has_card else self._find_card_folder(), kwargs, **hub)
 
@@ -169,6 +172,17 @@ def check_hub(flag: str, name: str) -> None:
     except (OSError, HTTPError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{flag} needs the Hub at {constants.ENDPOINT}, which cannot be used: {said}") from error
+
+
+def name_classes(folder: str | os.PathLike, pipeline: object, components: Mapping[str, object]) -> None:
+    """Write a line of code beside each of our components, and beside the pipeline, that names its class to strangers."""
+    package = __name__.partition(".")[0]
+    files = {"pipeline.py": pipeline} | {f"{name}/{package}.py": part for name, part in components.items()}
+    for name, thing in files.items():
+        path, cls = Path(folder, name), type(thing)
+        if cls.__module__.startswith(package) and not path.exists() and not Path(folder).is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"from {package} import {cls.__name__}  # noqa: F401\n", encoding="utf-8")
 
 
 def refuse_pickles(safe_serialization: bool) -> None:
