@@ -60,7 +60,7 @@ from diffusers_dualrate.losses import (
     FollowingTimes,
     denoising_loss,
     draw,
-    drop_labels,
+    drop_condition,
     following_loss,
     seed_of,
 )
@@ -171,7 +171,7 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
         for step, part, batch in run.batches(loader):
             x, class_labels = batch["pixel_values"], batch.get("class_labels")
             draws = draw(seed, step, run.rows(part), x.shape[1:], accelerator.device)
-            class_labels = drop_labels(class_labels, draws, recipe.label_dropout, run.images.num_classes)
+            class_labels = drop_condition(class_labels, draws, recipe.label_dropout, run.images.num_classes)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(networks):

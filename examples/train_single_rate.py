@@ -38,7 +38,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_dualrate import DualRatePipeline, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.configuration import Configuration
-from diffusers_dualrate.losses import denoising_loss, draw, drop_labels, seed_of
+from diffusers_dualrate.losses import denoising_loss, draw, drop_condition, seed_of
 from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
 from diffusers_dualrate.pair import TrainablePair, schedule_of
@@ -103,7 +103,7 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
         for step, part, batch in run.batches(loader):
             x, class_labels = batch["pixel_values"], batch.get("class_labels")
             draws = draw(seed, step, run.rows(part), x.shape[1:], accelerator.device)
-            class_labels = drop_labels(class_labels, draws, recipe.label_dropout, run.images.num_classes)
+            class_labels = drop_condition(class_labels, draws, recipe.label_dropout, run.images.num_classes)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(networks):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.flags import argument_parser
-from diffusers_dualrate.losses import denoising_loss, draw, drop_labels
+from diffusers_dualrate.losses import denoising_loss, draw, drop_condition
 from diffusers_dualrate.optimization import make_lr_scheduler, make_optimizer
 from diffusers_dualrate.pair import schedule_of
 from diffusers_dualrate.records import read_json
@@ -79,7 +79,7 @@ def main(args, open_images=open_any):
         batch = {name: values.to(device) for name, values in batch.items()}
         x, class_labels = batch["pixel_values"], batch.get("class_labels")
         draws = draw(seed, step, range(len(x)), x.shape[1:], device)
-        class_labels = drop_labels(class_labels, draws, recipe.label_dropout, images.num_classes)
+        class_labels = drop_condition(class_labels, draws, recipe.label_dropout, images.num_classes)
         result = denoising_loss(denoise, None, x, class_labels, draws, schedule=schedule)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), recipe.max_grad_norm)

@@ -112,3 +112,49 @@ def watch():
         return calls
 
     return attach
+
+
+WORDS = "a an red green blue small apple bird fish star with two on ground flat style".split()
+
+
+def make_tokenizer(length=6):
+    """A tokenizer of whole words that ends each text, filled up to `length`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$0 <end>", special_tokens=[("<end>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
+
+
+def make_text_encoder(kind="clip", width=8):
+    """A tiny text encoder of transformers with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    size = len(WORDS) + 3
+    torch.manual_seed(5)
+    if kind == "t5":
+        config = T5Config(vocab_size=size, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0)
+        return T5EncoderModel(config).eval()
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=size, max_position_embeddings=8, **sizes, **tokens)).eval()
+
+
+@pytest.fixture
+def make_text_pipe(make_networks):
+    """Builder of a pair of text, with a real text encoder and tokenizer, or with what is given instead."""
+    from diffusers_dualrate import DualRatePipeline, DualRateScheduler
+
+    def make(kind="clip", networks=None, **options):
+        text = {"num_classes": None, "cross_attention_dim": 8, "text_length": 6}
+        encoder, denoiser = make_networks(**text | (networks or {}))
+        parts = {"text_encoder": make_text_encoder(kind), "tokenizer": make_tokenizer(), "num_inference_steps": 4}
+        pipe = DualRatePipeline(denoiser, DualRateScheduler(**PRESET["scheduler"]), encoder, **parts | options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

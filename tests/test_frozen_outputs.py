@@ -197,7 +197,7 @@ def emoji():
 def denoise_jointly(pair, schedule, **options):
     x, class_labels = emoji()
     draws = losses.draw(11, 7, range(8), x.shape[1:])
-    class_labels = losses.drop_labels(class_labels, draws, 0.3, 98)
+    class_labels = losses.drop_condition(class_labels, draws, 0.3, 98)
     result = pair(losses.denoising_loss, x, class_labels, draws, schedule=schedule, **options)
     return result.loss + result.v_loss.sum()
 
@@ -214,7 +214,7 @@ def follow(pair, schedule):
     return pair(
         losses.following_loss,
         x,
-        losses.drop_labels(class_labels, draws, 0.3, 98),
+        losses.drop_condition(class_labels, draws, 0.3, 98),
         draws,
         schedule=schedule,
         contexts=losses.FollowingTimes((1 / 4,), num_even_in_log_snr=2, num_deterministic=4),

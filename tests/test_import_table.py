@@ -111,7 +111,7 @@ def test_the_table_says_what_the_design_rests_on():
     leaves = {module for module, row in TABLE.items() if row == (set(), set())}
     assert leaves == {
         "diffusion",
-        "uvit",
+        "conditions",
         "augmentation",
         "decoding",
         "folders",
@@ -127,7 +127,7 @@ def test_the_table_says_what_the_design_rests_on():
         "records",
     }
     assert [module for module, (anywhere, _) in TABLE.items() if anywhere is None] == ["__init__"]
-    assert TABLE["losses"] == ({"diffusion"}, set())
+    assert TABLE["losses"] == ({"conditions", "diffusion"}, set())
 
 
 def test_every_module_has_a_row_in_the_table():

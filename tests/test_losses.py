@@ -13,7 +13,7 @@ from diffusers_dualrate.losses import (
     Schedule,
     denoising_loss,
     draw,
-    drop_labels,
+    drop_condition,
     following_loss,
     seed_of,
     sigmoid_weight,
@@ -427,7 +427,7 @@ def test_dropped_labels_become_the_null_label_at_the_given_rate_independently_of
     draws.uniforms[:, :3] = 0.999
     draws.uniforms[:, 3] = midpoints(rows)[torch.randperm(rows)]
     labels = torch.arange(rows) % 5 + 1
-    seen = drop_labels(labels, draws, 0.1, null)
+    seen = drop_condition(labels, draws, 0.1, null)
     dropped = seen == null
     assert dropped.sum() == round(0.1 * rows)
     assert torch.equal(dropped, draws.uniforms[:, 3] < 0.1)
@@ -443,8 +443,8 @@ def test_all_parts_of_a_batch_see_the_labels_of_their_rows():
 
 def test_without_labels_or_without_a_null_label_nothing_is_dropped():
     draws, labels = draw(0, 0, range(4), SHAPE), torch.arange(4)
-    assert torch.equal(drop_labels(labels, draws, 1.0, None), labels)
-    assert drop_labels(None, draws, 1.0, 9) is None
+    assert torch.equal(drop_condition(labels, draws, 1.0, None), labels)
+    assert drop_condition(None, draws, 1.0, 9) is None
     recorder = Recorder()
     loss_of(recorder, torch.randn(4, *SHAPE), draws)
     assert recorder.denoised[0][2] is None and recorder.encoded[0][2] is None
@@ -473,7 +473,7 @@ def test_the_following_loss_is_that_of_its_law_pixel_by_pixel(time):
         return k * z + u * context
 
     result = following_loss(
-        denoise, encode, x, drop_labels(labels, draws, 0.5, 9), draws, schedule=schedule(bias=bias),
+        denoise, encode, x, drop_condition(labels, draws, 0.5, 9), draws, schedule=schedule(bias=bias),
         contexts=FollowingTimes([1 / k for k in steps], num_even_in_log_snr=1, num_deterministic=2),
     )  # fmt: skip
 

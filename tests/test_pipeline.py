@@ -60,7 +60,7 @@ def test_the_encoder_runs_k_times_and_the_denoiser_n_times_on_twice_the_rows_und
         assert (call.context_log_snr == call.log_snr) == (i in refresh_at)
         assert float(call.context_log_snr) == pytest.approx(levels[max(j for j in refresh_at if j <= i)])
     null, classes = [4] * (rows - 2), [0, 3]
-    assert all(call.class_labels.tolist() == null + classes for call in calls.encoder + calls.denoiser)
+    assert all(call.condition.tolist() == null + classes for call in calls.encoder + calls.denoiser)
     assert pipe.num_timesteps == n and pipe.guidance_scale == scale
 
 

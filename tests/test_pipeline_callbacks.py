@@ -68,10 +68,10 @@ def test_tensors_that_a_callback_returns_replace_the_loops(make_pipe, watch):
         assert not torch.allclose(images, plain, atol=1e-3)
         before, after = calls.denoiser[:2]
         assert torch.equal(after.sample, latents) == (name == "latents")
-        assert after.class_labels.tolist() == ([1, 2] if name == "class_labels" else [0, 3])
+        assert after.condition.tolist() == ([1, 2] if name == "class_labels" else [0, 3])
         assert (after.context[0] is context[0] and after.context[1] is context[1]) == (name == "context")
-        assert calls.encoder[1].class_labels.tolist() == after.class_labels.tolist()  # still so at the next refresh
-        assert before.class_labels.tolist() == [0, 3]
+        assert calls.encoder[1].condition.tolist() == after.condition.tolist()  # still so at the next refresh
+        assert before.condition.tolist() == [0, 3]
     last = run(pipe, lambda _, i, t, tensors: {"latents": torch.zeros_like(tensors["latents"])} if i == 5 else {})
     assert torch.equal(last, torch.zeros(2, 3, 8, 8))
 
@@ -105,7 +105,7 @@ def test_callback_objects_bring_their_own_tensor_inputs_one_or_several(make_pipe
     assert torch.equal(run(pipe, damp, ()), by_hand)
     calls = watch(pipe)
     run(pipe, MultiPipelineCallbacks([damp, relabel]), ())
-    assert [call.class_labels.tolist() for call in calls.denoiser] == [[0, 3]] * 3 + [[1, 1]] * 3
+    assert [call.condition.tolist() for call in calls.denoiser] == [[0, 3]] * 3 + [[1, 1]] * 3
 
 
 def test_an_interrupted_call_skips_its_remaining_steps_and_the_next_call_runs_whole(make_pipe, watch):

@@ -40,7 +40,7 @@ def test_scale_1_is_the_conditional_branch_alone_and_evaluates_no_other(make_pip
     calls = watch(pipe)
     images = pipe(labels, N, 2, guidance_scale=1.0, generator=generator(), output_type="latent").images
     assert {call.rows for call in calls.encoder + calls.denoiser} == {3}
-    assert all(call.class_labels.tolist() == labels for call in calls.encoder + calls.denoiser)
+    assert all(call.condition.tolist() == labels for call in calls.encoder + calls.denoiser)
     default = pipe(labels, N, 2, generator=generator(), output_type="latent").images
     assert torch.equal(images, default)
     torch.testing.assert_close(images, plain(pipe, labels, TIMES, {0, 4}, 1.0), **CLOSE)

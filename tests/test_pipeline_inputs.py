@@ -52,7 +52,7 @@ def test_one_label_alone_is_one_image(make_pipe, watch, label):
     pipe = make_pipe(id2label=LABELS)
     calls = watch(pipe)
     assert drawn(pipe, label, steps=(2, 1)).shape == (1, 3, 8, 8)
-    assert all(call.class_labels.tolist() == [1] for call in calls.denoiser + calls.encoder)
+    assert all(call.condition.tolist() == [1] for call in calls.denoiser + calls.encoder)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_several_images_for_a_label_stand_side_by_side(make_pipe, watch):
     pipe = make_pipe()
     calls = watch(pipe)
     together = drawn(pipe, [0, 3], seeds=range(4), num_images_per_prompt=2)
-    assert calls.denoiser[0].class_labels.tolist() == [0, 0, 3, 3]
+    assert calls.denoiser[0].condition.tolist() == [0, 0, 3, 3]
     torch.testing.assert_close(together, drawn(pipe, [0, 0, 3, 3], seeds=range(4)))
 
 

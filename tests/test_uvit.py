@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
+from diffusers_dualrate.network import NoiseLevelEmbedding
 from diffusers_dualrate.uvit import (
-    NoiseLevelEmbedding,
     UViTParallelSelfAttention,
     UViTResBlock,
     UViTStage,

@@ -1,7 +1,7 @@
-"""The two networks as one chain calls them: with guidance, caches, labels and precision.
+"""The two networks as one chain calls them: with guidance, caches, conditions and precision.
 
-With guidance, the branches without and with the class are evaluated in one batch. The null branch comes first, and each
-branch has its own context. Two chains may use the same networks at once: they share nothing else.
+With guidance, the branches without and with the condition are evaluated in one batch. The null branch comes first, and
+each branch has its own context. A text is projected once for each network. Two chains may use the same networks at once: they share nothing else.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 from diffusers.hooks import HookRegistry
 from torch import Tensor
 
+from .conditions import Condition, Text, join, take_rows
 from .graphs import call_directly
 from .guidance import Guidance
 from .models import UViTContextEncoder, UViTDenoiser
@@ -39,11 +40,12 @@ class Chain:
         denoiser: The light network.
         context_encoder: The heavy network; `None` for a single-rate model.
         steps: The steps of this chain.
-        class_labels: Class of each image [B]; `None` for no class.
+        condition: What each image is to show: classes [B], a text, or `None`.
         guidance: May change on the way.
         generator: Source of the steps' noise.
         encoder_denoises: Whether the encoder's own prediction serves at refreshes.
         device: Where the networks compute.
+        null: The condition of the null branch; default: for classes the null label, for a text no such branch.
     """
 
     def __init__(
@@ -51,27 +53,47 @@ class Chain:
         denoiser: UViTDenoiser,
         context_encoder: UViTContextEncoder | None,
         steps: ChainSteps,
-        class_labels: Tensor | None = None,
+        condition: Condition = None,
         guidance: Guidance | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         encoder_denoises: bool = False,
         device: str | torch.device | None = None,
+        *,
+        null: Condition = None,
     ):
         self.denoiser, self.context_encoder = denoiser, context_encoder
         self.scheduler, self.plan = steps.scheduler, steps.plan
         self.levels, self.log_snrs = steps.log_snrs.tolist(), steps.log_snrs.to(device)
-        self.class_labels, self.guidance = class_labels, guidance or Guidance()
+        self.guidance = guidance or Guidance()
         self.encoder_denoises = encoder_denoises
         takes_generator = "generator" in inspect.signature(steps.scheduler.step).parameters
         self._step_options = {"generator": generator} if takes_generator else {}
         self._dtype = denoiser.dtype  # once: the host finds it by a walk over all parameters
         self.run: Callable[..., tuple[Tensor, ...]] = call_directly
+        if null is None and isinstance(condition, Tensor):
+            null = torch.full_like(condition, denoiser.config.num_classes)
+        self.change_condition(condition, null)
         self._cached_rows: dict[torch.nn.Module, str] = {}
         self.timesteps = list(steps.scheduler.timesteps)  # taken apart once, not at every look
 
+    def change_condition(self, condition: Condition, null: Condition) -> None:
+        """Draw from here on under another condition, with another null branch."""
+        self.condition, self.null = condition, null
+        # What each network takes of both branches, or of the one that there is, and of the one with the condition.
+        self._taken: dict[torch.nn.Module, tuple[Condition, Condition]] = {}
+
     def guides(self, i: int) -> bool:
-        """Whether step i evaluates both branches."""
-        return self.class_labels is not None and self.guidance.acts_at(self.levels[i])
+        """Whether step i evaluates both branches.
+
+        Raises:
+            ValueError: If a callback switched guidance on, and no text was encoded for the null branch.
+        """
+        acts = self.condition is not None and self.guidance.acts_at(self.levels[i])
+        if acts and self.null is None:
+            raise ValueError(
+                "A callback switched guidance on in a call that has no negative prompt: begin with a guidance_scale above 1."
+            )
+        return acts
 
     def serves(self, i: int, z: Tensor, context: Context | None) -> bool:
         """Whether a context serves step i: a guided step needs one of both branches. Only callbacks make it fail."""
@@ -96,14 +118,14 @@ class Chain:
 
     def compute_context(self, z: Tensor, log_snr: Tensor, both: bool) -> tuple[Tensor, ...]:
         """Run the heavy network on z, and project its features to the denoiser's widths; `both` is of both branches."""
-        z, class_labels = self._with_null_branch(z) if both else (z, self.class_labels)
         assert self.context_encoder is not None  # else no plan refreshes
+        z, condition = self._branches(self.context_encoder, z, both)
         with self._cache_context(self.context_encoder, both):
-            return self.run(self._encode, z.to(self.context_encoder.dtype), log_snr, class_labels)
+            return self.run(self._encode, z.to(self.context_encoder.dtype), log_snr, condition)
 
-    def _encode(self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None) -> tuple[Tensor, ...]:
+    def _encode(self, z: Tensor, log_snr: Tensor, condition: Condition) -> tuple[Tensor, ...]:
         assert self.context_encoder is not None
-        encoded = self.context_encoder(z, log_snr, class_labels)
+        encoded = self.context_encoder(z, log_snr, condition)
         levels = len(self.denoiser.config.level_channels)
         # A prediction stays in float32, and serves many steps: a copy, since CUDA graphs write over what they returned.
         maps, handed_over = encoded.context[:levels], [part.clone() for part in encoded.context[levels:]]
@@ -113,33 +135,38 @@ class Chain:
         """Run the light network: the velocity at z, guided or not."""
         maps, context_log_snr = (None, None) if context is None else context
         if maps is not None and not guides and len(maps[0]) > len(z):
-            maps = tuple(part[len(z) :] for part in maps)  # this step needs only the branch with the class
-        z, class_labels = self._with_null_branch(z) if guides else (z, self.class_labels)
+            maps = tuple(part[len(z) :] for part in maps)  # this step needs only the branch with the condition
+        z, condition = self._branches(self.denoiser, z, guides)
         with self._cache_context(self.denoiser, guides):
-            (v,) = self.run(self._predict, z, log_snr, class_labels, maps, context_log_snr)
+            (v,) = self.run(self._predict, z, log_snr, condition, maps, context_log_snr)
         return self.guidance.combine(v) if guides else v
 
     def _predict(
         self,
         z: Tensor,
         log_snr: Tensor,
-        class_labels: Tensor | None,
+        condition: Condition,
         maps: tuple[Tensor, ...] | None,
         context_log_snr: Tensor | None,
     ) -> tuple[Tensor]:
-        return (self.denoiser(z, log_snr, class_labels, maps, context_log_snr).sample,)
+        return (self.denoiser(z, log_snr, condition, maps, context_log_snr).sample,)
 
     def take_prediction(self, z: Tensor, context: Context, guides: bool) -> Tensor:
         """The velocity at z that the encoder predicted, which serves at a refresh instead of the light network's."""
         rows = 2 * len(z) if guides else len(z)
-        maps = tuple(part[-rows:] for part in context.maps)  # the branch with the class comes last
+        maps = tuple(part[-rows:] for part in context.maps)  # the branch with the condition comes last
         v = self.denoiser.handed_over_velocity(context.log_snr, maps)
         return self.guidance.combine(v) if guides else v
 
-    def _with_null_branch(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.class_labels is not None  # else nothing guides
-        null = torch.full_like(self.class_labels, self.denoiser.config.num_classes)
-        return torch.cat([z, z]), torch.cat([null, self.class_labels])
+    def _branches(self, network: UViTContextEncoder | UViTDenoiser, z: Tensor, both: bool) -> tuple[Tensor, Condition]:
+        """What a network is given at z, of both branches or of the one with the condition."""
+        if network not in self._taken:
+            given = self.condition if self.null is None else join(self.null, self.condition)
+            if isinstance(given, Text):
+                given = network.project_condition(Text(given.tokens.to(network.dtype), given.mask))
+            self._taken[network] = given, take_rows(given, slice(-len(z), None))
+        of_both, of_one = self._taken[network]
+        return (torch.cat([z, z]), of_both) if both else (z, of_one)
 
     def _cache_context(
         self, network: UViTContextEncoder | UViTDenoiser, both: bool

@@ -346,6 +346,9 @@ def identify(record: dict) -> dict[str, object]:
     """
     networks, data = ("context_encoder", "denoiser", "scheduler", "training", "distillation"), record.get("data", {})
     picked = {name: record.get(name, {}) for name in networks}
+    for name, network in (("context_encoder", UViTContextEncoder), ("denoiser", UViTDenoiser)):
+        if picked[name]:  # a run may be older than a value, and then has its default
+            picked[name] = fill_in(network, name, picked[name])
     picked["options"] = {name: record.get("options", {}).get(name) for name in _IDENTIFYING_OPTIONS}
     picked["data"] = {name: data.get(name) for name in _IDENTIFYING_DATA}
     picked["data"]["shuffle_buffer"] = data.get("shuffle_buffer") if data.get("streaming") else None

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .conditions import Text
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .recipes import DistillationRecipe, PairRecipe, Recipe, SingleRateRecipe
@@ -26,7 +27,8 @@ from .uvit import UViTStage
 def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: bool = True) -> int:
     """FLOPs of one evaluation for one image.
 
-    Adding a projected context costs additions only, which are not counted.
+    Adding a projected context costs additions only, which are not counted. A text is projected once per image, apart from
+    the evaluations, and its encoder is not counted.
 
     Args:
         network: Either network, compiled or not; it is neither run nor changed.
@@ -41,7 +43,9 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
         sample = torch.empty(1, network.config.in_channels, height, width)
         inputs = {"sample": sample, "log_snr": torch.empty(1)}
         if network.config.num_classes is not None:  # not every network of diffusers goes without
-            inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
+            inputs["condition"] = torch.zeros(1, dtype=torch.long)
+        if network.config.cross_attention_dim is not None:
+            inputs["condition"] = copy.project_condition(_blank_text(network.config))
         if with_context and isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
             trunk_input = torch.empty(1, copy.trunk.patch_embed.in_channels, height, width)
             context = copy.trunk(trunk_input, torch.empty(1, copy.config.embedding_dim))
@@ -50,6 +54,21 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
             inputs |= {"context": context, "context_log_snr": torch.empty(1)}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             copy(**inputs)
+    return counter.get_total_flops()
+
+
+def _blank_text(config) -> Text:
+    shape = (1, config.text_length)
+    return Text(torch.empty(*shape, config.cross_attention_dim), torch.ones(shape, dtype=torch.bool))
+
+
+def text_flops(network: UViTContextEncoder | UViTDenoiser) -> int:
+    """FLOPs of projecting the text of one image, which a network does once per call; 0 where it takes none."""
+    if network.config.cross_attention_dim is None:
+        return 0
+    copy = network.blueprint()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.project_condition(_blank_text(network.config))
     return counter.get_total_flops()
 
 
@@ -130,11 +149,14 @@ def plan_flops(
         encoder_denoises: As for [`image_flops`].
     """
     light = opening = network_flops(denoiser)
-    heavy = 0
+    heavy, text = 0, text_flops(denoiser)
     if context_encoder is not None:
         heavy = network_flops(context_encoder) + context_flops(denoiser)
         opening = network_flops(denoiser, with_context=False)
-    return round(plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises))
+        text += text_flops(context_encoder)
+    branches = 2 if guided is not None and any(guided) else 1
+    cost = plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises)
+    return round(cost) + branches * text
 
 
 def plan_cost(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Guidance:
-    """Classifier-free guidance v_null + scale (v_class − v_null), at all noise levels or some.
+    """Classifier-free guidance v_null + scale (v_given − v_null), at all noise levels or some.
 
     Args:
         scale: 1 for none.
@@ -32,10 +32,10 @@ class Guidance:
 
     def combine(self, v: Tensor) -> Tensor:
         """Velocities [B, C, H, W] from those of both branches [2 B, C, H, W]."""
-        v_null, v_class = v.chunk(2)
-        return guide(v_null, v_class, self.scale)
+        v_null, v_given = v.chunk(2)
+        return guide(v_null, v_given, self.scale)
 
 
-def guide(v_null: Tensor, v_class: Tensor, scale: float) -> Tensor:
-    """Guided velocity [B, C, H, W] from those without and with the class; 1 is the one with the class."""
-    return v_null + scale * (v_class - v_null)
+def guide(v_null: Tensor, v_given: Tensor, scale: float) -> Tensor:
+    """Guided velocity [B, C, H, W] from those without and with the condition; 1 is the one with it."""
+    return v_null + scale * (v_given - v_null)

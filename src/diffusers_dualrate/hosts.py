@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from . import diffusion
+from .conditions import Condition, ProjectedText, Text
 from .network import ImageNetworkMixin, per_sample
 from .noise_process import NoiseProcess
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
@@ -41,7 +42,7 @@ class _Kind:
     has_null_class: bool
     stride: Callable[[Any], int]
     taps: Callable[[nn.Module], list[str]]
-    call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 
 
 def _unet_taps(network: nn.Module) -> list[str]:
@@ -148,6 +149,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             in_channels=config.in_channels,
             num_classes=self._kind.num_classes(config),
             has_null_class=self._kind.has_null_class,
+            cross_attention_dim=None,
             context_channels=None,
             prediction_hand_over=check_boolean("prediction_hand_over", prediction_hand_over),
         )
@@ -220,6 +222,10 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         process = {key: value for key, value in self.process.config.items() if not key.startswith("_")}
         return process | {"taps": list(self.taps), "prediction_hand_over": self.config.prediction_hand_over}
 
+    def project_condition(self, condition: Condition) -> Condition:
+        """As the networks of this package have it: the condition as it is."""
+        return condition
+
     def enable_gradient_checkpointing(self, *args, **kwargs) -> None:
         """As the network's own method."""
         self.network.enable_gradient_checkpointing(*args, **kwargs)
@@ -228,7 +234,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         self,
         sample: Tensor,
         log_snr: Tensor | float,
-        class_labels: Tensor | None = None,
+        condition: Condition = None,
         context: None = None,
         context_log_snr: None = None,
         return_dict: bool = True,
@@ -238,7 +244,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         Args:
             sample: Noisy images z [B, C, H, W], variance-preserving.
             log_snr: Their log-SNR, a scalar or [B].
-            class_labels: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            condition: Class of each image [B], `num_classes` being the null label; `None` for all null.
             context: There for interchangeability with a denoiser: a single-rate network takes none.
             context_log_snr: As `context`.
             return_dict: Whether to return an output object or a plain tuple.
@@ -247,19 +253,21 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             raise ValueError("A network of diffusers takes no context.")
         levels = per_sample(log_snr, sample)
         num_classes = self.config.num_classes
-        if num_classes is None and class_labels is not None:
+        if isinstance(condition, (Text, ProjectedText)):
+            raise ValueError("This model takes no text.")
+        if num_classes is None and condition is not None:
             raise ValueError("This model is unconditional and takes no class_labels.")
-        if num_classes is not None and class_labels is None:
+        if num_classes is not None and condition is None:
             if not self.config.has_null_class:
                 raise ValueError(
                     f"A {type(self.network).__name__} knows no class that stands for none: give class_labels."
                 )
-            class_labels = torch.full((len(sample),), num_classes, device=sample.device)
+            condition = torch.full((len(sample),), num_classes, device=sample.device)
         if torch.compiler.is_compiling():
-            output, maps = self._run(sample, levels, class_labels)
+            output, maps = self._run(sample, levels, condition)
         else:
             with _TAPPING:
-                output, maps = self._run(sample, levels, class_labels)
+                output, maps = self._run(sample, levels, condition)
         column = levels[:, None, None, None]
         z = sample.float()
         velocity = self.process.velocity(output.float(), z, column)
@@ -269,11 +277,11 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         velocity = velocity.to(sample.dtype)
         return HostNetworkOutput(sample=velocity, context=maps) if return_dict else (velocity, maps)
 
-    def _run(self, sample: Tensor, levels: Tensor, class_labels: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _run(self, sample: Tensor, levels: Tensor, condition: Condition) -> tuple[Tensor, tuple[Tensor, ...]]:
         seen = (sample * self.process.scale(levels)[:, None, None, None]).to(sample.dtype)
         taken = self._taken = {}
         try:
-            output = self._kind.call(self.network, seen, self.process.timestep(levels), class_labels)
+            output = self._kind.call(self.network, seen, self.process.timestep(levels), condition)
         finally:
             self._taken = None  # no feature map outlives its call
         maps = tuple(_as_map(taken[tap], sample, self.stride) for tap in self.taps)

@@ -1,11 +1,9 @@
 """What a pipeline and its calls are given, checked as a whole before anything is computed."""
 
-import difflib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from diffusers import SchedulerMixin
@@ -18,9 +16,11 @@ from .defaults import SamplingDefaults, check_id2label, check_interval
 from .guidance import Guidance
 from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
+from .prompts import Asked, Wanted
 from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps
+from .text_encoding import TextEncoding, width_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Beyond this factor of the trained size the networks have seen nothing like the image.
@@ -33,13 +33,15 @@ class Inputs:
     """What one call is asked for.
 
     Args:
-        class_labels: Class of each image; `None` for no class.
+        asked: What they are to show.
+        times: Number of images for each class or prompt.
         shape: Shape of the images (B, C, height, width).
         guidance: Scale and interval of guidance.
         latents: Noise to start from; `None` to draw it.
     """
 
-    class_labels: list[int] | None
+    asked: Asked
+    times: int
     shape: tuple[int, int, int, int]
     guidance: Guidance
     latents: Tensor | None
@@ -48,8 +50,9 @@ class Inputs:
 def check_inputs(
     denoiser: UViTDenoiser,
     id2label: Mapping[int, str],
+    encoding: TextEncoding | None,
     *,
-    class_labels: int | str | Sequence[int | str] | Tensor | None,
+    wanted: Wanted,
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
     batch_size: int | None,
@@ -61,70 +64,25 @@ def check_inputs(
     latents: Tensor | None,
 ) -> Inputs:
     """Check the arguments of a call that say what is drawn; they are documented there."""
-    ids = None
-    if class_labels is not None:
-        ids = find_label_ids(class_labels, denoiser.config.num_classes, id2label)
-        if batch_size not in (None, len(ids)):
-            raise ValueError(f"batch_size is {batch_size!r}, but there are {len(ids)} class_labels.")
+    asked = wanted.check(denoiser.config, id2label, encoding)
+    names = "prompts" if denoiser.config.cross_attention_dim is not None else "class_labels"
+    if len(asked) and batch_size not in (None, len(asked)):
+        raise ValueError(f"batch_size is {batch_size!r}, but there are {len(asked)} {names}.")
     each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-    if ids is not None:
-        batch_size = len(ids)
+    if len(asked):
+        batch_size = len(asked)
     batch_size = each * (1 if batch_size is None else check_integer("batch_size", batch_size, 1))
     shape = (batch_size, denoiser.config.in_channels, *_check_size(denoiser, height, width, pixels_per_side))
     most = _MOST_VALUES // math.prod(shape[1:])
     if batch_size > most:
         raise ValueError(
             f"A call draws at most {most} images of {shape[2]}x{shape[3]}, got {batch_size} from batch_size or "
-            f"class_labels and num_images_per_prompt={each}."
+            f"{names} and num_images_per_prompt={each}."
         )
-    if ids is not None:
-        ids = [label for label in ids for _ in range(each)]
     _check_generator(generator, batch_size)
     _check_latents(latents, shape)
-    guidance = _check_guidance(guidance_scale, guidance_interval, ids)
-    return Inputs(ids, shape, guidance, latents)
-
-
-def find_label_ids(
-    class_labels: int | str | Sequence[int | str] | Tensor, num_classes: int | None, id2label: Mapping[int, str]
-) -> list[int]:
-    """Turn classes in any form into a list of their numbers: a number, a name, a list of either, an integer tensor."""
-    if num_classes is None:
-        raise ValueError("This model is unconditional: leave class_labels out and give batch_size.")
-    if isinstance(class_labels, Tensor):
-        if class_labels.is_floating_point() or class_labels.dtype == torch.bool or class_labels.ndim > 1:
-            raise ValueError(
-                "class_labels must be integers in at most one dimension, "
-                f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
-            )
-        class_labels = class_labels.reshape(-1).tolist()
-    elif isinstance(class_labels, (bytes, Set, Mapping)):  # in no order that says which image is of which class
-        raise ValueError(
-            f"class_labels must be a number, a name or a list of them, got a {type(class_labels).__name__}."
-        )
-    elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
-        class_labels = [class_labels]
-    numbers = {name: number for number, name in reversed(list(id2label.items()))}
-    ids = [_find_label_id(label, num_classes, numbers) for label in class_labels]
-    if not ids:
-        raise ValueError("class_labels is empty.")
-    return ids
-
-
-def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping[str, int]) -> int:
-    if isinstance(label, str):
-        if label not in numbers:
-            close = difflib.get_close_matches(label, numbers)
-            hint = f"did you mean {close[0]!r}?" if close else "pipe.id2label lists the names."
-            raise ValueError(f"Unknown class name {label!r}; {hint}")
-        label = numbers[label]
-    if isinstance(label, Tensor) and label.ndim == 0:
-        label = cast(int, label.item())
-    if isinstance(label, bool) or not hasattr(label, "__index__"):
-        raise ValueError(f"class_labels must be integers or names, got {label!r}.")
-    if not 0 <= label < num_classes:
-        raise ValueError(f"class_labels must lie in 0..{num_classes - 1}, got {label}.")
-    return int(label)
+    guidance = _check_guidance(guidance_scale, guidance_interval, asked)
+    return Inputs(asked, each, shape, guidance, latents)
 
 
 def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None, factor: int) -> tuple[int, int]:
@@ -167,10 +125,13 @@ def _check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError("latents must be finite, got NaN or infinity among them.")
 
 
-def _check_guidance(scale: float, interval: tuple[float, float] | None, class_labels: list[int] | None) -> Guidance:
+def _check_guidance(scale: float, interval: tuple[float, float] | None, asked: Asked) -> Guidance:
     scale = check_number("guidance_scale", scale, least=1)
-    if scale > 1 and class_labels is None:
-        raise ValueError(f"guidance_scale={scale} needs class_labels.")
+    if scale > 1 and not asked.has_null:
+        needed = (
+            "negative_prompt_embeds, where no text_encoder embeds an empty prompt" if len(asked) else "class_labels"
+        )
+        raise ValueError(f"guidance_scale={scale} needs {needed}.")
     check_interval(interval)
     return Guidance.of(scale, interval)
 
@@ -215,16 +176,26 @@ def check_returned(returned: Mapping, given: Mapping[str, Tensor | Sequence[Tens
 
 
 def check_components(
-    denoiser: UViTDenoiser, scheduler: SchedulerMixin, context_encoder: UViTContextEncoder | None
+    denoiser: UViTDenoiser,
+    scheduler: SchedulerMixin,
+    context_encoder: UViTContextEncoder | None,
+    encoding: TextEncoding | None = None,
 ) -> None:
     """Check that a pipeline is made of the right parts and that its two networks fit each other."""
     _check_class("denoiser", denoiser, UViTDenoiser, HostNetwork)
     _check_class("scheduler", scheduler, SchedulerMixin)
+    taken = denoiser.config.cross_attention_dim
+    if encoding is not None and taken != width_of(encoding.text_encoder):
+        takes = "no text" if taken is None else f"text of {taken} channels a token"
+        raise ValueError(
+            f"The text_encoder does not fit: it hands out {width_of(encoding.text_encoder)} channels a token, and the "
+            f"networks take {takes}."
+        )
     expected = denoiser.config.context_channels
     if context_encoder is None:
         return
     _check_class("context_encoder", context_encoder, UViTContextEncoder, HostNetwork)
-    shared = ["in_channels", "num_classes", "prediction_hand_over"]
+    shared = ["in_channels", "num_classes", "cross_attention_dim", "prediction_hand_over"]
     for name in shared if isinstance(context_encoder, HostNetwork) else [*shared, "patch_size"]:
         theirs, ours = context_encoder.config[name], denoiser.config[name]
         if theirs != ours:
@@ -267,7 +238,8 @@ def describe_unsaid(
     defaults: SamplingDefaults, given: dict, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None
 ) -> str:
     """A warning that names the sampling values which nobody gave, and the defaults that are taken for them."""
-    used = {"num_context_steps": context_encoder is not None, "guidance_scale": denoiser.config.num_classes}
+    has_condition = denoiser.config.num_classes or denoiser.config.cross_attention_dim
+    used = {"num_context_steps": context_encoder is not None, "guidance_scale": has_condition}
     unsaid = ["num_inference_steps", *(name for name, has_use in used.items() if has_use and name not in given)]
     values = ", ".join(f"{name}={getattr(defaults, name)}" for name in unsaid)
     return (
@@ -288,8 +260,9 @@ def make_chain(
     steps: ChainSteps,
     defaults: SamplingDefaults,
     device: str | torch.device,
+    encoding: TextEncoding | None = None,
     *,
-    class_labels: int | str | Sequence[int | str] | Tensor | None,
+    wanted: Wanted,
     guidance_scale: float | None,
     guidance_interval: tuple[float, float] | None,
     generator: torch.Generator | list[torch.Generator] | None,
@@ -303,17 +276,19 @@ def make_chain(
         steps: The steps of the chain, from [`plan_steps`].
         defaults: What the model says where the call does not.
         device: Where the networks compute.
-        class_labels: As the call gives them.
+        encoding: The model's text encoder, if it has one.
+        wanted: What the call says of what the images show.
         guidance_scale: As the call gives it.
         guidance_interval: As the call gives it.
         generator: As the call gives it.
         options: The other arguments of [`check_inputs`].
     """
-    scale, interval = defaults.choose_guidance(guidance_scale, guidance_interval, class_labels is not None)
+    scale, interval = defaults.choose_guidance(guidance_scale, guidance_interval, wanted.has_condition)
     inputs = check_inputs(
         denoiser,
         check_id2label(defaults.id2label, denoiser.config.num_classes),
-        class_labels=class_labels,
+        encoding,
+        wanted=wanted,
         guidance_scale=scale,
         guidance_interval=interval,
         generator=generator,
@@ -332,13 +307,21 @@ def make_chain(
             "follow its encoder (--follow_encoder): compare the images with those of DualRateScheduler.",
             stacklevel=4,
         )
-    labels = None if inputs.class_labels is None else torch.tensor(inputs.class_labels, device=device)
+    condition, null = inputs.asked.compute(encoding, device, inputs.times, inputs.guidance.scale > 1)
     noise = inputs.latents
     if noise is None:
         noise = randn_tensor(inputs.shape, generator, torch.device(device), torch.float32)
     # The images stay in float32 whatever the networks compute in.
     noise = noise.to(device, torch.float32) * steps.scheduler.init_noise_sigma
     chain = Chain(
-        denoiser, context_encoder, steps, labels, inputs.guidance, generator, defaults.encoder_denoises, device
+        denoiser,
+        context_encoder,
+        steps,
+        condition,
+        inputs.guidance,
+        generator,
+        defaults.encoder_denoises,
+        device,
+        null=null,
     )
     return chain, noise

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from . import diffusion
+from .conditions import AnyCondition, Condition, replace_rows, take_rows
 
 LogSNR = Callable[[Tensor], Tensor]
-Denoise = Callable[[Tensor, Tensor, Tensor | None, object, Tensor | None], Tensor]
-"""(z_t, λ_t, labels, context, λ_τ) → v̂; context and λ_τ are `None` in the context-free branch."""
-Encode = Callable[[Tensor, Tensor, Tensor | None], tuple[object, Tensor | None]]
-"""(z_τ, λ_τ, labels) → the context, and the encoder's own prediction x̂, or `None` if it makes none."""
+Denoise = Callable[[Tensor, Tensor, Condition, object, Tensor | None], Tensor]
+"""(z_t, λ_t, condition, context, λ_τ) → v̂; context and λ_τ are `None` in the context-free branch."""
+Encode = Callable[[Tensor, Tensor, Condition], tuple[object, Tensor | None]]
+"""(z_τ, λ_τ, condition) → the context, and the encoder's own prediction x̂, or `None` if it makes none."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Draws:
     """All randomness of one training step.
 
     Args:
-        uniforms: Numbers in [0, 1) [B, 4] that become t, the largest age, the lag of τ and the dropping of the label.
+        uniforms: Numbers in [0, 1) [B, 4] that become t, the largest age, the lag of τ and the dropping of the condition.
         eps: Standard normal noise of z_t [B, C, H, W].
         eps_tau: Standard normal noise of the transition from z_t to z_τ [B, C, H, W].
     """
@@ -196,26 +197,22 @@ class DenoisingLoss:
     v_loss: Tensor
 
 
-def drop_labels(class_labels: Tensor | None, draws: Draws, rate: float, null_label: int | None) -> Tensor | None:
-    """Replace each label by `null_label`, which stands for no class, with probability `rate`."""
-    if class_labels is None or null_label is None:
-        return class_labels
-    return torch.where(draws.uniforms[:, 3] < rate, null_label, class_labels)
+def drop_condition(
+    condition: AnyCondition, draws: Draws, rate: float, null: AnyCondition | int | None
+) -> AnyCondition:
+    """Replace the condition of each row by `null`, the label of no class or an empty text, with probability `rate`."""
+    return replace_rows(condition, draws.uniforms[:, 3] < rate, null)
 
 
 def _v_loss(denoised: Tensor, v: Tensor) -> Tensor:
     return (denoised.float() - v).square().flatten(1).mean(1)
 
 
-def _of(class_labels: Tensor | None, rows: slice) -> Tensor | None:
-    return None if class_labels is None else class_labels[rows]
-
-
 def denoising_loss(
     denoise: Denoise,
     encode: Encode | None,
     x: Tensor,
-    class_labels: Tensor | None,
+    condition: Condition,
     draws: Draws,
     *,
     schedule: Schedule,
@@ -229,11 +226,11 @@ def denoising_loss(
     An encoder that makes a prediction of its own also learns from its own denoising loss, beside the joint one.
 
     Args:
-        denoise: (z_t, λ_t, labels, context, λ_τ) → v̂; context and λ_τ are `None` in rows without context.
-        encode: (z_τ, λ_τ, labels) → context and x̂, or `None` for x̂. `None` for a single-rate network: no row sees a
+        denoise: (z_t, λ_t, condition, context, λ_τ) → v̂; context and λ_τ are `None` in rows without context.
+        encode: (z_τ, λ_τ, condition) → context and x̂, or `None` for x̂. `None` for a single-rate network: no row sees a
             context.
         x: Clean images [B, C, H, W] in [-1, 1].
-        class_labels: [B] integers, or `None`.
+        condition: What the images are of: class labels [B], a text, or `None`.
         draws: Randomness of the step.
         schedule: The noise schedule and the loss weight.
         contexts: Which rows see a context, and how old it is.
@@ -252,13 +249,13 @@ def denoising_loss(
     encoder_loss: Tensor | float = 0.0
     if num_without > 0:
         alone = slice(num_without)
-        denoised = denoise(z_t[alone], lambda_t[alone], _of(class_labels, alone), None, None)
+        denoised = denoise(z_t[alone], lambda_t[alone], take_rows(condition, alone), None, None)
         parts.append(judge(denoised, target[alone], lambda_t[alone], t[alone]))
     if encode is not None and num_without < len(x):
         paired = slice(num_without, None)
         x, z_tau, lambda_tau, tau = x[paired], z_tau[paired], lambda_tau[paired], tau[paired]
-        context, prediction = encode(z_tau, lambda_tau, _of(class_labels, paired))
-        denoised = denoise(z_t[paired], lambda_t[paired], _of(class_labels, paired), context, lambda_tau)
+        context, prediction = encode(z_tau, lambda_tau, take_rows(condition, paired))
+        denoised = denoise(z_t[paired], lambda_t[paired], take_rows(condition, paired), context, lambda_tau)
         parts.append(judge(denoised, target[paired], lambda_t[paired], t[paired]))
         if prediction is not None:
             v_hat, v = (diffusion.v_from_x(z_tau, image, column(lambda_tau, x)) for image in (prediction, x))
@@ -271,7 +268,7 @@ def following_loss(
     denoise: Denoise,
     encode: Encode,
     x: Tensor,
-    class_labels: Tensor | None,
+    condition: Condition,
     draws: Draws,
     *,
     schedule: Schedule,
@@ -285,9 +282,9 @@ def following_loss(
 
     Args:
         denoise: As for [`denoising_loss`].
-        encode: (z_τ, λ_τ, labels) → context and x̂; both are needed.
+        encode: (z_τ, λ_τ, condition) → context and x̂; both are needed.
         x: Clean images [B, C, H, W] in [-1, 1].
-        class_labels: [B] integers, or `None`.
+        condition: What the images are of: class labels [B], a text, or `None`.
         draws: Randomness of the step.
         schedule: The noise schedule and the loss weight.
         contexts: Which rows see a context, how old it is, and how z_t comes from z_τ.
@@ -310,19 +307,19 @@ def following_loss(
     level_t, level_tau = column(lambda_t, x), column(lambda_tau, x)
     z_t, z_tau = coupled_pair(x, draws.eps, draws.eps_tau, level_t, level_tau)
     v, is_deterministic = diffusion.v_from_x_eps(x, draws.eps, level_t), (row < contexts.num_deterministic)[paired]
-    level_t, level_tau, z_tau, labels = level_t[paired], level_tau[paired], z_tau[paired], _of(class_labels, paired)
+    level_t, level_tau, z_tau, given = level_t[paired], level_tau[paired], z_tau[paired], take_rows(condition, paired)
     # Before what has no gradient: autocast keeps the weights that it casts, as they were cast first.
-    context, x_tau = encode(z_tau, lambda_tau[paired], labels)
+    context, x_tau = encode(z_tau, lambda_tau[paired], given)
     assert x_tau is not None  # an encoder that is followed predicts
     with torch.no_grad():
         eps = diffusion.eps_from_v(z_tau, diffusion.v_from_x(z_tau, x_tau, level_tau), level_tau)
         stepped = diffusion.add_noise(x_tau, eps, level_t)
         z = torch.where(column(is_deterministic, x), stepped, z_t[paired])
-        _, x_t = encode(z, lambda_t[paired], labels)
+        _, x_t = encode(z, lambda_t[paired], given)
         assert x_t is not None
         target = diffusion.v_from_x(z, x_t, level_t)
-    v_loss = _v_loss(denoise(z, lambda_t[paired], labels, context, lambda_tau[paired]), target)
+    v_loss = _v_loss(denoise(z, lambda_t[paired], given, context, lambda_tau[paired]), target)
     if contexts.num_without > 0:  # these learn from the images, which costs nothing heavy
-        denoised = denoise(z_t[alone], lambda_t[alone], _of(class_labels, alone), None, None)
+        denoised = denoise(z_t[alone], lambda_t[alone], take_rows(condition, alone), None, None)
         v_loss = torch.cat([_v_loss(denoised, v[alone]), v_loss])
     return DenoisingLoss(loss=(schedule.weight(lambda_t, t) * v_loss).mean(), v_loss=v_loss.detach())

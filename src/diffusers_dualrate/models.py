@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from . import diffusion
-from .network import UViTNetwork, per_sample
-from .uvit import NoiseLevelEmbedding, group_norm, start_at_zero
+from .conditions import Condition
+from .network import NoiseLevelEmbedding, UViTNetwork, per_sample
+from .uvit import group_norm, start_at_zero
 
 # Variance of x̂ in units of σ_τ², before anything is learned.
 _INITIAL_VARIANCE = 0.2
@@ -71,10 +72,14 @@ class UViTContextEncoder(UViTNetwork):
         level_blocks: Number of blocks that each level has going down, and again going up. The last entry is the number of
             blocks in the middle.
         attention_head_dim: Channels of one attention head.
-        embedding_dim: Width of the noise-level and class embedding.
+        embedding_dim: Width of the embedding of noise level and class or text.
         dropout: Dropout rate in transformer blocks.
         context_channels: Width of the map that each level hands out; `None` for the level's own width.
         prediction_hand_over: Whether the context ends with z_τ, the encoder's own prediction x̂ and its variance.
+        cross_attention_dim: Width of the tokens of a text, for a model of text; `None` for one of classes or of nothing.
+        text_length: Number of tokens of the texts that it is trained on, filled up or cut to it.
+        attends_to_text: Whether transformer levels attend to its tokens. Otherwise the network sees one embedding of the
+            whole text.
     """
 
     @register_to_config
@@ -92,6 +97,9 @@ class UViTContextEncoder(UViTNetwork):
         dropout: float = 0.0,
         context_channels: tuple[int, ...] | None = None,
         prediction_hand_over: bool = False,
+        cross_attention_dim: int | None = None,
+        text_length: int = 77,
+        attends_to_text: bool = True,
     ):
         super().__init__()
         self._make_trunk(in_channels)
@@ -142,7 +150,7 @@ class UViTContextEncoder(UViTNetwork):
             )
         config = {key: denoiser.config[key] for key in cls._get_init_keys(cls) if key in denoiser.config}
         encoder = cls(**{**config, "context_channels": context_channels, "prediction_hand_over": prediction_hand_over})
-        for name in ("trunk", "noise_embedding", "class_embedding", "norm_out", "proj_out"):
+        for name in ("trunk", "noise_embedding", "class_embedding", "text_projection", "norm_out", "proj_out"):
             if getattr(encoder, name, None) is not None:
                 getattr(encoder, name).load_state_dict(getattr(denoiser, name).state_dict())
         encoder.origin = denoiser.origin
@@ -157,7 +165,7 @@ class UViTContextEncoder(UViTNetwork):
         self,
         sample: Tensor,
         log_snr: Tensor | float,
-        class_labels: Tensor | None = None,
+        condition: Condition = None,
         return_dict: bool = True,
     ) -> UViTContextEncoderOutput | tuple[tuple[Tensor, ...]]:
         """Compute the context of noisy images.
@@ -165,11 +173,13 @@ class UViTContextEncoder(UViTNetwork):
         Args:
             sample: Noisy images z_τ [B, C, H, W].
             log_snr: Their log-SNR λ_τ, a scalar or [B].
-            class_labels: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            condition: Class of each image [B], `num_classes` being the null label; `None` for all null. For a model of text
+                a [`Text`], or what `project_condition` made of it.
             return_dict: Whether to return an output object or a plain tuple.
         """
-        embedding = silu(self._embed(sample, log_snr, class_labels))
-        features = self.trunk(sample, embedding)
+        embedding, text = self._embed(sample, log_snr, condition)
+        embedding = silu(embedding)
+        features = self.trunk(sample, embedding, text=text)
         context = tuple(head(feature) for head, feature in zip(self.context_heads, features, strict=True))
         if self.config.prediction_hand_over:
             level = per_sample(log_snr, sample)[:, None, None, None]
@@ -196,10 +206,14 @@ class UViTDenoiser(UViTNetwork):
         level_blocks: Number of blocks that each level has going down, and again going up. The last entry is the number of
             blocks in the middle.
         attention_head_dim: Channels of one attention head.
-        embedding_dim: Width of the noise-level and class embedding.
+        embedding_dim: Width of the embedding of noise level and class or text.
         dropout: Dropout rate in transformer blocks.
         context_channels: Width of the context at every level; `None` for a network that takes none.
         prediction_hand_over: Whether the context ends with z_τ, the encoder's prediction x̂ and its variance.
+        cross_attention_dim: Width of the tokens of a text, for a model of text; `None` for one of classes or of nothing.
+        text_length: Number of tokens of the texts that it is trained on, filled up or cut to it.
+        attends_to_text: Whether transformer levels attend to its tokens. Otherwise the network sees one embedding of the
+            whole text.
     """
 
     @register_to_config
@@ -217,6 +231,9 @@ class UViTDenoiser(UViTNetwork):
         dropout: float = 0.0,
         context_channels: tuple[int, ...] | None = None,
         prediction_hand_over: bool = False,
+        cross_attention_dim: int | None = None,
+        text_length: int = 77,
+        attends_to_text: bool = True,
     ):
         super().__init__()
         # Beside z_t the trunk sees the updated prediction, as v and as x, and how far the update moved it.
@@ -271,7 +288,7 @@ class UViTDenoiser(UViTNetwork):
         self,
         sample: Tensor,
         log_snr: Tensor | float,
-        class_labels: Tensor | None = None,
+        condition: Condition = None,
         context: tuple[Tensor, ...] | None = None,
         context_log_snr: Tensor | float | None = None,
         return_dict: bool = True,
@@ -281,7 +298,8 @@ class UViTDenoiser(UViTNetwork):
         Args:
             sample: Noisy images z_t [B, C, H, W].
             log_snr: Their log-SNR λ_t, a scalar or [B].
-            class_labels: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            condition: Class of each image [B], `num_classes` being the null label; `None` for all null. For a model of text
+                a [`Text`], or what `project_condition` made of it.
             context: What `project_context` made of the context of z_τ; `None` for the context-free branch.
             context_log_snr: Log-SNR λ_τ ≤ λ_t of the image that the context was computed from, a scalar or [B].
             return_dict: Whether to return an output object or a plain tuple.
@@ -291,7 +309,7 @@ class UViTDenoiser(UViTNetwork):
         """
         if (context is None) != (context_log_snr is None):
             raise ValueError("context and context_log_snr go together: give both or neither.")
-        embedding = self._embed(sample, log_snr, class_labels)
+        embedding, text = self._embed(sample, log_snr, condition)
         if context is not None and context_log_snr is not None:
             if self.config.context_channels is None:
                 raise ValueError("This denoiser takes no context (context_channels=None).")
@@ -300,7 +318,7 @@ class UViTDenoiser(UViTNetwork):
         if self.config.prediction_hand_over:
             start, hidden_states = self._update_prediction(sample, log_snr, context, context_log_snr)
             context = None if context is None else context[: len(self.context_proj)]
-        features = self.trunk(hidden_states, silu(embedding), context)
+        features = self.trunk(hidden_states, silu(embedding), context, text)
         velocity = self.proj_out(silu(self.norm_out(features[0])))
         if start is not None:
             velocity = start + velocity

@@ -18,11 +18,17 @@ from .defaults import NAMES, SamplingDefaults
 from .inputs import check_components, make_chain
 from .latents import compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
+from .prompts import Wanted
 from .sampling import sample_at_two_rates
 from .steps import plan_steps
+from .text_encoding import TextEncoding
 
 _INPUTS = {
     "class_labels": "Classes by number or name, one or several; `None` for no class.",
+    "prompt_embeds": "Embeddings of prompts [B, L, D], for a model of text.",
+    "negative_prompt_embeds": "Embeddings of what guidance leads away from.",
+    "prompt_attention_mask": "Which tokens of the prompts count [B, L].",
+    "negative_prompt_attention_mask": "Which tokens of the negative prompts count.",
     "num_inference_steps": "Number N of steps; default: the model's.",
     "num_context_steps": "Number K of context encoder evaluations; default: the model's.",
     "refresh_steps": "Instead of K, the steps that refresh the context.",
@@ -35,7 +41,51 @@ _INPUTS = {
     "generator": "Source of noise; in a list, one for each image.",
     "latents": "Noise to start from [B, C, height, width].",
 }
+_CONDITIONS = (
+    "class_labels",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_attention_mask",
+)
+_PROMPTS = {
+    "prompt": "A prompt or a list of them, for a model of text.",
+    "negative_prompt": "What guidance leads away from; default: the empty prompt.",
+    "max_sequence_length": "Number of tokens that a prompt is filled up or cut to.",
+}
 _STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
+
+
+class DualRateTextBlock(ModularPipelineBlocks):
+    """From prompts to their embeddings, for a model of text. Without a prompt embeddings stay as they are given."""
+
+    model_name = "dual-rate"
+    description = "Embeds prompts, and what guidance leads away from."
+    expected_components = [
+        ComponentSpec("text_encoder"),
+        ComponentSpec("tokenizer"),
+        ComponentSpec("denoiser", UViTDenoiser),
+    ]
+    inputs = [
+        *(InputParam(name, description=text) for name, text in _PROMPTS.items()),
+        *(InputParam(name, description=_INPUTS[name]) for name in _CONDITIONS[1:]),
+    ]
+    intermediate_outputs = [OutputParam(name, description=_INPUTS[name]) for name in _CONDITIONS[1:]]
+
+    def __call__(self, components, state):
+        """Put the embeddings of `prompt` into the state."""
+        block_state = self.get_block_state(state)
+        arguments = {name: getattr(block_state, name) for name in _PROMPTS}
+        if arguments["prompt"] is not None:
+            encoding = TextEncoding.of(components.text_encoder, components.tokenizer)
+            config, device = components.denoiser.config, components._execution_device
+            text, null = Wanted(**arguments).encode(config, encoding, device, 1, True)
+            assert null is not None  # the encoder embeds the empty prompt where no other is given
+            embeds = (text.tokens, null.tokens, text.mask, null.mask)
+            for name, tensor in zip(_CONDITIONS[1:], embeds, strict=True):
+                setattr(block_state, name, tensor)
+        self.set_block_state(state, block_state)
+        return components, state
 
 
 class DualRateSampleBlock(ModularPipelineBlocks):
@@ -74,6 +124,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
             steps,
             defaults,
             device,
+            wanted=Wanted(**{name: arguments.pop(name) for name in _CONDITIONS}),
             num_images_per_prompt=1,
             pixels_per_side=compression_of(getattr(components, "vae", None)),
             **arguments,
@@ -110,9 +161,9 @@ class DualRateDecodeBlock(ModularPipelineBlocks):
 
 
 class DualRateBlocks(SequentialPipelineBlocks):
-    """Sampling, then decoding."""
+    """Prompts to embeddings, sampling, decoding."""
 
     model_name = "dual-rate"
     description = "Generates images with a Dual-Rate pair or a single-rate model."
-    block_classes = [DualRateSampleBlock, DualRateDecodeBlock]
-    block_names = ["sample", "decode"]
+    block_classes = [DualRateTextBlock, DualRateSampleBlock, DualRateDecodeBlock]
+    block_names = ["text_encoder", "sample", "decode"]

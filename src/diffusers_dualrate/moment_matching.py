@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import diffusion, losses
+from .conditions import Condition, take_rows
 from .losses import Denoise, Encode, LogSNR, column
 from .refreshes import RefreshPlan
 
@@ -86,19 +87,18 @@ class Rollout:
     """What a student's ancestral steps need beside the networks, for each row of a batch.
 
     Args:
-        class_labels: [B] integers, or `None`.
+        condition: Class labels [B], a text, or `None`.
         noise: Noise [B, N + 1, C, H, W], number n + 1 for step n.
         log_snrs: Log-SNR of the grid [N + 1].
     """
 
-    class_labels: Tensor | None
+    condition: Condition
     noise: Tensor
     log_snrs: Tensor
 
     def of_rows(self, rows: Tensor | slice) -> "Rollout":
         """The same of some rows."""
-        labels = None if self.class_labels is None else self.class_labels[rows]
-        return Rollout(labels, self.noise[rows], self.log_snrs)
+        return Rollout(take_rows(self.condition, rows), self.noise[rows], self.log_snrs)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Judges:
     """The two single-rate networks that a student is judged by, and the weight of their judgement.
 
     Args:
-        auxiliary: (z_s, λ_s, labels, None, None) → v̂, the network that learns the midpoint.
+        auxiliary: (z_s, λ_s, condition, None, None) → v̂, the network that learns the midpoint.
         teacher: The same for the frozen teacher, guided or not.
         min_variance: Noise variance below which the weight 1/σ² rises no further.
     """
@@ -140,11 +140,11 @@ def _predict(
     denoise: Denoise,
     z: Tensor,
     log_snr: Tensor,
-    class_labels: Tensor | None,
+    condition: Condition,
     context: object = None,
     context_log_snr: Tensor | None = None,
 ) -> Tensor:
-    v = denoise(z, log_snr, class_labels, context, context_log_snr)
+    v = denoise(z, log_snr, condition, context, context_log_snr)
     return diffusion.x_from_v(z, v.to(z.dtype), column(log_snr, z))
 
 
@@ -209,8 +209,8 @@ def roll_out(
     """Take the student's ancestral steps, from step `first` to step `last` in each row, without gradient.
 
     Args:
-        denoise: (z_t, λ_t, labels, context, λ_τ) → v̂.
-        encode: (z_τ, λ_τ, labels) → context and x̂; `None` for a single-rate student.
+        denoise: (z_t, λ_t, condition, context, λ_τ) → v̂.
+        encode: (z_τ, λ_τ, condition) → context and x̂; `None` for a single-rate student.
         z: Noisy images at step `first` [B, C, H, W].
         rollout: Labels, noise and log-SNRs.
         first: Step n that each row starts at [B].
@@ -219,12 +219,12 @@ def roll_out(
             are entries. A row that has reached its last step stays as it is.
     """
     context = context_log_snr = None
-    labels, log_snrs = rollout.class_labels, rollout.log_snrs
+    condition, log_snrs = rollout.condition, rollout.log_snrs
     for i, now in enumerate(refreshes):
         n = (first + i).clamp(max=len(log_snrs) - 2)
         if encode is not None and now:
-            (context, _), context_log_snr = encode(z, log_snrs[n], labels), log_snrs[n]
-        x = _predict(denoise, z, log_snrs[n], labels, context, context_log_snr)
+            (context, _), context_log_snr = encode(z, log_snrs[n], condition), log_snrs[n]
+        x = _predict(denoise, z, log_snrs[n], condition, context, context_log_snr)
         moved = _draw_posterior(z, x, log_snrs[n], log_snrs[n + 1], rollout.noise[torch.arange(len(z)), n + 1])
         z = torch.where(column(first + i < last, z), moved, z)
     # Before 2.11 torch's autocast kept weights that it cast here, without gradient, for the prediction with gradient.
@@ -236,7 +236,7 @@ def sample_student(
     denoise: Denoise,
     encode: Encode | None,
     x: Tensor | None,
-    class_labels: Tensor | None,
+    condition: Condition,
     draws: GridDraws,
     *,
     grid: Grid,
@@ -244,15 +244,15 @@ def sample_student(
     """Bring the student to a random step of its grid, predict there with gradient, and draw z_s.
 
     Args:
-        denoise: (z_t, λ_t, labels, context, λ_τ) → v̂.
-        encode: (z_τ, λ_τ, labels) → context and x̂; `None` for a single-rate student.
+        denoise: (z_t, λ_t, condition, context, λ_τ) → v̂.
+        encode: (z_τ, λ_τ, condition) → context and x̂; `None` for a single-rate student.
         x: Clean images that z_τ is a noisy version of. With `None` the student starts from pure noise (full rollout), and
             z_τ is what it arrives at.
-        class_labels: [B] integers, or `None`.
+        condition: Class labels [B], a text, or `None`.
         draws: Randomness of the step.
         grid: The student's steps. Rows before the first refresh give the encoder no gradient.
     """
-    rollout = Rollout(class_labels, draws.noise, grid.log_snrs(draws.noise))
+    rollout = Rollout(condition, draws.noise, grid.log_snrs(draws.noise))
     log_snrs, steps = rollout.log_snrs, len(grid.plan)
     n = (draws.uniforms[:, 0] * steps).long()
     # Rounding may put an s next to t on its other side.
@@ -277,7 +277,7 @@ def _reach(
 ) -> tuple[Tensor, Tensor]:
     """Bring the rows of a part to their step. Returns z_t, without gradient, and the prediction x̃, with gradient."""
     rollout, n, encode = rollout.of_rows(part.rows), n[part.rows], encode if part.has_context else None
-    begin, labels = rollout.log_snrs[part.begin], rollout.class_labels
+    begin, condition = rollout.log_snrs[part.begin], rollout.condition
     # The state that the segment begins with has no gradient, and its context has.
     if x is None:
         start = torch.zeros_like(n)
@@ -288,20 +288,20 @@ def _reach(
         z_tau = diffusion.add_noise(x[part.rows], rollout.noise[:, 0], column(begin, x))
     context = context_log_snr = None
     if encode is not None:
-        (context, _), context_log_snr = encode(z_tau, begin, labels), begin
+        (context, _), context_log_snr = encode(z_tau, begin, condition), begin
 
     # From there to t without gradient; the prediction at t has it, for denoiser and encoder.
     refreshes = [i == 0 for i in range(part.length - 1)]
     keep = None if encode is None else lambda *_: (context, None)
     z_t = roll_out(denoise, keep, z_tau, rollout, part.begin, n, refreshes=refreshes)
-    return z_t, _predict(denoise, z_t, rollout.log_snrs[n], labels, context, context_log_snr)
+    return z_t, _predict(denoise, z_t, rollout.log_snrs[n], condition, context, context_log_snr)
 
 
 def auxiliary_loss(
     denoise: Denoise,
     encode: Encode | None,
     x: Tensor | None,
-    class_labels: Tensor | None,
+    condition: Condition,
     draws: GridDraws,
     *,
     grid: Grid,
@@ -310,13 +310,13 @@ def auxiliary_loss(
     """Loss of an auxiliary step, a scalar with gradient for the auxiliary only.
 
     Args:
-        denoise: As for [`sample_student`], and so are `encode`, `x`, `class_labels`, `draws` and `grid`.
+        denoise: As for [`sample_student`], and so are `encode`, `x`, `condition`, `draws` and `grid`.
         judges: Teacher and auxiliary.
     """
     with torch.no_grad():
-        sample = sample_student(denoise, encode, x, class_labels, draws, grid=grid)
-        target = _predict(judges.teacher, sample.z_s, sample.log_snr_s, class_labels)
-    midpoint = _predict(judges.auxiliary, sample.z_s, sample.log_snr_s, class_labels)
+        sample = sample_student(denoise, encode, x, condition, draws, grid=grid)
+        target = _predict(judges.teacher, sample.z_s, sample.log_snr_s, condition)
+    midpoint = _predict(judges.auxiliary, sample.z_s, sample.log_snr_s, condition)
     weight = column(clipped_weight(sample.log_snr_s, judges.min_variance), target)
     return (weight * ((sample.x - midpoint).square() + (target - midpoint).square())).mean()
 
@@ -325,7 +325,7 @@ def student_loss(
     denoise: Denoise,
     encode: Encode | None,
     x: Tensor | None,
-    class_labels: Tensor | None,
+    condition: Condition,
     draws: GridDraws,
     *,
     grid: Grid,
@@ -336,10 +336,10 @@ def student_loss(
     Returns:
         The loss, whose value means nothing, and the mean square of x̂_aux(z_s) − x̂_teacher(z_s), which makes its gradient.
     """
-    sample = sample_student(denoise, encode, x, class_labels, draws, grid=grid)
+    sample = sample_student(denoise, encode, x, condition, draws, grid=grid)
     with torch.no_grad():
-        target = _predict(judges.teacher, sample.z_s, sample.log_snr_s, class_labels)
-        direction = _predict(judges.auxiliary, sample.z_s, sample.log_snr_s, class_labels) - target
+        target = _predict(judges.teacher, sample.z_s, sample.log_snr_s, condition)
+        direction = _predict(judges.auxiliary, sample.z_s, sample.log_snr_s, condition) - target
     weight = column(clipped_weight(sample.log_snr_s, judges.min_variance), target)
     return (weight * sample.x * direction).mean(), direction.square().mean()
 
@@ -348,7 +348,7 @@ def grid_denoising_loss(
     denoise: Denoise,
     encode: Encode,
     x: Tensor,
-    class_labels: Tensor | None,
+    condition: Condition,
     draws: GridDraws,
     *,
     grid: Grid,
@@ -357,7 +357,7 @@ def grid_denoising_loss(
     """Denoising loss w ‖x − x̂‖² at the times that a student meets: what a new denoiser learns before it is distilled.
 
     Args:
-        denoise: As for [`sample_student`], and so are `encode`, `class_labels`, `draws` and `grid`.
+        denoise: As for [`sample_student`], and so are `encode`, `condition`, `draws` and `grid`.
         x: Clean images [B, C, H, W]. The pair (z_t, z_τ) is coupled.
         min_variance: As for [`Judges`].
     """
@@ -368,12 +368,12 @@ def grid_denoising_loss(
     eps, eps_tau = draws.noise[:, 0], draws.noise[:, 1]
     z_t, z_tau = losses.coupled_pair(x, eps, eps_tau, column(log_snr_t, x), column(log_snr_tau, x))
     for part in parts:
-        rows, labels = part.rows, None if class_labels is None else class_labels[part.rows]
+        rows, given = part.rows, take_rows(condition, part.rows)
         context = level_tau = None
         if part.has_context:
             level_tau = log_snr_tau[rows]
-            context, _ = encode(z_tau[rows], level_tau, labels)
-        predictions.append(_predict(denoise, z_t[rows], log_snr_t[rows], labels, context, level_tau))
+            context, _ = encode(z_tau[rows], level_tau, given)
+        predictions.append(_predict(denoise, z_t[rows], log_snr_t[rows], given, context, level_tau))
     prediction = _in_order(parts, predictions)
     weight = column(clipped_weight(log_snr_t, min_variance), x)
     return (weight * (x - prediction).square()).mean()

@@ -1,7 +1,8 @@
-"""What the two networks of a pair share: a residual U-ViT conditioned on log-SNR and class, as a model of the host."""
+"""What the two networks of a pair share: a residual U-ViT of log-SNR and class or text, as a model of the host."""
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self, cast
@@ -12,18 +13,41 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import CacheMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from .conditions import Condition, ProjectedText, Text, TextProjection
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
 from .ranges import LONGEST_SIDE, MOST_AT_ONCE, check_boolean, check_integer, check_number
 from .repositories import RepositoryMixin, refuse_pickles
-from .uvit import NoiseLevelEmbedding, UViTTrunk, group_norm, start_at_zero
+from .uvit import UViTTrunk, group_norm, start_at_zero
 
+# Log-SNR spans about [-15, 15]: the slowest feature turns once over that range, the fastest tells 0.1 apart.
+_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, _NUM_FREQUENCIES = 0.05, 3.0, 32
 # Far more than any network of this kind has in a level.
 _MOST_BLOCKS = 1000
 _MOST_CHANNELS = 2**16  # of a level, far beyond any network that trains
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """Fourier features of log-SNR followed by an MLP."""
+
+    def __init__(self, embedding_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(2 * _NUM_FREQUENCIES, embedding_dim)
+        self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
+
+    def forward(self, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed log-SNR [B] as [B, embedding_dim] in `dtype`; the features are computed in float32."""
+        exponents = torch.linspace(
+            math.log(_LOWEST_FREQUENCY), math.log(_HIGHEST_FREQUENCY), _NUM_FREQUENCIES, device=log_snr.device
+        )
+        angles = log_snr.float()[:, None] * exponents.exp()
+        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+        return self.linear_2(silu(self.linear_1(features)))
 
 
 class ImageNetworkMixin:
@@ -58,7 +82,7 @@ class ImageNetworkMixin:
 class UViTNetwork(
     ImageNetworkMixin, RepositoryMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
 ):
-    """Base of encoder and denoiser: trunk, noise-level and class conditioning, and the host's bookkeeping."""
+    """Base of encoder and denoiser: trunk, conditioning on noise level, class or text, and the host's bookkeeping."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["UViTResBlock", "UViTTransformerBlock", "UViTDepthwiseBlock"]
@@ -222,17 +246,52 @@ class UViTNetwork(
             config.embedding_dim,
             config.dropout,
         )
+        self.text_projection = None
+        if config.cross_attention_dim is not None:
+            widths: list[list[int]] = [
+                [stage.channels] * len(stage.blocks) if stage.attends and config.attends_to_text else []
+                for stage in self.trunk.stages
+            ]
+            self.text_projection = TextProjection(
+                config.cross_attention_dim, config.embedding_dim, widths, config.attention_head_dim
+            )
 
-    def _embed(self, sample: Tensor, log_snr: Tensor | float, class_labels: Tensor | None) -> Tensor:
-        batch_size = sample.shape[0]
+    @apply_forward_hook
+    def project_condition(self, condition: Condition) -> Condition:
+        """What `forward` takes of a condition and what stays the same in all its calls: keys and values of a text.
+
+        Args:
+            condition: Class labels [B], which stay as they are, or a text.
+        """
+        if self.text_projection is None or not isinstance(condition, Text):
+            return condition
+        width = condition.tokens.shape[-1]
+        if width != self.config.cross_attention_dim:
+            raise ValueError(
+                f"This model takes text of {self.config.cross_attention_dim} channels a token, got {width}."
+            )
+        return self.text_projection(condition)
+
+    def _embed(
+        self, sample: Tensor, log_snr: Tensor | float, condition: Condition
+    ) -> tuple[Tensor, ProjectedText | None]:
+        """The embedding [B, E] of noise level and condition, and the text, if that is what the condition is."""
         embedding = self.noise_embedding(per_sample(log_snr, sample), sample.dtype)
+        if self.text_projection is not None:
+            if isinstance(condition, Text):
+                condition = self.project_condition(Text(condition.tokens.to(sample.dtype), condition.mask))
+            if not isinstance(condition, ProjectedText):
+                raise ValueError("This model takes text (cross_attention_dim is set): give a Text as the condition.")
+            return embedding + condition.embedding, condition
+        if isinstance(condition, (Text, ProjectedText)):
+            raise ValueError("This model takes no text (cross_attention_dim=None).")
         if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch_size,), self.config.num_classes, device=sample.device)
-            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
-        elif class_labels is not None:
+            if condition is None:
+                condition = torch.full((sample.shape[0],), self.config.num_classes, device=sample.device)
+            embedding = embedding + self.class_embedding(condition).to(sample.dtype)
+        elif condition is not None:
             raise ValueError("This model is unconditional (num_classes=None) and takes no class_labels.")
-        return embedding
+        return embedding, None
 
 
 def _check_config(config) -> None:
@@ -257,6 +316,15 @@ def _check_config(config) -> None:
             check_integer(f"each of {name}", entry, least, most)
     check_number("dropout", config.dropout, least=0, below=1)
     check_boolean("prediction_hand_over", config.prediction_hand_over)
+    check_integer("text_length", config.text_length, 1, MOST_AT_ONCE)
+    check_boolean("attends_to_text", config.attends_to_text)
+    if config.cross_attention_dim is not None:
+        check_integer("cross_attention_dim, if it is not None,", config.cross_attention_dim, 1, _MOST_CHANNELS)
+        if config.num_classes is not None:
+            raise ValueError(
+                f"A model is of classes or of text, got num_classes={config.num_classes} and "
+                f"cross_attention_dim={config.cross_attention_dim}."
+            )
 
 
 def per_sample(log_snr: Tensor | float, sample: Tensor) -> Tensor:

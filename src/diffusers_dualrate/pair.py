@@ -6,6 +6,7 @@ from typing import Any, cast
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from .conditions import Condition
 from .losses import Schedule
 from .models import UViTContextEncoder, UViTDenoiser
 from .scheduler import DualRateScheduler
@@ -35,24 +36,22 @@ class TrainablePair(nn.Module):
         encode = None if self.context_encoder is None else self.encode
         return loss_function(self.denoise, encode, *args, **kwargs)
 
-    def encode(
-        self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def encode(self, z: Tensor, log_snr: Tensor, condition: Condition) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Projected context of z_τ, and the encoder's own prediction x̂ where it hands one over."""
         assert self.context_encoder is not None  # else nobody is handed this method
-        context = self.denoiser.project_context(self.context_encoder(z, log_snr, class_labels).context)
+        context = self.denoiser.project_context(self.context_encoder(z, log_snr, condition).context)
         return context, self.denoiser.handed_over_prediction(context)
 
     def denoise(
         self,
         z: Tensor,
         log_snr: Tensor,
-        class_labels: Tensor | None,
+        condition: Condition,
         context: Any,
         context_log_snr: Tensor | None,
     ) -> Tensor:
         """Velocity predicted from z_t and, where there is one, the projected context."""
-        return self.denoiser(z, log_snr, class_labels, context, context_log_snr).sample
+        return self.denoiser(z, log_snr, condition, context, context_log_snr).sample
 
 
 def schedule_of(scheduler: DualRateScheduler, bias: float = 0.0) -> Schedule:

@@ -12,7 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from .callbacks import Call, call_back
+from .callbacks import CONDITIONS, Call, CallStateMixin, call_back
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
 from .graphs import Recordings, lend
@@ -23,23 +23,25 @@ from .inputs import (
     check_encoder_denoises,
     check_images,
     describe_unsaid,
-    find_label_ids,
     make_chain,
 )
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .origins import access
+from .prompts import WANTED, ClassLabels, PromptMixin, Wanted
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
 from .sampling import sample_at_two_rates
 from .steps import plan_steps
+from .text_encoding import TextEncoding
 
 _REQUIRED = ("denoiser", "scheduler")
+_STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
 # What a single-rate model has no use for.
 _OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
 
 
-class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
+class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, DiffusionPipeline):
     """Generate images with a pair of networks at two rates, or with a single-rate network.
 
     `DualRatePipeline(**pipe.components)` keeps the defaults of `pipe`, but for those that are given. Several calls may run
@@ -51,6 +53,9 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         context_encoder: Network that runs at refreshes only; `None` for a single-rate model.
         vae: Autoencoder of diffusers (`AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`) whose latents the networks draw;
             `None` for networks of pixels.
+        text_encoder: For networks of text, an encoder of transformers that has a `last_hidden_state` (`CLIPTextModel`,
+            `T5EncoderModel`); `None` where calls give embeddings.
+        tokenizer: Its tokenizer.
         id2label: Name of each class.
         num_inference_steps: Default number N of steps; 64 if left out.
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
@@ -71,12 +76,14 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
     scheduler: SchedulerMixin
     context_encoder: UViTContextEncoder | HostNetwork | None
     vae: ModelMixin | None
+    text_encoder: Any
+    tokenizer: Any
     image_processor: VaeImageProcessor
 
     # The encoder comes and goes within a run: in one chain the two networks would evict each other at every refresh.
-    model_cpu_offload_seq = "denoiser->vae"
-    _optional_components = ["context_encoder", "vae"]
-    _callback_tensor_inputs = ["latents", "class_labels", "context"]
+    model_cpu_offload_seq = "text_encoder->denoiser->vae"
+    _optional_components = ["context_encoder", "vae", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "context", *CONDITIONS]
 
     def __init__(
         self,
@@ -84,6 +91,8 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         context_encoder: UViTContextEncoder | HostNetwork | None = None,
         vae: ModelMixin | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
         id2label: dict | None = None,
         num_inference_steps: int | None = None,
         num_context_steps: int | None = None,
@@ -95,7 +104,7 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         encoder_denoises: bool | None = None,
     ):
         super().__init__()
-        check_components(denoiser, scheduler, context_encoder)
+        check_components(denoiser, scheduler, context_encoder, TextEncoding.of(text_encoder, tokenizer))
         check_vae(vae, denoiser.config.in_channels, scheduler)
         if context_encoder is None and denoiser.config.context_channels is not None:
             warnings.warn(
@@ -125,7 +134,14 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         names = {str(key): name for key, name in self._id2label.items()} or None
         if not known and num_inference_steps is None:
             warnings.warn(describe_unsaid(defaults, given, denoiser, context_encoder), stacklevel=2)
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, context_encoder=context_encoder, vae=vae)
+        self.register_modules(
+            denoiser=denoiser,
+            scheduler=scheduler,
+            context_encoder=context_encoder,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
         self.register_to_config(**{name: getattr(defaults, name) for name in NAMES} | {"id2label": names})
         self.image_processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
         # The newest call, and all that are running.
@@ -228,56 +244,6 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         """Name of each class, empty where none are known."""
         return dict(self._id2label)
 
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the newest call."""
-        return self._call.guidance.scale
-
-    @property
-    def num_timesteps(self) -> int | None:
-        """Number of steps of the newest call."""
-        return self._call.num_timesteps
-
-    @property
-    def current_timestep(self) -> Tensor | None:
-        """Timestep of the running step, for caches that ask for it; `None` between calls."""
-        return self._call.timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the newest call skips its remaining steps; callbacks set `_interrupt`."""
-        return self._call.interrupt
-
-    # The host's names for what callbacks set. On the pipeline that a callback gets they belong to its own call; on the
-    # user's pipeline `_interrupt = True` stops every call of it that is running.
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._call.guidance.scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, scale: float) -> None:
-        self._call.guidance.scale = scale
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._call.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, interrupt: bool) -> None:
-        self._call.interrupt = bool(interrupt)
-        if interrupt:
-            for call in tuple(self._running):
-                call.interrupt = True
-
-    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
-        """Turn classes in any form into a list of their numbers.
-
-        Args:
-            class_labels: A number, a name of `id2label`, a list of either, or an integer tensor [B] or [].
-        """
-        return find_label_ids(class_labels, self.denoiser.config.num_classes, self._id2label)
-
     def plan_run(
         self,
         num_inference_steps: int | None = None,
@@ -294,10 +260,17 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        prompt: ClassLabels | None = None,
         num_inference_steps: int | None = None,
         num_context_steps: int | None = None,
         *,
+        class_labels: ClassLabels | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
         refresh_steps: Sequence[int] | None = None,
         timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
@@ -316,17 +289,24 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
         """Generate images.
 
         Args:
-            class_labels: Classes by number or name, one or several, or an integer tensor; `None` for no class.
+            prompt: For a model of text, a prompt or a list of them. For a model of classes it is `class_labels`.
             num_inference_steps: Number N of steps; default: the model's.
             num_context_steps: Number K ≤ N of context encoder evaluations, spread evenly over the steps at or below
                 `context_from` where the model has one; default: the model's, at most as many as there are such steps.
+            class_labels: Classes by number or name, one or several, or an integer tensor; `None` for no class.
+            negative_prompt: What guidance leads away from, for all prompts or each; default: the empty prompt.
+            prompt_embeds: Instead of `prompt`, embeddings [B, L, D] of `encode_prompt`.
+            negative_prompt_embeds: Instead of `negative_prompt`, embeddings of the same shape.
+            prompt_attention_mask: Which tokens of `prompt_embeds` count [B, L]; default: all.
+            negative_prompt_attention_mask: The same of `negative_prompt_embeds`.
+            max_sequence_length: Number of tokens that a prompt is filled up or cut to; default: the networks' `text_length`.
             refresh_steps: Instead of K, the steps that refresh the context, rising. Those before the first go without,
                 which the pair must have learned. Default: the model's, where N is the model's, too.
             timesteps: Instead of N, the timesteps themselves, falling.
-            guidance_scale: Scale of classifier-free guidance, 1 for none; default: the model's where there are classes.
+            guidance_scale: Scale of classifier-free guidance, 1 for none; default: the model's where there are classes or prompts.
             guidance_interval: Lowest and highest log-SNR at which it acts (arXiv 2404.07724); default: the model's.
-            batch_size: Number of images where no `class_labels` are given; default 1.
-            num_images_per_prompt: Images for each class label.
+            batch_size: Number of images where neither prompt nor `class_labels` is given; default 1.
+            num_images_per_prompt: Images for each prompt or class label.
             height: Height in pixels; default: that of the network.
             width: Width in pixels; default: that of the network.
             generator: Source of noise. In a list, one for each image, which then depends on its own seed alone.
@@ -337,34 +317,39 @@ class DualRatePipeline(RepositoryMixin, DiffusionPipeline):
             callback_on_step_end: Called as (pipeline, step, timestep, tensors) after each step; the tensors it
                 returns replace the loop's. The pipeline is a shallow copy that belongs to this call, with the scheduler
                 of this call: the callback may set its `_interrupt` or `_guidance_scale`.
-            callback_on_step_end_tensor_inputs: Names of the tensors it gets: latents, class_labels, context (the
-                projected maps in a tuple, or `None`).
+            callback_on_step_end_tensor_inputs: Names of the tensors it gets: latents, class_labels, prompt_embeds,
+                negative_prompt_embeds, context (the projected maps in a tuple, or `None`).
 
         Raises:
             ValueError: If an argument is out of its range, before anything is computed.
         """
+        return self._draw(**{name: value for name, value in locals().items() if name != "self"})
+
+    def _draw(
+        self,
+        *,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        **asked: Any,
+    ) -> ImagePipelineOutput | tuple:
+        """What a call does with its arguments."""
         callback, known = callback_on_step_end, self._callback_tensor_inputs
         tensor_inputs = check_delivery(output_type, callback, callback_on_step_end_tensor_inputs, known)
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
-        n, k, is_pair = num_inference_steps, num_context_steps, self.context_encoder is not None
-        named: dict[str, Any] = {"refresh_steps": refresh_steps, "timesteps": timesteps}
-        steps = plan_steps(self.scheduler, defaults, n, k, **named, is_pair=is_pair, device=device)
+        given, is_pair = {name: asked.pop(name) for name in _STEPS}, self.context_encoder is not None
+        steps = plan_steps(self.scheduler, defaults, **given, is_pair=is_pair, device=device)
         chain, noise = make_chain(
             self.denoiser,
             self.context_encoder,
             steps,
             defaults,
             device,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            batch_size=batch_size,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
+            TextEncoding.of(self.text_encoder, self.tokenizer),
+            wanted=Wanted(**{name: asked.pop(name) for name in WANTED}),
             pixels_per_side=compression_of(self.vae),
-            generator=generator,
-            latents=latents,
+            **asked,
         )
         latents = self._sample(chain, noise, callback, tensor_inputs)
         check_images(latents, output_type)

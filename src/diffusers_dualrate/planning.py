@@ -22,6 +22,7 @@ from .flops import context_flops, network_flops, plan_cost
 from .guidance import Guidance
 from .inputs import make_chain
 from .pipeline import DualRatePipeline
+from .prompts import Wanted
 from .ranges import check_choice, check_integer, check_number
 from .refreshes import RefreshPlan, plan_refreshes
 from .sampling import sample_at_two_rates
@@ -150,7 +151,7 @@ class _Search:
             steps,
             self.defaults,
             pipe.device,
-            class_labels=None if self.labels is None else self.labels[rows],
+            wanted=Wanted(class_labels=None if self.labels is None else self.labels[rows]),
             guidance_scale=self.scale,
             guidance_interval=choice.guidance_interval or (-math.inf, math.inf),
             batch_size=len(latents),

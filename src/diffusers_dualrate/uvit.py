@@ -12,37 +12,20 @@ depthwise-separable convolutions; all are modulated by the noise-level embedding
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, pad, silu
 
-# Log-SNR spans about [-15, 15]: the slowest feature turns once over that range, the fastest tells 0.1 apart.
-_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY, _NUM_FREQUENCIES = 0.05, 3.0, 32
+from .conditions import ProjectedText
+
 # Positions are at most a few dozen apart, so the base is far below that of language models.
 _ROPE_BASE = 100.0
 # Of x/2 and its cube in the tanh form of GELU.
 _GELU_LINEAR, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 8 * math.sqrt(2 / math.pi) * 0.044715
-
-
-class NoiseLevelEmbedding(nn.Module):
-    """Fourier features of log-SNR followed by an MLP."""
-
-    def __init__(self, embedding_dim: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(2 * _NUM_FREQUENCIES, embedding_dim)
-        self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
-
-    def forward(self, log_snr: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed log-SNR [B] as [B, embedding_dim] in `dtype`; the features are computed in float32."""
-        exponents = torch.linspace(
-            math.log(_LOWEST_FREQUENCY), math.log(_HIGHEST_FREQUENCY), _NUM_FREQUENCIES, device=log_snr.device
-        )
-        angles = log_snr.float()[:, None] * exponents.exp()
-        features = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
-        return self.linear_2(silu(self.linear_1(features)))
 
 
 def samples_on_cpu(features: Tensor) -> bool:
@@ -151,20 +134,34 @@ def gelu_tanh(features: Tensor) -> Tensor:
     return half.addcmul_(half, inner.tanh_())
 
 
+TextKeys = tuple[Tensor, Tensor, Tensor]
+"""Of a text, keys and values [B, L, heads, head_dim] beside those of S tokens, and which of all count [B, 1, 1, S + L]."""
+
+
 class UViTAttnProcessor:
     """Attention and MLP in parallel, through the attention backends of diffusers."""
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "UViTParallelSelfAttention", hidden_states: Tensor, rotation: tuple[Tensor, Tensor]):
+    def __call__(
+        self,
+        attn: "UViTParallelSelfAttention",
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        text: TextKeys | None = None,
+    ) -> Tensor:
         channels = hidden_states.shape[-1]
         projected = attn.to_qkv_mlp_proj(hidden_states)
         query, key, value, mlp = projected.split([channels, channels, channels, 4 * channels], dim=-1)
         query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in (query, key, value))
         query, key = rotate(attn.norm_q(query), rotation), rotate(attn.norm_k(key), rotation)
+        mask = None
+        if text is not None:
+            text_key, text_value, mask = text
+            key, value = torch.cat([key, text_key], dim=1), torch.cat([value, text_value], dim=1)
         attended = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return attn.to_out(attn.dropout(torch.cat([attended.flatten(2), gelu_tanh(mlp)], dim=-1)))
 
@@ -190,9 +187,10 @@ class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
         start_at_zero(self.to_out)
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor], text: TextKeys | None = None) -> Tensor:
         """Map tokens [B, S, C] to what the block adds to them; `rotation` is (cos, sin), each [S, 1, head_dim]."""
-        return self.processor(self, hidden_states, rotation)
+        # Without text the call is the one of processors that know none.
+        return self.processor(self, hidden_states, rotation, *(() if text is None else (text,)))
 
 
 class UViTTransformerBlock(nn.Module):
@@ -204,11 +202,17 @@ class UViTTransformerBlock(nn.Module):
         self.film = FiLM(embedding_dim, channels)
         self.attn = UViTParallelSelfAttention(channels, attention_head_dim, dropout)
 
-    def forward(self, hidden_states: Tensor, embedding: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Map tokens [B, S, C] and embedding [B, E] to tokens of the same shape."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        embedding: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        text: TextKeys | None = None,
+    ) -> Tensor:
+        """Map tokens [B, S, C], embedding [B, E] and what the attention takes of a text to tokens of the same shape."""
         scale, shift = self.film(embedding)
         modulated = torch.addcmul(shift[:, None], self.norm(hidden_states), scale[:, None])
-        return hidden_states + self.attn(modulated, rotation)
+        return hidden_states + self.attn(modulated, rotation, text)
 
 
 class UViTStage(nn.Module):
@@ -226,7 +230,7 @@ class UViTStage(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.attends = block_type == "transformer"
+        self.channels, self.attends = channels, block_type == "transformer"
         self.attention_head_dim = attention_head_dim
         self.gradient_checkpointing = False
         convolution = UViTDepthwiseBlock if block_type == "depthwise" else UViTResBlock
@@ -237,19 +241,30 @@ class UViTStage(nn.Module):
             for _ in range(num_blocks)
         )
 
-    def forward(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
-        """Run the blocks; transformer blocks see the map as a sequence in row-major order."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        embedding: Tensor,
+        keys_values: tuple[tuple[Tensor, Tensor], ...] = (),
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run the blocks; transformer blocks see the map as a sequence in row-major order, and of a text each its pair of
+        keys and values, where they attend to one; `text_mask` [B, L] says which of its tokens count."""
         height, width = hidden_states.shape[-2:]
         rotation: tuple[tuple[Tensor, Tensor], ...] = ()
         if self.attends:
             angles = rotary_angles(height, width, self.attention_head_dim, hidden_states.device)
             rotation = ((angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)),)
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        for block in self.blocks:
+        texts: list[tuple] = [() for _ in self.blocks]
+        if keys_values and text_mask is not None:
+            mask = pad(text_mask, (height * width, 0), value=True)[:, None, None]
+            texts = [((*pair, mask),) for pair in keys_values]
+        for block, text in zip(self.blocks, texts, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, embedding, *rotation)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, embedding, *rotation, *text)
             else:
-                hidden_states = block(hidden_states, embedding, *rotation)
+                hidden_states = block(hidden_states, embedding, *rotation, *text)
         if self.attends:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, (height, width))
         return hidden_states
@@ -321,8 +336,17 @@ class UViTTrunk(nn.Module):
         )
         self.up = nn.ModuleList(stage(level) for level in outer)
 
+    @property
+    def stages(self) -> list[UViTStage]:
+        """All stages in the order in which they run."""
+        return cast(list[UViTStage], [*self.down, self.middle, *reversed(self.up)])
+
     def forward(
-        self, sample: Tensor, embedding: Tensor, context: tuple[Tensor, ...] | None = None
+        self,
+        sample: Tensor,
+        embedding: Tensor,
+        context: tuple[Tensor, ...] | None = None,
+        text: ProjectedText | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute the last feature map of every level, from the highest resolution to the middle.
 
@@ -330,6 +354,7 @@ class UViTTrunk(nn.Module):
             sample: Images [B, C, H, W], H and W divisible by `stride`.
             embedding: Conditioning [B, embedding_dim].
             context: What is added to each level's features on entry, one map per level in the same order.
+            text: What blocks that attend to text take of it.
         """
         height, width = sample.shape[-2:]
         if height % self.stride or width % self.stride:
@@ -339,20 +364,23 @@ class UViTTrunk(nn.Module):
             )
         if samples_on_cpu(sample):  # twice as fast for convolutions, pooling and upsampling, and tokens as they lie
             sample = sample.contiguous(memory_format=torch.channels_last)
+        num_stages, mask = len(self.down) + 1 + len(self.up), None if text is None else text.mask
+        keys_values = ((),) * num_stages if text is None else text.keys_values
         hidden_states = self.patch_embed(sample)
         skips = []
         for level, (stage, downsample) in enumerate(zip(self.down, self.downsample, strict=True)):
             if context is not None:
                 hidden_states = hidden_states + context[level]
-            before = stage(hidden_states, embedding)
+            before = stage(hidden_states, embedding, keys_values[level], mask)
             hidden_states = downsample(before)
             skips.append((before, hidden_states))
         if context is not None:
             hidden_states = hidden_states + context[-1]
-        hidden_states = self.middle(hidden_states, embedding)
+        last = len(self.down)
+        hidden_states = self.middle(hidden_states, embedding, keys_values[last], mask)
         features = [hidden_states]
-        for stage, upsample in zip(reversed(self.up), reversed(self.upsample), strict=True):
+        for i, (stage, upsample) in enumerate(zip(reversed(self.up), reversed(self.upsample), strict=True), last + 1):
             before, after = skips.pop()
-            hidden_states = stage(upsample(hidden_states - after) + before, embedding)
+            hidden_states = stage(upsample(hidden_states - after) + before, embedding, keys_values[i], mask)
             features.append(hidden_states)
         return tuple(reversed(features))

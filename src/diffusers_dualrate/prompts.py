@@ -1,0 +1,322 @@
+"""What a call asks the images to show: classes, prompts or the embeddings of prompts, checked before anything is computed."""
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .conditions import Condition, Text, repeat_rows
+from .ranges import check_integer
+from .text_encoding import TextEncoding
+
+ClassLabels = int | str | Sequence[int | str] | Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call says of what the images are to show, as it is given; the pipeline's call documents each."""
+
+    prompt: ClassLabels | None = None
+    class_labels: ClassLabels | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def has_condition(self) -> bool:
+        """Whether there is anything to guide towards."""
+        return not (self.prompt is None and self.class_labels is None and self.prompt_embeds is None)
+
+    def check(self, config: Any, id2label: Mapping[int, str], encoding: TextEncoding | None) -> "Asked":
+        """Check it against what a model takes.
+
+        Args:
+            config: Configuration of its denoiser.
+            id2label: Names of its classes.
+            encoding: Its text encoder, if it has one.
+        """
+        if config.cross_attention_dim is not None:
+            return self._check_text(config, encoding)
+        takes = "takes class_labels" if config.num_classes is not None else "is unconditional"
+        for name, value in vars(self).items():
+            if name not in ("prompt", "class_labels") and value is not None:
+                raise ValueError(f"This model {takes}, and no text: leave {name} out.")
+        if self.prompt is not None and self.class_labels is not None:
+            raise ValueError("prompt and class_labels of a model of classes are the same: give one of them.")
+        labels = self.class_labels if self.prompt is None else self.prompt
+        if labels is None:
+            return Asked()
+        return Asked(class_labels=find_label_ids(labels, config.num_classes, id2label), null=config.num_classes)
+
+    def encode(
+        self,
+        config: Any,
+        encoding: TextEncoding | None,
+        device: torch.device | str,
+        times: int,
+        guides: bool,
+    ) -> tuple[Text, Text | None]:
+        """Embeddings of the prompts, and of what guidance leads away from; the arguments are those of the steps."""
+        if config.cross_attention_dim is None:
+            raise ValueError("This model takes no prompts.")
+        asked = self.check(config, {}, encoding)
+        if guides and not asked.has_null:
+            raise ValueError(
+                "do_classifier_free_guidance=True needs negative_prompt_embeds, where there is no text_encoder."
+            )
+        text, null = asked.compute(encoding, device, check_integer("num_images_per_prompt", times, 1), guides)
+        return cast(Text, text), cast(Text | None, null)
+
+    def _check_text(self, config: Any, encoding: TextEncoding | None) -> "Asked":
+        if self.class_labels is not None:
+            raise ValueError("This model takes text: give prompt instead of class_labels.")
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            given = "neither" if self.prompt is None else "both"
+            raise ValueError(f"This model takes text: give either prompt or prompt_embeds, got {given}.")
+        if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise ValueError("negative_prompt and negative_prompt_embeds say the same: give one of them.")
+        if encoding is None and (self.prompt is not None or self.negative_prompt is not None):
+            raise ValueError(
+                "This model has no text_encoder and no tokenizer: give prompt_embeds, and no prompt or negative_prompt."
+            )
+        length = config.text_length if self.max_sequence_length is None else self.max_sequence_length
+        if encoding is not None:
+            encoding.check_length(length)
+        prompts = text = negatives = null = None
+        if self.prompt is not None:
+            prompts = check_prompts("prompt", self.prompt)
+            shape: tuple[int, ...] = (len(prompts), length, config.cross_attention_dim)
+        else:
+            shape = (-1, -1, config.cross_attention_dim)
+            text = _check_embeds("prompt_embeds", self.prompt_embeds, self.prompt_attention_mask, shape)
+            shape = tuple(text.tokens.shape)
+        if self.negative_prompt_embeds is not None:
+            mask = self.negative_prompt_attention_mask
+            null = _check_embeds("negative_prompt_embeds", self.negative_prompt_embeds, mask, shape)
+        elif encoding is not None:
+            negatives = check_prompts("negative_prompt", "" if self.negative_prompt is None else self.negative_prompt)
+            if not isinstance(self.negative_prompt, (list, tuple)):
+                negatives = negatives * shape[0]
+            if len(negatives) != shape[0]:
+                raise ValueError(
+                    f"negative_prompt needs one entry for each of {shape[0]} prompts, got {len(negatives)}."
+                )
+        negates = self.negative_prompt is not None or self.negative_prompt_embeds is not None
+        return Asked(None, prompts, text, negatives, null, length=shape[1], negates=negates)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the images of a call are to show, checked: classes, or prompts, or texts. Nothing is computed yet.
+
+    Args:
+        class_labels: Class of each image.
+        prompts: Prompt of each image.
+        text: Their embeddings instead.
+        negatives: What the branch is given that guidance leads away from.
+        null: Their embeddings instead, or the label of no class; `None` for no such branch.
+        length: Number of tokens that prompts are filled up or cut to.
+        negates: Whether the call itself says what guidance leads away from.
+    """
+
+    class_labels: list[int] | None = None
+    prompts: list[str] | None = None
+    text: Text | None = None
+    negatives: list[str] | None = None
+    null: Text | int | None = None
+    length: int = 0
+    negates: bool = False
+
+    def __len__(self) -> int:
+        """Number of classes, prompts or texts; 0 where nothing is asked for."""
+        return len(self.class_labels or self.prompts or (() if self.text is None else self.text.tokens))
+
+    @property
+    def has_null(self) -> bool:
+        """Whether guidance has something to lead away from."""
+        return self.negatives is not None or self.null is not None
+
+    def compute(
+        self, encoding: TextEncoding | None, device: torch.device | str, times: int, guides: bool
+    ) -> tuple[Condition, Condition]:
+        """The condition of every image and that of its null branch.
+
+        Args:
+            encoding: The model's text encoder, if it has one.
+            device: Where the networks compute.
+            times: Number of images for each prompt or class.
+            guides: Whether the call is guided. Without, no text is encoded for the null branch, and there is none.
+        """
+        if self.class_labels is not None:
+            labels = repeat_rows(torch.tensor(self.class_labels, device=device), times)
+            return labels, torch.full_like(labels, cast(int, self.null))
+        if len(self) == 0:
+            return None, None
+        if self.negates and not guides:
+            warnings.warn("negative_prompt has no effect without guidance: see guidance_scale.", stacklevel=5)
+        texts = [(self.prompts, self.text), (self.negatives, self.null) if guides else (None, None)]
+        asked = [prompt for prompts, _ in texts for prompt in prompts or ()]
+        encoded = None
+        if asked:
+            assert encoding is not None  # prompts are taken only where they can be encoded
+            encoded = encoding.encode(asked, self.length, device)  # all at once, and each only once
+        conditions, first = [], 0
+        for prompts, text in texts:
+            if prompts is not None and encoded is not None:
+                text = Text(*(part[first : first + len(prompts)] for part in encoded))
+                first += len(prompts)
+            elif isinstance(text, Text):
+                text = Text(text.tokens.to(device), text.mask.to(device))
+            conditions.append(repeat_rows(cast(Text | None, text), times))
+        return conditions[0], conditions[1]
+
+
+WANTED = tuple(field.name for field in fields(Wanted))
+
+
+class PromptMixin:
+    """What a pipeline offers beside its call to those who look up classes or embed prompts."""
+
+    denoiser: Any
+    text_encoder: Any
+    tokenizer: Any
+    _execution_device: torch.device
+    _id2label: dict[int, str]
+
+    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
+        """Turn classes in any form into a list of their numbers.
+
+        Args:
+            class_labels: A number, a name of `id2label`, a list of either, or an integer tensor [B] or [].
+        """
+        return find_label_ids(class_labels, self.denoiser.config.num_classes, self._id2label)
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Embed prompts, so that several calls can share the embeddings.
+
+        Args:
+            prompt: As of a call, and so is what follows and is not named here.
+            do_classifier_free_guidance: Whether to embed the negative or the empty prompt, too.
+            negative_prompt: As of a call.
+            num_images_per_prompt: How often each prompt is repeated.
+            device: Where; default: where the pipeline computes.
+            prompt_embeds: As of a call.
+            negative_prompt_embeds: As of a call.
+            prompt_attention_mask: As of a call.
+            negative_prompt_attention_mask: As of a call.
+            max_sequence_length: As of a call.
+
+        Returns:
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds and negative_prompt_attention_mask of a call.
+        """
+        wanted = Wanted(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+        )
+        device = self._execution_device if device is None else device
+        encoding, guides = TextEncoding.of(self.text_encoder, self.tokenizer), do_classifier_free_guidance
+        text, null = wanted.encode(self.denoiser.config, encoding, device, num_images_per_prompt, guides)
+        return (*text, *(null or (None, None)))
+
+
+def check_prompts(name: str, prompts: object) -> list[str]:
+    """A prompt, or several in a list, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"{name} must be a string or a list of strings, got a {type(prompts).__name__}.")
+    for each in prompts:
+        if not isinstance(each, str):
+            raise ValueError(f"{name} must be a string or a list of strings, got {each!r} in the list.")
+    if not prompts:
+        raise ValueError(f"{name} is empty.")
+    return list(prompts)
+
+
+def _check_embeds(name: str, tokens: object, mask: object, shape: tuple[int, ...]) -> Text:
+    """Embeddings of prompts with their mask; a shape of −1 is any."""
+    if not (isinstance(tokens, Tensor) and tokens.is_floating_point()):
+        what = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{name} must be a tensor of floating-point numbers [B, tokens, channels], got {what}.")
+    fits = tokens.ndim == 3 and all(side in (-1, length) for side, length in zip(shape, tokens.shape, strict=True))
+    if not fits or 0 in tokens.shape:
+        sides = ["any" if side == -1 else str(side) for side in shape]
+        raise ValueError(f"{name} must have shape [{', '.join(sides)}], got {list(tokens.shape)}.")
+    if not tokens.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity among them.")
+    name = name.replace("embeds", "attention_mask")
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name} must be a tensor of shape {list(tokens.shape[:2])}, got {got}.")
+    mask = mask.to(tokens.device).bool()
+    if not mask.any(1).all():
+        raise ValueError(f"{name} must leave each prompt a token, and leaves one of them none.")
+    return Text(tokens, mask)
+
+
+def find_label_ids(
+    class_labels: int | str | Sequence[int | str] | Tensor, num_classes: int | None, id2label: Mapping[int, str]
+) -> list[int]:
+    """Turn classes in any form into a list of their numbers: a number, a name, a list of either, an integer tensor."""
+    if num_classes is None:
+        raise ValueError("This model is unconditional: leave class_labels out and give batch_size.")
+    if isinstance(class_labels, Tensor):
+        if class_labels.is_floating_point() or class_labels.dtype == torch.bool or class_labels.ndim > 1:
+            raise ValueError(
+                "class_labels must be integers in at most one dimension, "
+                f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
+            )
+        class_labels = class_labels.reshape(-1).tolist()
+    elif isinstance(class_labels, (bytes, Set, Mapping)):  # in no order that says which image is of which class
+        raise ValueError(
+            f"class_labels must be a number, a name or a list of them, got a {type(class_labels).__name__}."
+        )
+    elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
+        class_labels = [class_labels]
+    numbers = {name: number for number, name in reversed(list(id2label.items()))}
+    ids = [_find_label_id(label, num_classes, numbers) for label in class_labels]
+    if not ids:
+        raise ValueError("class_labels is empty.")
+    return ids
+
+
+def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping[str, int]) -> int:
+    if isinstance(label, str):
+        if label not in numbers:
+            close = difflib.get_close_matches(label, numbers)
+            hint = f"did you mean {close[0]!r}?" if close else "pipe.id2label lists the names."
+            raise ValueError(f"Unknown class name {label!r}; {hint}")
+        label = numbers[label]
+    if isinstance(label, Tensor) and label.ndim == 0:
+        label = cast(int, label.item())
+    if isinstance(label, bool) or not hasattr(label, "__index__"):
+        raise ValueError(f"class_labels must be integers or names, got {label!r}.")
+    if not 0 <= label < num_classes:
+        raise ValueError(f"class_labels must lie in 0..{num_classes - 1}, got {label}.")
+    return int(label)

@@ -1,0 +1,98 @@
+"""Prompts and captions as embeddings: a text encoder of transformers with its tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from .conditions import Text, take_rows
+from .ranges import check_integer
+
+logger = logging.get_logger(__name__)
+
+# A tokenizer that knows no limit has a number far beyond this one.
+_UNLIMITED = 2**20
+
+
+def width_of(text_encoder: Any) -> int:
+    """Channels of the tokens that a text encoder hands out."""
+    return text_encoder.config.hidden_size
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """A text encoder and its tokenizer.
+
+    Args:
+        text_encoder: Any model of transformers that takes `input_ids` and `attention_mask` and has a `last_hidden_state`.
+        tokenizer: Its tokenizer.
+    """
+
+    text_encoder: Any
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, text_encoder: Any, tokenizer: Any) -> "TextEncoding | None":
+        """Both together; `None` where both are.
+
+        Raises:
+            ValueError: If one is without the other, or they are no text encoder and tokenizer.
+        """
+        if text_encoder is None and tokenizer is None:
+            return None
+        if text_encoder is None or tokenizer is None:
+            missing = "text_encoder" if text_encoder is None else "tokenizer"
+            raise ValueError(f"text_encoder and tokenizer go together, and {missing} is None.")
+        module = getattr(text_encoder, "_orig_mod", text_encoder)  # what `torch.compile` wrapped
+        if getattr(getattr(module, "config", None), "hidden_size", None) is None:
+            raise ValueError(
+                f"text_encoder must be one of transformers, such as CLIPTextModel, got {type(module).__name__}."
+            )
+        if not (callable(tokenizer) and hasattr(tokenizer, "model_max_length")):
+            raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}.")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
+        return cls(text_encoder, tokenizer)
+
+    @property
+    def most_tokens(self) -> int:
+        """Number of tokens of the longest prompt."""
+        positions = getattr(self.text_encoder.config, "max_position_embeddings", None) or _UNLIMITED
+        return min(self.tokenizer.model_max_length, positions, _UNLIMITED)
+
+    def check_length(self, max_sequence_length: int) -> int:
+        """Refuse a length that the encoder or its tokenizer cannot have."""
+        return check_integer("max_sequence_length", max_sequence_length, 1, self.most_tokens)
+
+    def encode(self, prompts: Sequence[str], length: int, device: torch.device | str) -> Text:
+        """Embed prompts, each different one once.
+
+        Args:
+            prompts: The prompts.
+            length: Number of tokens that each is filled up or cut to.
+            device: Where the encoder computes.
+        """
+        known = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        self._warn_of_cuts(list(known), length)
+        rows = torch.tensor([known[prompt] for prompt in prompts], device=device)
+        return take_rows(self.embed(list(known), length, device), rows)
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str], length: int, device: torch.device | str) -> Text:
+        """The same of a batch as it is, without a word of what is cut."""
+        options = {"return_tensors": "pt", "return_attention_mask": True}
+        inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, **options)
+        mask = inputs.attention_mask.to(device)
+        tokens = self.text_encoder(inputs.input_ids.to(device), attention_mask=mask).last_hidden_state
+        return Text(tokens, mask.bool())
+
+    def _warn_of_cuts(self, prompts: list[str], length: int) -> None:
+        whole = self.tokenizer(prompts, verbose=False).input_ids
+        removed = [self.tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]
+        if removed:
+            logger.warning(
+                "The following part of your input was truncated because the text encoder takes sequences up to "
+                f"{length} tokens: {removed}"
+            )
