@@ -1,5 +1,6 @@
 """What the two networks of a pair share: a residual U-ViT of log-SNR and class or text, as a model of the host."""
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -77,6 +78,21 @@ class ImageNetworkMixin:
         """Height and width of the images, or latents, that it is made for."""
         size = self.config.sample_size  # type: ignore[attr-defined] # of the host's class
         return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def find_foreign(encoder: ImageNetworkMixin, denoiser: ImageNetworkMixin) -> Origin | None:
+    """Where an encoder is published, if that is another repository than the denoiser's and it is still as it is there."""
+    theirs, ours = encoder.origin, denoiser.origin
+    if theirs is None or (ours is not None and ours.repository == theirs.repository):
+        return None
+    return encoder.find_published()
+
+
+def without_origin(encoder: ImageNetworkMixin) -> ImageNetworkMixin:
+    """The same network, its weights shared, as if it came from nowhere."""
+    own = copy.copy(getattr(encoder, "_orig_mod", encoder))  # what `torch.compile` wrapped
+    own.origin = None
+    return own
 
 
 class UViTNetwork(

@@ -27,6 +27,7 @@ from .inputs import (
 )
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
+from .network import find_foreign, without_origin
 from .origins import access
 from .prompts import WANTED, ClassLabels, PromptMixin, Wanted
 from .refreshes import RefreshPlan
@@ -203,32 +204,17 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, DiffusionPi
     ) -> None:
         """Save the model as a repository. Takes what the host's method takes.
 
-        A context encoder that was loaded from a repository of its own on the Hub, and is as it is there, is named and left
-        out. Beside each component lies a line of code that names its class, as the host asks of classes it does not know. So
-        people who never import this package, but have it installed, load the model by
+        A context encoder that was loaded from another repository on the Hub, and is as it is there, is named and left out,
+        but for `include_encoder`. Beside each component lies a line of code that names its class, as the host asks of
+        classes it does not know. So people who never import this package, but have it installed, load the model by
         `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`. Nobody else runs it.
-
-        Args:
-            save_directory: The folder.
-            safe_serialization: There for the host; pickled weights are refused.
-            args: Of the host's method.
-            include_encoder: Whether the encoder is saved in any case.
-            kwargs: Of the host's method.
         """
         refuse_pickles(safe_serialization)
-        # What `torch.compile` wrapped, if it did.
-        encoder: Any = getattr(self.context_encoder, "_orig_mod", self.context_encoder)
+        encoder = self.context_encoder
         if include_encoder and encoder is not None:
-            encoder = copy.copy(encoder)
-            encoder.origin = None
-            self._with(context_encoder=encoder).save_pretrained(save_directory, True, *args, **kwargs)
-            return
-        if kwargs.get("push_to_hub"):  # which comes back here
-            super().save_pretrained(save_directory, True, *args, **kwargs)
-            return
-        own_repository = getattr(self.denoiser.origin, "repository", None)
-        is_foreign = encoder is not None and encoder.origin is not None and encoder.origin.repository != own_repository
-        origin = encoder.find_published() if encoder is not None and is_foreign else None
+            own = self._with(context_encoder=without_origin(encoder))
+            return own.save_pretrained(save_directory, True, *args, **kwargs)
+        origin = None if kwargs.get("push_to_hub") or encoder is None else find_foreign(encoder, self.denoiser)
         if encoder is None or origin is None:
             super().save_pretrained(save_directory, True, *args, **kwargs)
         else:
