@@ -81,7 +81,7 @@ from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
-from diffusers_dualrate.sources import check_classes, open_images, open_model
+from diffusers_dualrate.sources import check_fit, check_space, open_images, open_model
 
 # What teacher and student must share.
 SHARED = {"in_channels", "sample_size", "num_classes"}
@@ -115,6 +115,7 @@ class ClassesAlone(torch.utils.data.Dataset):
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
         self.class_labels = torch.arange(self.num_classes) if self.num_classes else None
         self.fingerprint = {"classes": list(self.id2label.values()), "images": None, "rows": "none"}
+        self.vae = teacher.vae
 
     def __len__(self) -> int:
         return self.num_classes or 1
@@ -285,6 +286,7 @@ def open_models(
     if student is not None:
         configuration = take_over_student(configuration, student, args)
         check_teacher(teacher, student={**student.denoiser.config, **student.scheduler.config})
+        check_space(args.student, student, teacher)
     _ = configuration.recipe.plan  # which is refused now, if there is none
     return teacher, student, configuration
 
@@ -302,7 +304,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     teacher, student, configuration = open_models(args, configuration)
     check_processes(accelerator, configuration.recipe)
     images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
-    check_classes(args.teacher, teacher, images)
+    check_fit(args.teacher, teacher, images)
     configuration = configuration.with_classes(images.num_classes)
     check_teacher(teacher, preset={**configuration.networks.denoiser, **configuration.networks.scheduler})
     recipe = configuration.recipe
@@ -315,6 +317,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         averaged.denoiser,
         DualRateScheduler(**configuration.networks.scheduler | OWN_SAMPLING),
         averaged.context_encoder,
+        vae=images.vae,
         id2label=images.id2label,
         num_inference_steps=recipe.num_inference_steps,
         num_context_steps=recipe.num_context_steps if averaged.context_encoder else None,

@@ -75,7 +75,6 @@ import shlex
 import warnings
 from functools import partial
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
@@ -91,7 +90,8 @@ from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
 from diffusers_dualrate.folders import check_output_dir
 from diffusers_dualrate.guidance import Guidance
-from diffusers_dualrate.image_sets import FRESH_SEED, choose, real_batches, sampled_batches
+from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, real_batches, sampled_batches
+from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.metrics import (
     check_classifier,
     distance_name,
@@ -331,8 +331,7 @@ def main(args, open_images=sources.open_images):
     classifier, own, published = load_extractors(args.classifier, args.dinov2, args.inception, accelerator.device)
 
     data = Data(**{**select(args, Data), "cache_dir": None})  # the flag is that of references
-    size, channels = pipe.denoiser.config.sample_size, pipe.denoiser.config.in_channels
-    fresh = partial(open_images, data, size, channels=channels, seed=FRESH_SEED)  # as no training saw them
+    fresh = partial(open_images, data, **pixel_options(pipe), seed=FRESH_SEED)  # as no training saw them
     images = floor_images = fresh(augmentation=augmentation, split=args.reference_split)
     if args.floor_split:
         floor_images = fresh(augmentation=augmentation, split=args.floor_split)
@@ -343,7 +342,7 @@ def main(args, open_images=sources.open_images):
     steps = choose_steps(args, pipe)
     judges = make_judges(classifier, images, fresh, augmentation, args, accelerator)
     num_reference = len(images) if args.num_reference is None else args.num_reference
-    networks = {name: net for name, net in pipe.components.items() if isinstance(net, torch.nn.Module)}
+    networks = {name: net for name in ("context_encoder", "denoiser") if (net := pipe.components[name]) is not None}
     report = {
         "model": Path(args.model).name,
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
@@ -363,6 +362,7 @@ def main(args, open_images=sources.open_images):
         else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
         "configuration": told,
         "training": trained,
+        "vae": None if pipe.vae is None else {"compression": compression_of(pipe.vae)},
         "rivals": {},
     }
     compared = take_up_rivals(report, pipe, images, args, accelerator)

@@ -50,6 +50,7 @@ from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
 from diffusers_dualrate.guidance import Guidance
+from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import check_output
 from diffusers_dualrate.steps import make_dpm_solver, plan_steps
@@ -147,7 +148,7 @@ def check(args):
 def check_size(pipe, args, num_columns):
     """Refuse a picture that no viewer would open, before its images take memory."""
     num_rows = 1 + 2 * bool(args.compare) + bool(args.distilled)
-    height, width = (side * args.zoom for side in pipe.denoiser.image_size)
+    height, width = (side * compression_of(pipe.vae) * args.zoom for side in pipe.denoiser.image_size)
     sides = picture_size(num_columns, num_rows, (width, height), args.num_images_per_class)
     if math.prod(sides) > MAX_IMAGE_PIXELS:
         raise ValueError(

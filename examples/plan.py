@@ -50,7 +50,8 @@ from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.flops import network_flops
-from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes
+from diffusers_dualrate.image_sets import FRESH_SEED, as_bytes, pixel_options
+from diffusers_dualrate.latents import decode
 from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
 from diffusers_dualrate.planning import plan_for
 from diffusers_dualrate.processes import check_launch, choose_threads, run_script
@@ -80,9 +81,8 @@ def make_criterion(args, pipe, accelerator):
     augmentation = Augmentation()
     if told.is_file():
         augmentation = Configuration.from_json(read_json(told)).recipe.augmentation
-    config = pipe.denoiser.config
-    options = {"channels": config.in_channels, "augmentation": augmentation, "seed": FRESH_SEED}
-    images = sources.open_images(Data(**select(args, Data)), config.sample_size, **options)
+    options = {**pixel_options(pipe), "augmentation": augmentation, "seed": FRESH_SEED}
+    images = sources.open_images(Data(**select(args, Data)), **options)
     sources.check_classes(args.model, pipe, images)
     classifier, extractors, _ = load_extractors(args.classifier, None, False, accelerator.device)
     check_classifier(args.classifier, classifier, images.channels, images.num_classes)
@@ -93,6 +93,7 @@ def make_criterion(args, pipe, accelerator):
     def fd_local(samples):
         found = evaluation.FeatureStatistics()
         for batch in samples.split(args.batch_size):
+            batch = batch if pipe.vae is None else decode(pipe.vae, batch)
             found.update(extractors["local"](as_bytes(batch).to(accelerator.device)))
         return evaluation.fd_local(evaluation.FeatureStatistics(found.moments.cpu()), reference.statistics["local"])
 

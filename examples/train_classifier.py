@@ -57,11 +57,13 @@ from tqdm.auto import tqdm
 
 from diffusers_dualrate.arguments import find_preset, read_preset, select
 from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.autoencoders import find_vae, open_vae
 from diffusers_dualrate.commands import EVALUATION, GRID
 from diffusers_dualrate.configuration import FILE, Data
 from diffusers_dualrate.data import LabelledImages
 from diffusers_dualrate.evaluation import ImageClassifier, file_hash
 from diffusers_dualrate.folders import check_output_dir
+from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.ranges import LONGEST_SIDE, MOST_AT_ONCE, check_integer, check_number, check_output
 from diffusers_dualrate.records import build
@@ -115,10 +117,15 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> dict[
     check_output("--output", args.output)
     check_output_dir(Path(args.output).parent, args.train_data_dir)
     preset = read_preset(find_preset(args.preset, PRESETS), ("denoiser", "training"))
+    size, channels = preset["denoiser"]["sample_size"], preset["denoiser"]["in_channels"]
+    if Path(args.preset).name == FILE and find_vae(str(Path(args.preset).parent), in_model=True):
+        vae = open_vae(str(Path(args.preset).parent), is_blueprint=True)  # the run learned latents
+        sides = (size, size) if isinstance(size, int) else size
+        size, channels = tuple(side * compression_of(vae) for side in sides), vae.config.in_channels
     images = open_images(
         Data(**select(args, Data)),
-        preset["denoiser"]["sample_size"] if args.resolution is None else args.resolution,
-        channels=preset["denoiser"]["in_channels"],
+        size if args.resolution is None else args.resolution,
+        channels=channels,
         augmentation=build(Augmentation, "augmentation", preset["training"].get("augmentation", {})),
         seed=args.seed,
     )

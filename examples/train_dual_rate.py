@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dualrate.flags import argument_parser
+from diffusers_dualrate.flags import VAE, argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -20,6 +20,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pretrained_model_name_or_path",
         help="Trained model to start from: a pair, or a single-rate model that becomes the encoder.",
     )
+    parser.add_argument("--vae", help=VAE)
     parser.add_argument(
         "--freeze_encoder",
         action="store_true",
@@ -139,6 +140,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         averaged.denoiser,
         configuration.make_scheduler(),
         averaged.context_encoder,
+        vae=images.vae,
         id2label=images.id2label,
         num_inference_steps=sampling.num_inference_steps,
         num_context_steps=sampling.num_context_steps,

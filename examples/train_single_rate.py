@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dualrate.flags import argument_parser
+from diffusers_dualrate.flags import VAE, argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
     parser.add_argument("--pretrained_model_name_or_path", help="Trained single-rate model to start from.")
+    parser.add_argument("--vae", help=VAE)
     parser.add_argument(
         "--network",
         choices=["heavy", "light"],
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     pipeline = DualRatePipeline(
         averaged.denoiser,
         configuration.make_scheduler(),
+        vae=images.vae,
         id2label=images.id2label,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale if images.num_classes else 1.0,

@@ -71,7 +71,8 @@ class Letters(torch.utils.data.Dataset):
                 f"The letters are grey, and the networks take {channels} channels: take a preset with 1, such as letters16."
             )
         self.height = self.width = resolution
-        self.channels, self.seed, self.corrupt = 1, seed, []
+        self.channels, self.seed, self.corrupt, self.vae = 1, seed, [], None
+        self.sample_shape = (1, resolution, resolution)
         self.id2label = dict(enumerate(LETTERS)) if label_column else None
         self.num_classes = len(LETTERS) if label_column else None
         self.fingerprint = {"classes": [*LETTERS] if label_column else None, "images": len(self), "rows": "letters"}
@@ -125,6 +126,7 @@ def open_images(
     augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
     seed: int = 0,
     split: str = "train",
+    **latents,
 ):
     """As `sources.open_images`, which scripts call unless they are given this, and for `--dataset_name letters` the letters.
 
@@ -135,8 +137,10 @@ def open_images(
     """
     if data.dataset_name != "letters":
         return sources.open_images(
-            data, resolution, channels=channels, augmentation=augmentation, seed=seed, split=split
+            data, resolution, channels=channels, augmentation=augmentation, seed=seed, split=split, **latents
         )
+    if latents:
+        raise ValueError("The letters are learned as pixels: leave --vae out.")
     if data.streaming or data.num_classes not in (None, len(LETTERS)):
         raise ValueError("The letters are rendered, of 26 classes: they take neither --streaming nor --num_classes.")
     return Letters(resolution, label_column=data.label_column, channels=channels, seed=seed)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+from .autoencoders import find_vae, open_vae
 from .configuration import PARTS_OF_A_RUN, Configuration, Data, Networks, Options, Sampling, Start
 from .folders import check_output_dir
+from .latents import compression_of
 from .ranges import LONGEST_SIDE, check_choice, check_integer, check_output
 from .recipes import RECIPES, DistillationRecipe, PairRecipe, SingleRateRecipe
 from .records import build, read_json
@@ -31,8 +33,12 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     """
     kind, path = RECIPES[script], find_preset(args.preset, args.presets)
     sections = read_preset(path, (*_SECTIONS[:3], kind.section))
-    if args.resolution is not None:  # first, since an override names one value
+    vae = choose_vae(args)
+    # First, since an override names one value.
+    if args.resolution is not None:
         resize(sections, check_integer("resolution", args.resolution, 1, LONGEST_SIDE))
+    if vae is not None:
+        learn_latents(sections, vae, args)
     followed = {*_SECTIONS[:3], kind.section} | (set() if kind is DistillationRecipe else {"sampling"})
     settable = _fields(kind) | _fields(Sampling)
     flags = {name: value for name, value in vars(args).items() if name in settable}
@@ -62,10 +68,11 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
         networks=build(Networks, str(path), {name: sections[name] for name in _SECTIONS[:3]}),
         recipe=build(kind, f"{kind.section} of {path}", recipe),
         sampling=build(Sampling, f"sampling of {path}", sampling),
-        start=Start(**select(args, Start)),
+        start=Start(**select(args, Start) | {"vae": vae}),
         data=Data(**select(args, Data)),
         options=Options(**select(args, Options), images_per_process=args.train_batch_size),
     )
+    check_latents(configuration)
     warmup, steps = configuration.recipe.lr_warmup_steps, configuration.recipe.max_train_steps
     if warmup >= steps:
         warnings.warn(
@@ -131,6 +138,42 @@ def resize(sections: dict, side: int) -> None:
     for name in ("image_size", "noise_high"):
         if size is not None and scheduler.get(name) == size:
             scheduler[name] = side
+
+
+def choose_vae(args: argparse.Namespace) -> str | None:
+    """The autoencoder whose latents are learned: what was asked for, or that of the model that a run starts from."""
+    if getattr(args, "vae", None) is not None:
+        return args.vae
+    models = (getattr(args, name, None) for name in ("pretrained_model_name_or_path", "teacher"))
+    return next((name for name in models if name is not None and find_vae(name, in_model=True)), None)
+
+
+def learn_latents(sections: dict, vae: str, args: argparse.Namespace) -> None:
+    """Change a preset to the latents of an autoencoder: their channels, no clipping, `--resolution` still in pixels."""
+    blueprint = open_vae(vae, is_blueprint=True)
+    ratio = compression_of(blueprint)
+    if args.resolution is not None:
+        if args.resolution % ratio:
+            raise ValueError(f"--resolution must be divisible by {ratio} with --vae {vae}, got {args.resolution}.")
+        resize(sections, args.resolution // ratio)
+    for network in ("context_encoder", "denoiser"):
+        sections[network]["in_channels"] = blueprint.config.latent_channels
+    sections["scheduler"].setdefault("clip_sample", False)
+
+
+def check_latents(configuration: Configuration) -> None:
+    """Refuse, before any image is read, what latents cannot be learned with."""
+    is_cached = not configuration.options.no_latent_cache
+    if configuration.start.vae is None:
+        if not is_cached:
+            raise ValueError("--no_latent_cache has no effect where pixels are learned: give --vae, or leave it out.")
+        return
+    if configuration.networks.scheduler["clip_sample"]:
+        raise ValueError("clip_sample=true would clip latents, which have no bounds: leave it out of the scheduler.")
+    if is_cached and configuration.data.streaming:
+        raise ValueError("--streaming reads images as they come, which no cache can hold: add --no_latent_cache.")
+    if is_cached:
+        configuration.recipe.augmentation.check_of_latents()
 
 
 def apply_override(sections: dict, override: str, path: Path, followed: set[str], flags: dict) -> None:

@@ -61,13 +61,8 @@ class Augmentation:
             pixels: Premultiplied colours and alpha, uint8 [H, W, C + 1].
             generator: The same draws are made whatever the options.
         """
-        down, right = generator.integers(-self.translation, self.translation, size=2, endpoint=True).tolist()
-        zoom = generator.uniform(*self.scale)
-        is_mirrored = generator.random() < 0.5
-        low, high = self.background or (255, 255)
-        background = generator.integers(low, high, size=pixels.shape[-1] - 1, endpoint=True).astype(np.float32)
-
-        if self.flip and is_mirrored:
+        down, right, zoom, is_mirrored, background = self._draw(generator, pixels.shape[-1] - 1)
+        if is_mirrored:
             pixels = pixels[:, ::-1]
         planes = _warp(pixels, down, right, zoom).transpose(2, 0, 1).astype(np.float32, order="C")
         # Resizing overshoots, but no premultiplied colour exceeds its alpha.
@@ -75,6 +70,33 @@ class Augmentation:
         composite = color + (1 - alpha) * background[:, None, None]
         # Rounding may leave the interval by an ulp.
         return (composite / 127.5 - 1).clip(-1, 1)
+
+    def check_of_latents(self) -> None:
+        """Refuse what needs pixels: latents that are encoded once can only be mirrored.
+
+        Raises:
+            ValueError: If something else may happen to the images.
+        """
+        for name in ("translation", "scale", "background"):
+            value = getattr(self, name)
+            if value != getattr(Augmentation(), name):
+                raise ValueError(
+                    f"The augmentation {name}={value!r} needs pixels, but latents are encoded once: leave it out of the "
+                    "recipe's augmentation, or add --no_latent_cache."
+                )
+
+    def mirrors(self, generator: np.random.Generator) -> bool:
+        """Whether `apply` with such a generator mirrors an image."""
+        return self._draw(generator, 3)[3]
+
+    def _draw(self, generator: np.random.Generator, channels: int) -> tuple[int, int, float, bool, np.ndarray]:
+        """Shift down and right, zoom, whether to mirror, and the background's colour, in this order."""
+        down, right = generator.integers(-self.translation, self.translation, size=2, endpoint=True).tolist()
+        zoom = generator.uniform(*self.scale)
+        is_mirrored = generator.random() < 0.5
+        low, high = self.background or (255, 255)
+        background = generator.integers(low, high, size=channels, endpoint=True).astype(np.float32)
+        return down, right, zoom, self.flip and is_mirrored, background
 
 
 def _warp(pixels: np.ndarray, down: int, right: int, zoom: float) -> np.ndarray:

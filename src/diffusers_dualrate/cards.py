@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .commands import EVALUATION, GRID, evaluation_command, find_changes, training_command
 from .configuration import FILE, Configuration
+from .latents import compression_of
 from .origins import CONFIG, Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
@@ -188,6 +189,7 @@ def describe_unmeasured(pipeline: DualRatePipeline, model: str, told: dict, trai
         "configuration": told,
         "training": trained,
         "num_context_steps": pipeline.plan_run().num_context_steps,
+        "vae": None if pipeline.vae is None else {"compression": compression_of(pipeline.vae)},
         "rivals": {},
     }
 
@@ -201,8 +203,8 @@ def complete_notes(notes: dict, evaluation: dict) -> dict:
     if unknown := sorted(notes.keys() - set(NOTES)):
         raise ValueError(f"notes.json has no part {unknown[0]!r}; it may have {', '.join(NOTES)}.")
     data, told = evaluation["data"], evaluation["configuration"]
-    size = told["denoiser"]["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    size, ratio = told["denoiser"]["sample_size"], (evaluation.get("vae") or {}).get("compression", 1)
+    height, width = (side * ratio for side in ((size, size) if isinstance(size, int) else size))
     kind = {"pair": "A Dual-Rate pair", "distilled pair": "A Dual-Rate student of few steps"}.get(
         evaluation["training"]["network"], "A single-rate diffusion model"
     )
@@ -258,7 +260,8 @@ def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCa
         *(["accuracy"] if columns else []),
         *(["fid"] if any(column.startswith("fid_") for column in columns) else []),
     ]
-    tags = ["dual-rate-diffusion", "class-conditional" if data["classes"] else "unconditional", "pixel-space"]
+    tags = ["dual-rate-diffusion", "class-conditional" if data["classes"] else "unconditional"]
+    tags.append("latent-space" if evaluation.get("vae") else "pixel-space")
     return ModelCardData(
         license=notes["license"],
         library_name="diffusers",

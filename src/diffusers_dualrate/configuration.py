@@ -119,12 +119,14 @@ class Start:
         pretrained_model_name_or_path: Model that a training starts from.
         teacher: Single-rate model that is distilled.
         student: Model that a distillation starts from.
+        vae: Autoencoder whose latents are learned, or the model that it is taken from.
     """
 
     network: str | None = None
     pretrained_model_name_or_path: str | None = None
     teacher: str | None = None
     student: str | None = None
+    vae: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,7 @@ class Options:
     images_per_process: int | None = None
     push_to_hub: bool = False
     hub_model_id: str | None = None
+    no_latent_cache: bool = False
 
     def __post_init__(self):
         if self.images_per_process is not None:
@@ -248,7 +251,10 @@ class Configuration:
     def image_options(self) -> dict:
         """How the images are made: arguments of `sources.open_images` beside the data."""
         network = self.networks.denoiser
-        return {
+        latents = (
+            {} if self.start.vae is None else {"vae": self.start.vae, "is_cached": not self.options.no_latent_cache}
+        )
+        return latents | {
             "resolution": network["sample_size"],
             "channels": network["in_channels"],
             "augmentation": self.recipe.augmentation,

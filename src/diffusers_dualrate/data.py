@@ -19,9 +19,11 @@ from . import folders
 from .augmentation import Augmentation
 from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
 from .inventory import check_num_classes, fingerprint_rows, read_labels
+from .latents import latent_shape
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from diffusers import ModelMixin
 
 CACHE_BYTES = 2**30
 """A set whose pixels fit in this much memory is decoded once, before training begins; a larger one at each access."""
@@ -199,6 +201,20 @@ class ImageReader:
         self.height, self.width = size
         self.channels, self.seed, self.augmentation = channels, seed, augmentation
         self.on_corrupt, self.max_image_pixels = on_corrupt, max_image_pixels
+        # The autoencoder whose latents are learned; whoever trains encodes with it, not a data worker.
+        self.vae: ModelMixin | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"vae": None}
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what networks learn from: the pixels, or their latents."""
+        return (
+            (self.channels, self.height, self.width)
+            if self.vae is None
+            else latent_shape(self.vae, self.height, self.width)
+        )
 
     def decode(self, file: dict | None, row: int) -> np.ndarray | None:
         """Premultiplied colours and alpha, uint8 [H, W, C + 1], or `None` for a corrupt image to skip.

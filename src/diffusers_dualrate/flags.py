@@ -10,6 +10,12 @@ from pathlib import Path
 from .decoding import MAX_IMAGE_PIXELS
 from .recipes import LR_SCHEDULERS
 
+VAE = (
+    "Autoencoder of diffusers whose latents are learned, or a model that has one; default: that of the model that the "
+    "training starts from."
+)
+"""Help of a flag."""
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions as they are written, and after each flag its default, where it has one."""
@@ -58,6 +64,11 @@ def argument_parser(description: str, *, presets: Path, steps: str = "Number of 
         "--gradient_accumulation_steps", type=int, default=1, help="Parts that a step's batch is cut into."
     )
     run.add_argument("--gradient_checkpointing", action="store_true", help="Compute features twice, to save memory.")
+    run.add_argument(
+        "--no_latent_cache",
+        action="store_true",
+        help="Encode images to latents anew in each step, instead of once into files beside the data sets' copies.",
+    )
     run.add_argument("--push_to_hub", action="store_true", help="Publish the trained model.")
     run.add_argument("--hub_model_id", help="Repository to publish in; default: the name of the output folder.")
     recipe = parser.add_argument_group("recipe", "Overrides of the preset's values.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .inventory import ImageSet
+from .latents import compression_of, decode
 from .losses import seed_of
 from .pipeline import DualRatePipeline
 
@@ -20,6 +21,14 @@ Batch = tuple[range, Tensor, Tensor | None]
 
 # Far from the seeds that trainings use, so that no augmentation and no noise was seen before.
 FRESH_SEED = 1_000_003
+
+
+def pixel_options(pipe: DualRatePipeline) -> dict:
+    """Size and channels of the images that a model draws, as `sources.open_images` takes them."""
+    if pipe.vae is None:
+        return {"resolution": pipe.denoiser.config.sample_size, "channels": pipe.denoiser.config.in_channels}
+    height, width = (side * compression_of(pipe.vae) for side in pipe.denoiser.image_size)
+    return {"resolution": (height, width), "channels": pipe.vae.config.in_channels}
 
 
 def choose(images: ImageSet, count: int, seed: int) -> list[list[int]]:
@@ -84,4 +93,5 @@ def sampled_batches(
         generator = [torch.Generator().manual_seed(seed_of(FRESH_SEED, seed, i)) for i in positions]
         size = {"batch_size": len(positions)} if chunk is None else {"class_labels": chunk.tolist()}
         x = pipe(**size, generator=generator, output_type="latent", return_dict=False, **steps)[0]
+        x = x if pipe.vae is None else decode(pipe.vae, x)
         yield positions, as_bytes(x.float().cpu()), chunk

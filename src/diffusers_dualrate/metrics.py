@@ -29,7 +29,8 @@ from .evaluation import (
 )
 from .image_sets import FRESH_SEED, Batch, batches_of, choose, real_batches
 from .inventory import ImageSet
-from .losses import ContextTimes, denoising_loss, draw
+from .latents import encode
+from .losses import ContextTimes, denoising_loss, draw, seed_of
 from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
 
@@ -251,6 +252,8 @@ def measure_v_loss(
     for rows in batches_of(count, batch_size, accelerator):
         batch = [images[row // len(order), order[row % len(order)]] for row in rows]
         x = torch.stack([item["pixel_values"] for item in batch]).to(accelerator.device)
+        if pipe.vae is not None:
+            x = encode(pipe.vae, x, [seed_of(FRESH_SEED, row) for row in rows])
         labels = None
         if "class_labels" in batch[0]:
             labels = torch.stack([item["class_labels"] for item in batch]).to(accelerator.device)

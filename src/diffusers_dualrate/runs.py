@@ -44,6 +44,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .autoencoders import encode_batch, fingerprint_of_images
 from .cards import write_first_card
 from .checkpoints import (
     gather,
@@ -120,7 +121,8 @@ class Run:
         self._count = None if isinstance(images, StreamedImages) else len(images)
         known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
         precision = dataclasses.replace(self.options, mixed_precision=accelerator.mixed_precision)
-        record = make_record(dataclasses.replace(self.configuration, options=precision), images.fingerprint, known)
+        told = dataclasses.replace(self.configuration, options=precision)
+        record = make_record(told, fingerprint_of_images(images), known)
         self._folder = RunFolder(accelerator, self.output_dir, record, self.options.resume_from_checkpoint)
         self.checkpoint = self._folder.checkpoint
         self.step = 0 if self.checkpoint is None else step_of(self.checkpoint)
@@ -258,7 +260,9 @@ class Run:
             if "position" in batch:
                 self._position = batch.pop("position")[-1].tolist()
                 self._num_corrupt = int(batch.pop("num_corrupt")[-1])
-            yield *divmod(micro_step, parts), batch
+            step, part = divmod(micro_step, parts)
+            encode_batch(self.images, batch, self.options.seed, step, self.rows(part))
+            yield step, part, batch
             if self.is_stopping:
                 return
 

@@ -9,9 +9,12 @@ from diffusers import ModelMixin
 from torch import nn
 
 from .augmentation import Augmentation
+from .autoencoders import Images, fingerprint_of_vae, open_vae
 from .configuration import Data
 from .data import LabelledImages, load_images
 from .hosts import HostNetwork
+from .latent_cache import LatentImages, cache_folder
+from .latents import compression_of
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
 
@@ -24,20 +27,34 @@ def open_images(
     augmentation: Augmentation = Augmentation(),  # noqa: B008 (it is frozen)
     seed: int = 0,
     split: str = "train",
-) -> LabelledImages | StreamedImages:
+    vae: str | None = None,
+    is_cached: bool = True,
+) -> LabelledImages | StreamedImages | LatentImages:
     """Open the images that flags name.
 
     Args:
         data: Which images, and how they are read.
-        resolution: Side or (height, width) in pixels.
-        channels: 3 for colour, 1 for grey.
+        resolution: Side or (height, width) in pixels, or of latents.
+        channels: 3 for colour, 1 for grey; with an autoencoder those of its latents.
         augmentation: What may happen to the images.
         seed: Seed of the augmentation and of a stream's shuffle.
         split: Which part of the data set.
+        vae: The autoencoder whose latents are learned, or a model that has it; `None` to learn pixels.
+        is_cached: Whether latents are encoded once and kept, or anew for each batch.
 
     Raises:
         ValueError: If there are none, or they are not as the flags say.
     """
+    autoencoder = None if vae is None else open_vae(vae)
+    kept = autoencoder if is_cached else None
+    if autoencoder is not None:
+        if autoencoder.config.latent_channels != channels:
+            raise ValueError(
+                f"--vae {vae} has latents of {autoencoder.config.latent_channels} channels, not {channels}."
+            )
+        sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+        resolution = (sides[0] * compression_of(autoencoder), sides[1] * compression_of(autoencoder))
+        channels = autoencoder.config.in_channels
     dataset = load_images(
         data.dataset_name,
         data.train_data_dir,
@@ -50,22 +67,38 @@ def open_images(
         cache_dir=data.cache_dir,
     )
     options = {"buffer_size": data.shuffle_buffer} if data.streaming else {}
-    return (StreamedImages if data.streaming else LabelledImages)(
+    images = (StreamedImages if data.streaming else LabelledImages)(
         dataset,
         resolution,
         image_column=data.image_column,
         label_column=data.label_column,
         num_classes=data.num_classes,
-        augmentation=augmentation,
+        augmentation=augmentation if kept is None else Augmentation(),
         channels=channels,
         seed=seed,
         on_corrupt=data.on_corrupt,
         max_image_pixels=data.max_image_pixels,
         **options,
     )
+    if kept is None:
+        images.vae = autoencoder
+        return images
+    assert isinstance(images, LabelledImages)  # a stream is not cached, which the configuration knows
+    return LatentImages(images, kept, cache_folder(data.cache_dir), augmentation=augmentation, seed=seed)
 
 
-def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages) -> None:
+def check_space(name: str, pipe: DualRatePipeline, images: Images) -> None:
+    """Refuse a model that draws in another space than the images are learned in: pixels, or an autoencoder's latents."""
+    theirs, ours = pipe.vae, images.vae
+    if theirs is None or ours is None:
+        if theirs is not ours:
+            words = ["pixels" if vae is None else "latents" for vae in (theirs, ours)]
+            raise ValueError(f"{name} draws {words[0]}, and the images are learned as {words[1]}: see --vae.")
+    elif fingerprint_of_vae(theirs) != fingerprint_of_vae(ours):
+        raise ValueError(f"{name} draws latents of another vae than the one that --vae names: leave it out.")
+
+
+def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages | LatentImages) -> None:
     """Refuse a model whose classes differ from those of the images in number, name or order."""
     ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
     if ours != theirs:
@@ -78,6 +111,12 @@ def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | St
     if differing:
         i = differing[0]
         raise ValueError(f"Class {i} is {pipe.id2label[i]!r} in {name} and {names[i]!r} in the data.")
+
+
+def check_fit(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages | LatentImages) -> None:
+    """Refuse a model whose classes are not those of the images, or that draws in another space than they are learned in."""
+    check_classes(name, pipe, images)
+    check_space(name, pipe, images)
 
 
 def open_model(name: str, **options: Any) -> DualRatePipeline:
@@ -96,7 +135,7 @@ def open_model(name: str, **options: Any) -> DualRatePipeline:
     return pipeline
 
 
-def open_start(name: str | None, images: LabelledImages | StreamedImages) -> DualRatePipeline | None:
+def open_start(name: str | None, images: LabelledImages | StreamedImages | LatentImages) -> DualRatePipeline | None:
     """The trained model that a training starts from, in float32, or `None` where none is named.
 
     Raises:
@@ -105,11 +144,11 @@ def open_start(name: str | None, images: LabelledImages | StreamedImages) -> Dua
     if name is None:
         return None
     pipeline = open_model(name, dtype=torch.float32)
-    check_classes(name, pipeline, images)
-    config = pipeline.denoiser.config
+    check_fit(name, pipeline, images)
+    config, (channels, *sides) = pipeline.denoiser.config, images.sample_shape
     for key, theirs, ours in (
-        ("sample_size", pipeline.denoiser.image_size, (images.height, images.width)),
-        ("in_channels", config.in_channels, images.channels),
+        ("sample_size", pipeline.denoiser.image_size, tuple(sides)),
+        ("in_channels", config.in_channels, channels),
     ):
         if theirs != ours:
             raise ValueError(f"{name} does not fit the images: {key} is {theirs} there and {ours} here.")
