@@ -66,6 +66,7 @@ def parse_args(argv=None):
         default="model_cards/single-rate-emoji32",
         help="Folder or Hub repository of a heavy network alone of the same classes. Default: the emoji.",
     )
+    parser.add_argument("--prompt", nargs="*", help="Prompts that the page opens with, for a model of text.")
     parser.add_argument("--port", type=int, help="Where the page is served; default: the first free from 7860.")
     return parser.parse_args(argv)
 
@@ -85,7 +86,7 @@ def open_heavy(name, pair):
     if pipe.context_encoder is not None:
         raise ValueError(f"Heavy network must be a single-rate model, but {name} is a pair.")
     ours, theirs = pair.denoiser.config, pipe.denoiser.config
-    for part in ("sample_size", "in_channels", "num_classes"):
+    for part in ("sample_size", "in_channels", "num_classes", "cross_attention_dim"):
         if ours.get(part) != theirs.get(part):
             raise ValueError(
                 f"{name} draws other images than the pair: {part} is {theirs.get(part)}, not {ours.get(part)}."
@@ -196,14 +197,16 @@ def compare_costs(pair, heavy):
 
 
 def own_values(pipe):
-    """What the controls show of a model by themselves: classes, N, K, guidance, solver."""
+    """What the controls show of a model by themselves: classes, prompts, N, K, guidance, solver."""
     names, plan = class_names(pipe), pipe.plan_run()
     chosen = list(dict.fromkeys(names[i * len(names) // 4] for i in range(4))) if names else []
+    takes_text = pipe.denoiser.config.cross_attention_dim is not None
     return (
         {"choices": names, "value": chosen, "visible": bool(names)},
+        {"visible": takes_text},
         {"value": len(plan)},
         {"value": plan.num_context_steps},
-        {"value": pipe.config.guidance_scale, "visible": bool(names)},
+        {"value": pipe.config.guidance_scale, "visible": bool(names) or takes_text},
         {"value": OWN},
     )
 
@@ -222,25 +225,30 @@ def choose(model, compare):
         heavy = open_heavy(compare, pipe) if compare else pipe
         values = [gr.update(**each) for each in own_values(pipe)]
     except (ValueError, OSError) as error:
-        return *[gr.skip()] * 6, say(error)
+        return *[gr.skip()] * 7, say(error)
     # A student has learned guidance, so a heavy network that has not runs as it does by itself.
     return *values, ALIKE if heavy.config.guidance_scale == pipe.config.guidance_scale else ITS_OWN, say()
 
 
 def list_rows(names, labels, images_per_class, seed):
-    """The class of each image, after a check of what only the page knows by these names."""
+    """The class or prompt of each image, after a check of what only the page knows by these names.
+
+    For a model of text `names` is `None`, and `labels` are prompts.
+    """
     if seed is None or not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"Seed must be a whole number between 0 and {LARGEST_SEED}, got {seed}.")
     if images_per_class is None or images_per_class < 1:
         raise ValueError(f"Images per class must be at least 1, got {images_per_class}.")
+    if names is None and not labels:
+        raise ValueError("Prompts must name at least one, each on a line of its own.")
     if names and not labels:
         raise ValueError("Classes must name at least one.")
     if unknown := [label for label in labels or [] if names and label not in names]:
         raise ValueError(f"Classes must be among those of the model, got {unknown[0]!r}.")
-    count = images_per_class * (len(labels) if names else 1)
+    count = images_per_class * (len(labels) if names or names is None else 1)
     if count > MOST_IMAGES:
         raise ValueError(f"There may be at most {MOST_IMAGES} images, got {count}.")
-    return [label for label in labels for _ in range(images_per_class)] if names else [""] * count
+    return [""] * count if names == [] else [label for label in labels for _ in range(images_per_class)]
 
 
 def make_runs(model, compare, n, k, guidance_scale, solver, heavy_runs):
@@ -257,19 +265,22 @@ def make_runs(model, compare, n, k, guidance_scale, solver, heavy_runs):
     return runs
 
 
-def draw(model, compare, labels, n, k, guidance_scale, solver, heavy_runs, images_per_class, seed):
+def draw(model, compare, labels, n, k, guidance_scale, solver, heavy_runs, images_per_class, seed, prompts=""):
     """Yield (message, result) of the page after each step: the sides take turns, so that what disturbs one disturbs both."""
     try:
         runs = make_runs(model, compare, n, k, guidance_scale, solver, heavy_runs)
         pair = runs["Pair"][0]
         names, plan = class_names(pair), str(pair.plan_run(n, k))
+        if pair.denoiser.config.cross_attention_dim is not None:
+            names, labels = None, [line.strip() for line in prompts.splitlines() if line.strip()]
         rows = list_rows(names, labels, images_per_class, seed)
         choose_threads(len(rows) * network_flops(pair.context_encoder))
         chains, cards, costs = {}, dict.fromkeys(runs, ""), {}
         for title, (pipe, *steps, scale) in runs.items():
             inputs = {"class_labels": [names.index(row) for row in rows]} if names else {"batch_size": len(rows)}
+            inputs = {"prompt": rows} if names is None else inputs
             inputs["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
-            chains[title] = show_chain(pipe, title, rows, *steps, scale if names else 1.0, **inputs)
+            chains[title] = show_chain(pipe, title, rows, *steps, 1.0 if names == [] else scale, **inputs)
         while chains:
             for title, chain in list(chains.items()):
                 if (step := next(chain, None)) is None:
@@ -286,7 +297,7 @@ def make_page(args):
     """The page, which opens with the first model and its own values."""
     first = open_pair(args.model[0])
     open_heavy(args.compare, first)
-    labels, n, k, guidance, own = own_values(first)
+    labels, words, n, k, guidance, own = own_values(first)
     either = {"allow_custom_value": True, "info": "A folder, or a name on the Hub"}
     with gr.Blocks(title="Dual-Rate Diffusion", analytics_enabled=False) as page:
         gr.Markdown(EXPLANATION)
@@ -294,6 +305,9 @@ def make_page(args):
             with gr.Column(scale=1, min_width=320):
                 model = gr.Dropdown(args.model, label="Pair", value=args.model[0], elem_id="model", **either)
                 classes = gr.Dropdown(label="Classes", multiselect=True, elem_id="classes", **labels)
+                prompts = gr.Textbox(
+                    "\n".join(args.prompt or []), label="Prompts, one a line", lines=4, elem_id="prompts", **words
+                )
                 small = {"precision": 0, "min_width": 120}
                 with gr.Row():
                     steps = gr.Number(label="N, steps", elem_id="steps", **small, **n)
@@ -310,9 +324,9 @@ def make_page(args):
             with gr.Column(scale=3, min_width=320):
                 message = gr.HTML(elem_id="message", visible=False)
                 result = gr.HTML(elem_id="result")
-        inputs = [model, compare, classes, steps, contexts, scale, solver, runs, each, seed]
+        inputs = [model, compare, classes, steps, contexts, scale, solver, runs, each, seed, prompts]
         for chosen in (model, compare):
-            chosen.change(choose, [model, compare], [classes, steps, contexts, scale, solver, runs, message])
+            chosen.change(choose, [model, compare], [classes, prompts, steps, contexts, scale, solver, runs, message])
         for begins in (page.load, button.click):
             begins(draw, inputs, [message, result], show_progress="hidden", trigger_mode="always_last")
     return page

@@ -63,6 +63,7 @@ from torch import Tensor
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import tell_last_good_state
+from diffusers_dualrate.conditions import Condition, replace_rows
 from diffusers_dualrate.configuration import Configuration, Networks
 from diffusers_dualrate.guidance import guide
 from diffusers_dualrate.losses import Denoise, seed_of
@@ -81,10 +82,10 @@ from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
-from diffusers_dualrate.sources import check_fit, check_space, open_images, open_model
+from diffusers_dualrate.sources import check_fit, check_space, components_of, open_captions, open_images, open_model
 
 # What teacher and student must share.
-SHARED = {"in_channels", "sample_size", "num_classes"}
+SHARED = {"in_channels", "sample_size", "num_classes", "cross_attention_dim", "text_length"}
 SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
 # Samples that tell whether the student has collapsed, and the steps that the teacher takes for them.
 PROBES, TEACHER_STEPS = 32, 16
@@ -100,10 +101,10 @@ class Distillation(TrainablePair):
         self.auxiliary = auxiliary
 
     def predict_midpoint(
-        self, z: Tensor, log_snr: Tensor, class_labels: Tensor | None, context: None, context_log_snr: None
+        self, z: Tensor, log_snr: Tensor, condition: Condition, context: None, context_log_snr: None
     ) -> Tensor:
         """The auxiliary's prediction as losses take it."""
-        return self.auxiliary(z, log_snr, class_labels).sample
+        return self.auxiliary(z, log_snr, condition).sample
 
 
 class ClassesAlone(torch.utils.data.Dataset):
@@ -113,6 +114,7 @@ class ClassesAlone(torch.utils.data.Dataset):
 
     def __init__(self, teacher: DualRatePipeline):
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
+        self.has_captions = False
         self.class_labels = torch.arange(self.num_classes) if self.num_classes else None
         self.fingerprint = {"classes": list(self.id2label.values()), "images": None, "rows": "none"}
         self.vae = teacher.vae
@@ -208,16 +210,17 @@ def make_phased_lr_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
 
 
-def guide_teacher(teacher: DualRatePipeline, guidance_scale: float) -> Denoise:
-    """The teacher's prediction as losses take it, guided."""
+def guide_teacher(teacher: DualRatePipeline, guidance_scale: float, null: Condition | int) -> Denoise:
+    """The teacher's prediction as losses take it, guided; `null` stands for no condition."""
 
     def predict_teacher(
-        z: Tensor, log_snr: Tensor, class_labels: Tensor | None, context: object, context_log_snr: Tensor | None
+        z: Tensor, log_snr: Tensor, condition: Condition, context: object, context_log_snr: Tensor | None
     ) -> Tensor:
-        v = teacher.denoiser(z, log_snr, class_labels).sample
+        v = teacher.denoiser(z, log_snr, condition).sample
         if guidance_scale == 1:
             return v
-        v_null = teacher.denoiser(z, log_snr).sample
+        nothing = replace_rows(condition, torch.ones(len(z), dtype=torch.bool, device=z.device), null)
+        v_null = teacher.denoiser(z, log_snr, nothing).sample
         return guide(v_null, v, guidance_scale)
 
     return predict_teacher
@@ -237,20 +240,21 @@ class VarianceCheck:
 
     def __init__(self, run: Run, teacher: DualRatePipeline, guidance_scale: float, grid: Grid):
         seed, device = run.options.seed, run.accelerator.device
-        labels = torch.arange(PROBES) % run.images.num_classes if run.images.num_classes else None
+        asked, _ = run.conditions.examples(PROBES)
+        if run.images.num_classes:
+            asked = {"class_labels": (torch.arange(PROBES) % run.images.num_classes).tolist()}
         teacher.set_progress_bar_config(disable=True)
         from_teacher = teacher(
-            labels,
+            **asked,
             num_inference_steps=TEACHER_STEPS,
             guidance_scale=guidance_scale,
-            batch_size=PROBES,
             generator=[torch.Generator().manual_seed(seed_of(seed, row)) for row in range(PROBES)],
             output_type="latent",
         ).images
         self.shape, self._teacher_variance = from_teacher.shape[1:], from_teacher.var(0).mean()
         noise = draw_on_grid(seed, 0, range(-PROBES, 0), self.shape, len(grid.plan), device).noise
         self._run, self._plan = run, grid.plan
-        self._rollout = Rollout(None if labels is None else labels.to(device), noise, grid.log_snrs(noise))
+        self._rollout = Rollout(run.conditions.compute(asked), noise, grid.log_snrs(noise))
 
     def is_due(self, step: int) -> bool:
         """Whether the step just done is checked: it is logged, or kept in a checkpoint."""
@@ -305,7 +309,8 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     check_processes(accelerator, configuration.recipe)
     images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
     check_fit(args.teacher, teacher, images)
-    configuration = configuration.with_classes(images.num_classes)
+    captions = open_captions(configuration, teacher)
+    configuration = configuration.with_conditions(images.num_classes, captions)
     check_teacher(teacher, preset={**configuration.networks.denoiser, **configuration.networks.scheduler})
     recipe = configuration.recipe
 
@@ -323,8 +328,9 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         num_context_steps=recipe.num_context_steps if averaged.context_encoder else None,
         context_from=recipe.context_from if recipe.context_from < 1 else None,
         context_free=recipe.context_from < 1,
+        **components_of(captions),
     )
-    run = Run(accelerator, configuration, networks, images, {"teacher": teacher, "student": student})
+    run = Run(accelerator, configuration, networks, images, {"teacher": teacher, "student": student}, captions)
     return train(run, networks, averaged, pipeline, teacher, is_new=student is None)
 
 
@@ -349,9 +355,9 @@ def train(
     run.load(ema, optimizer)
 
     grid = Grid(schedule_of(pipeline.scheduler).log_snr, recipe.plan)
-    guidance_scale = recipe.guidance_scale if run.images.num_classes else 1.0
+    guidance_scale = recipe.guidance_scale if run.conditions else 1.0
     teacher.denoiser.eval().requires_grad_(False).to(accelerator.device)
-    judges = Judges(predict_midpoint, guide_teacher(teacher, guidance_scale), recipe.min_variance)
+    judges = Judges(predict_midpoint, guide_teacher(teacher, guidance_scale, run.conditions.null), recipe.min_variance)
     variance_check = VarianceCheck(run, teacher, guidance_scale, grid)
 
     # Weights that a new encoder has from the teacher stay fixed in pretraining; what is new in it learns at once.
@@ -361,7 +367,7 @@ def train(
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
-            x, class_labels = batch.get("pixel_values"), batch.get("class_labels")
+            x, condition = batch.get("pixel_values"), run.conditions.of(batch)
             start = None if recipe.full_rollout else x
             draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, len(grid.plan), accelerator.device)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
@@ -377,13 +383,13 @@ def train(
             with accelerator.accumulate(networks):
                 if is_pretraining:
                     learned = {"grid": grid, "min_variance": recipe.min_variance}
-                    loss = networks(grid_denoising_loss, x, class_labels, draws, **learned)
+                    loss = networks(grid_denoising_loss, x, condition, draws, **learned)
                     run.note(loss=loss)
                 elif is_auxiliary_step:
-                    loss = networks(auxiliary_loss, start, class_labels, draws, grid=grid, judges=judges)
+                    loss = networks(auxiliary_loss, start, condition, draws, grid=grid, judges=judges)
                     run.note(auxiliary=loss)
                 else:
-                    loss, distance = networks(student_loss, start, class_labels, draws, grid=grid, judges=judges)
+                    loss, distance = networks(student_loss, start, condition, draws, grid=grid, judges=judges)
                     run.note(student=loss, distance=distance)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -21,6 +21,7 @@ def parse_args(argv=None):
     parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
     parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
     parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
+    parser.add_argument("--prompt", nargs="+", help="Prompts, for a model of text.")
     parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
     parser.add_argument(
         "--num_images_per_class", type=int, default=2, help="Images of each class, one below the other."
@@ -72,9 +73,9 @@ class Row:
     seconds: float
 
 
-def sample(pipe, name, args, class_labels, guidance_scale, **steps):
-    """Sample the classes from the seeds of this picture, with proof of what was evaluated."""
-    count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
+def sample(pipe, name, args, shown, guidance_scale, **steps):
+    """Sample the classes or prompts from the seeds of this picture, with proof of what was evaluated."""
+    count = args.num_images_per_class * (len(shown) if shown else args.num_columns)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
     pipe.set_progress_bar_config(desc=name)
     is_pair, defaults = pipe.context_encoder is not None, SamplingDefaults.of(pipe.config)
@@ -83,9 +84,9 @@ def sample(pipe, name, args, class_labels, guidance_scale, **steps):
     start = time.perf_counter()
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         images = pipe(
-            class_labels,
-            batch_size=None if class_labels else count,
-            num_images_per_prompt=args.num_images_per_class if class_labels else 1,
+            shown,
+            batch_size=None if shown else count,
+            num_images_per_prompt=args.num_images_per_class if shown else 1,
             generator=generators,
             guidance_scale=guidance_scale,
             **steps,
@@ -168,6 +169,16 @@ def read_labels(pipe, names):
     return labels
 
 
+def check_shown(pipe, args):
+    """The prompts of a model of text, which are their own names; `None` for another model."""
+    takes_text = pipe.denoiser.config.cross_attention_dim is not None
+    if takes_text and (args.class_labels or not args.prompt):
+        raise ValueError(f"{args.model} is a model of text: give --prompt and no --class_labels.")
+    if not takes_text and args.prompt:
+        raise ValueError(f"{args.model} takes no text: leave --prompt out.")
+    return args.prompt
+
+
 def open_beside(flag, args, pipe):
     """The model of a flag, which draws the same classes, or `None` where it was not given."""
     path = getattr(args, flag)
@@ -180,6 +191,10 @@ def open_beside(flag, args, pipe):
     for name in ("sample_size", "in_channels"):
         if ours[name] != theirs[name]:
             raise ValueError(f"{path} draws other images than the pair: {name} is {theirs[name]}, not {ours[name]}.")
+    if theirs["cross_attention_dim"] != ours["cross_attention_dim"]:
+        raise ValueError(
+            f"{path} is of text and the pair is not, or the other way round, or their texts differ in width."
+        )
     if other.denoiser.config.num_classes != pipe.denoiser.config.num_classes:
         raise ValueError(f"{path} has {other.denoiser.config.num_classes or 'no'} classes, not those of the pair.")
     if any(other.id2label[i] != pipe.id2label[i] for i in other.id2label.keys() & pipe.id2label.keys()):
@@ -192,21 +207,24 @@ def main(args):
     pipe = DualRatePipeline.from_pretrained(args.model)
     single, student = (open_beside(flag, args, pipe) for flag in ("compare", "distilled"))
     num_classes = pipe.denoiser.config.num_classes
-    check_size(pipe, args, len(args.class_labels) if args.class_labels else args.num_columns)
-    class_labels = args.class_labels and read_labels(pipe, args.class_labels)
-    if class_labels is None and num_classes:
-        class_labels = [i * num_classes // args.num_columns for i in range(args.num_columns)]
-    names = [pipe.id2label.get(label, str(label)) for label in class_labels or []]
+    shown = args.prompt or args.class_labels
+    check_size(pipe, args, len(shown) if shown else args.num_columns)
+    names = check_shown(pipe, args)
+    if names is None:
+        shown = shown and read_labels(pipe, shown)
+        if shown is None and num_classes:
+            shown = [i * num_classes // args.num_columns for i in range(args.num_columns)]
+        names = [pipe.id2label.get(label, str(label)) for label in shown or []]
     defaults, steps = SamplingDefaults.of(pipe.config), args.num_inference_steps
-    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, num_classes is not None)
+    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, bool(num_classes or args.prompt))
     if steps is None:
         steps = defaults.num_inference_steps
     pipe.plan_run(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
-    count = args.num_images_per_class * (len(class_labels) if class_labels else args.num_columns)
+    count = args.num_images_per_class * (len(shown) if shown else args.num_columns)
     print(choose_threads(count * network_flops(pipe.context_encoder or pipe.denoiser)))
-    common = (args, class_labels, guidance_scale)
+    common = (args, shown, guidance_scale)
     rows = [
         sample(
             pipe,
@@ -224,7 +242,7 @@ def main(args):
         )
     if student is not None:
         # N, K and guidance are those that it was distilled for, and no others.
-        rows.append(sample(student, "distilled", args, class_labels, student.config.guidance_scale))
+        rows.append(sample(student, "distilled", args, shown, student.config.guidance_scale))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     draw(rows, names, args).save(args.output)
 

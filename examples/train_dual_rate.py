@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dualrate.flags import VAE, argument_parser
+from diffusers_dualrate.flags import VAE, add_text_flag, argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Time of the first context, 1 being the noisy end: before it the denoiser works alone, and trains cheaply.",
     )
     parser.add_argument("--context_dropout", type=float, help="Share of each batch that sees no context.")
+    add_text_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -69,7 +70,7 @@ from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler,
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
-from diffusers_dualrate.sources import open_images, open_start, take_over
+from diffusers_dualrate.sources import components_of, open_captions, open_images, open_start, take_over
 
 # Of the rows that follow the encoder: the share whose z_t is a DDIM step from z_τ, and the share even in log-SNR.
 FOLLOWING_SHARES = {"num_deterministic": 0.5, "num_even_in_log_snr": 0.25}
@@ -129,7 +130,8 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     accelerator = make_accelerator(configuration.options)
     images = open_images(configuration.data, **configuration.image_options)
     start = open_start(configuration.start.pretrained_model_name_or_path, images)
-    configuration = configuration.with_classes(images.num_classes)
+    captions = open_captions(configuration, start)
+    configuration = configuration.with_conditions(images.num_classes, captions)
     recipe, sampling = configuration.recipe, configuration.sampling
 
     # One seed for the weights; the randomness of a step comes from (seed, step, row).
@@ -146,11 +148,12 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         num_context_steps=sampling.num_context_steps,
         context_from=recipe.context_from if recipe.context_from < 1 else None,
         context_free=recipe.share_without_context > 0,
-        guidance_scale=sampling.guidance_scale if images.num_classes else 1.0,
+        guidance_scale=sampling.guidance_scale if images.num_classes or captions else 1.0,
+        **components_of(captions),
         # Where the context is fresh, a denoiser that follows the encoder would at best repeat it.
         encoder_denoises=recipe.follow_encoder,
     )
-    run = Run(accelerator, configuration, networks, images, {"pretrained_model_name_or_path": start})
+    run = Run(accelerator, configuration, networks, images, {"pretrained_model_name_or_path": start}, captions)
     return train(run, networks, averaged, pipeline)
 
 
@@ -171,14 +174,14 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
-            x, class_labels = batch["pixel_values"], batch.get("class_labels")
+            x, condition = batch["pixel_values"], run.conditions.of(batch)
             draws = draw(seed, step, run.rows(part), x.shape[1:], accelerator.device)
-            class_labels = drop_condition(class_labels, draws, recipe.label_dropout, run.images.num_classes)
+            condition = drop_condition(condition, draws, recipe.label_dropout, run.conditions.null)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(networks):
                 contexts = context_times(run, part)
-                result = networks(loss_function, x, class_labels, draws, schedule=schedule, contexts=contexts)
+                result = networks(loss_function, x, condition, draws, schedule=schedule, contexts=contexts)
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())
                 if accelerator.sync_gradients:

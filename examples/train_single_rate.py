@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dualrate.flags import VAE, argument_parser
+from diffusers_dualrate.flags import VAE, add_text_flag, argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -23,6 +23,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="heavy",
         help="Shape of the preset's encoder, or its denoiser.",
     )
+    add_text_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -45,7 +46,7 @@ from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler,
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
-from diffusers_dualrate.sources import open_images, open_start, take_over
+from diffusers_dualrate.sources import components_of, open_captions, open_images, open_start, take_over
 
 
 def make_networks(configuration: Configuration, start: DualRatePipeline | None) -> TrainablePair:
@@ -68,7 +69,8 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     accelerator = make_accelerator(configuration.options)
     images = open_images(configuration.data, **configuration.image_options)
     start = open_start(configuration.start.pretrained_model_name_or_path, images)
-    configuration = configuration.with_classes(images.num_classes)
+    captions = open_captions(configuration, start)
+    configuration = configuration.with_conditions(images.num_classes, captions)
     sampling = configuration.sampling
 
     # One seed for the weights; the randomness of a step comes from (seed, step, row).
@@ -81,9 +83,10 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         vae=images.vae,
         id2label=images.id2label,
         num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale if images.num_classes else 1.0,
+        guidance_scale=sampling.guidance_scale if images.num_classes or captions else 1.0,
+        **components_of(captions),
     )
-    run = Run(accelerator, configuration, networks, images, {"pretrained_model_name_or_path": start})
+    run = Run(accelerator, configuration, networks, images, {"pretrained_model_name_or_path": start}, captions)
     return train(run, networks, averaged, pipeline)
 
 
@@ -103,13 +106,13 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
-            x, class_labels = batch["pixel_values"], batch.get("class_labels")
+            x, condition = batch["pixel_values"], run.conditions.of(batch)
             draws = draw(seed, step, run.rows(part), x.shape[1:], accelerator.device)
-            class_labels = drop_condition(class_labels, draws, recipe.label_dropout, run.images.num_classes)
+            condition = drop_condition(condition, draws, recipe.label_dropout, run.conditions.null)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(networks):
-                result = networks(denoising_loss, x, class_labels, draws, schedule=schedule)
+                result = networks(denoising_loss, x, condition, draws, schedule=schedule)
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())
                 if accelerator.sync_gradients:

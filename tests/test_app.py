@@ -148,6 +148,21 @@ def test_a_wrong_value_shows_a_sentence_and_leaves_the_images(models, make_pipe,
         assert app.choose(given["model"], f"{models}/heavy")[-1]["value"] == message
 
 
+def test_a_model_of_text_draws_the_prompts_of_the_page(make_text_pipe, tmp_path):
+    make_text_pipe(num_context_steps=2, guidance_scale=2.0).save_pretrained(tmp_path / "pair")
+    pipe = DualRatePipeline.from_pretrained(tmp_path / "pair")
+    classes, prompts, *_ = app.own_values(pipe)
+    assert prompts == {"visible": True} and not classes["visible"]
+    options = {"compare": "", "labels": [], "images_per_class": 2}
+    result = draw(tmp_path, prompts="a red apple\n\n two fish \n", **options)[-1][1]
+    ((images, _),) = sides_of(result)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)]
+    expected = pipe(["a red apple", "two fish"], generator=generators, num_images_per_prompt=2).images
+    assert images == [image.tobytes() for image in expected] and "<figcaption>two fish</figcaption>" in result
+    ((message, _),) = draw(tmp_path, prompts=" ", **options)
+    assert "Prompts must name at least one" in message
+
+
 def test_a_model_without_classes_draws_as_many_images_as_asked(make_pipe, tmp_path):
     make_pipe(num_classes=None).save_pretrained(tmp_path / "pair")
     pipe = DualRatePipeline.from_pretrained(tmp_path / "pair")

@@ -436,14 +436,16 @@ def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, m
 def test_a_model_whose_classes_are_not_those_of_the_data_is_refused(models):
     pipe = DualRatePipeline.from_pretrained(models / "pair")
     names = {i: f"class {i}" for i in range(NUM_CLASSES)}
-    sources.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, id2label=names))
+    sources.check_classes("pair", pipe, SimpleNamespace(num_classes=NUM_CLASSES, has_captions=False, id2label=names))
     for num_classes, id2label, sentence in (
         (None, None, "pair has 8 classes, and the data has none: see --label_column"),
         (9, names | {8: "class 8"}, "pair has 8 classes, and the data has 9"),
         (8, names | {3: "class 4", 4: "class 3"}, "Class 3 is 'class 3' in pair and 'class 4' in the data"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            sources.check_classes("pair", pipe, SimpleNamespace(num_classes=num_classes, id2label=id2label))
+            sources.check_classes(
+                "pair", pipe, SimpleNamespace(num_classes=num_classes, has_captions=False, id2label=id2label)
+            )
 
 
 def test_classes_are_chosen_in_proportion_to_the_data():

@@ -525,10 +525,12 @@ def test_a_second_start_into_the_folder_of_a_run_that_is_alive_is_refused(folder
 
 def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pipe):
     pipe = make_pipe(num_classes=3)
-    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={}))
-    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}))
+    sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=3, has_captions=False, id2label={}))
+    sources.check_classes(
+        "teacher", pipe, SimpleNamespace(num_classes=3, has_captions=False, id2label={0: "a", 1: "b", 2: "c"})
+    )
     with pytest.raises(ValueError, match="3 classes, and the data has 4"):
-        sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, id2label={}))
+        sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, has_captions=False, id2label={}))
 
 
 def test_a_start_that_failed_does_not_block_its_folder(folder, tmp_path):
@@ -662,7 +664,10 @@ def test_a_disk_that_is_full_when_samples_are_drawn_names_the_step_and_the_last_
         (["--report_to", "wandb"], "The tracker 'wandb' is not installed: pip install wandb"),
         (["--report_to", "paper"], "report_to must be one of 'all', 'aim', "),
         (["--num_inference_steps", 0], "num_inference_steps must be an integer of at least 1, got 0"),
-        (["--guidance_scale", 3, "--label_column", ""], "--guidance_scale 3.0 needs classes: give --label_column"),
+        (
+            ["--guidance_scale", 3, "--label_column", ""],
+            "--guidance_scale 3.0 needs classes or text: give --label_column",
+        ),
         (["--guidance_scale", 0.5], "guidance_scale must be a finite number of at least 1, got 0.5"),
         (["--num_context_steps", 2], "--num_context_steps 2 is for a pair: this is one network"),
         (["--override", "training.label_dropout=2"], r"label_dropout must be a finite number in \[0, 1\), got 2"),
@@ -737,7 +742,7 @@ def test_what_cannot_work_in_a_pair_is_refused_before_the_folder_is_made(folder,
     ("part", "values", "message"),
     [
         ("training", {"speed": 1}, "training of .*preset.json has no value 'speed'; it has adam_beta1"),
-        ("denoiser", {"depth": 1}, "denoiser has no value 'depth'; it has attention_head_dim"),
+        ("denoiser", {"depth": 1}, "denoiser has no value 'depth'; it has attends_to_text, attention_head_dim"),
         ("scheduler", {"second_order": True}, "second_order of the scheduler belongs to the part sampling"),
         ("sampling", {"steps": 4}, "sampling of .*preset.json has no value 'steps'; it has guidance_scale"),
         ("trainning", {}, "preset.json has an unknown part 'trainning'; it may have context_encoder"),

@@ -53,8 +53,10 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
     recipe = recipe | given(args, _fields(kind) - {"train_batch_size"})
     if kind is not DistillationRecipe:  # a student samples as it was distilled
         sampling = sampling | given(args, _fields(Sampling))
-        if (args.guidance_scale or 1) > 1 and not args.label_column:
-            raise ValueError(f"--guidance_scale {args.guidance_scale} needs classes: give --label_column.")
+        if (args.guidance_scale or 1) > 1 and not (args.label_column or args.caption_column):
+            raise ValueError(
+                f"--guidance_scale {args.guidance_scale} needs classes or text: give --label_column or --caption_column."
+            )
     for flag, folder in (("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir)):
         if folder is not None:
             check_output(flag, folder, is_folder=True)

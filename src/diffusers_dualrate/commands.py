@@ -43,7 +43,11 @@ def find_changes(told: dict, presets: Path | None) -> dict | None:
         known = {field.name for field in dataclasses.fields(kind)}
         preset["training"] = {name: value for name, value in preset["training"].items() if name in known}
         preset["sampling"] = preset["sampling"] | {"num_context_steps": None}
-    shipped = Configuration.from_json(told | preset).with_classes(trained.networks.denoiser["num_classes"]).to_json()
+    planned = Configuration.from_json(told | preset)
+    light = trained.networks.denoiser
+    text = {name: light[name] for name in ("cross_attention_dim", "text_length") if light["cross_attention_dim"]}
+    networks = planned.networks.with_conditions(light["num_classes"], text)
+    shipped = dataclasses.replace(planned, networks=networks).to_json()
     ours = trained.to_json()
     return {
         f"{section}.{name}": shipped[section][name]

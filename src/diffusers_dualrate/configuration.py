@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from .captions import CaptionEmbeddings
 from .decoding import MAX_IMAGE_PIXELS
 from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
@@ -29,7 +30,7 @@ PARTS_OF_A_RUN = ("script", "preset", "overrides", "start", "data", "options", "
 
 # The values that make a run this one, in options and data. Of networks and recipe nearly all do: see `identify`.
 _IDENTIFYING_OPTIONS = ("seed", "gradient_accumulation_steps", "mixed_precision")
-_IDENTIFYING_DATA = ("image_column", "label_column")
+_IDENTIFYING_DATA = ("image_column", "label_column", "caption_column")
 _MOST_WORKERS = 1024  # more processes than a machine starts for one that trains
 # What the Hub calls a data set.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -104,9 +105,10 @@ class Networks:
         encoder, denoiser = self._make()
         check_components(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
-    def with_classes(self, num_classes: int | None) -> Self:
-        """The same for another number of classes."""
-        changed = ({**network, "num_classes": num_classes} for network in (self.context_encoder, self.denoiser))
+    def with_conditions(self, num_classes: int | None, text: dict) -> Self:
+        """The same for another number of classes, or for text: its `cross_attention_dim` and `text_length`."""
+        told = {"num_classes": num_classes, "cross_attention_dim": None, **text}
+        changed = ({**network, **told} for network in (self.context_encoder, self.denoiser))
         return type(self)(**dict(zip(("context_encoder", "denoiser"), changed, strict=True)), scheduler=self.scheduler)
 
 
@@ -120,6 +122,7 @@ class Start:
         teacher: Single-rate model that is distilled.
         student: Model that a distillation starts from.
         vae: Autoencoder whose latents are learned, or the model that it is taken from.
+        text_encoder: What embeds captions, where no model that a training starts or learns from does.
     """
 
     network: str | None = None
@@ -127,6 +130,7 @@ class Start:
     teacher: str | None = None
     student: str | None = None
     vae: str | None = None
+    text_encoder: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,7 @@ class Data:
     dataset_config_name: str | None = None
     label_column: str | None = None
     num_classes: int | None = None
+    caption_column: str | None = None
     streaming: bool = False
     shuffle_buffer: int = 10_000
     on_corrupt: str = "raise"
@@ -155,6 +160,11 @@ class Data:
             raise ValueError(
                 f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir} are two sources of images: "
                 "give one of them."
+            )
+        if self.caption_column is not None and self.label_column is not None:
+            raise ValueError(
+                f"--caption_column {self.caption_column} and --label_column {self.label_column}: a model is of text or of "
+                "classes, give one of them."
             )
         check_integer("shuffle_buffer", self.shuffle_buffer, least=1)
         check_integer("max_image_pixels", self.max_image_pixels, least=1)
@@ -267,9 +277,10 @@ class Configuration:
         told = self.options.validation_steps
         return max(1, min(1000, self.recipe.num_steps // 4)) if told is None else told
 
-    def with_classes(self, num_classes: int | None) -> Self:
-        """The same for the number of classes that the images have."""
-        return dataclasses.replace(self, networks=self.networks.with_classes(num_classes))
+    def with_conditions(self, num_classes: int | None, captions: CaptionEmbeddings | None = None) -> Self:
+        """The same for the classes that the images have, or for what embeds their captions."""
+        text = {} if captions is None else captions.network_options
+        return dataclasses.replace(self, networks=self.networks.with_conditions(num_classes, text))
 
     def with_recipe(self, **changes: Any) -> Self:
         """The same with other values in the recipe."""

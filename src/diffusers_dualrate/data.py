@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from . import folders
+from . import folders, inventory
 from .augmentation import Augmentation
 from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
-from .inventory import check_num_classes, fingerprint_rows, read_labels
+from .inventory import check_num_classes, draw_caption, fingerprint_rows, read_captions, read_labels
 from .latents import latent_shape
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def load_images(
     *,
     image_column: str = "image",
     label_column: str | None = None,
+    caption_column: str | None = None,
     split: str = "train",
     config_name: str | None = None,
     streaming: bool = False,
@@ -52,6 +53,7 @@ def load_images(
             those of the module `folders`.
         image_column: The column that must hold the images.
         label_column: The column that must hold the classes, if any.
+        caption_column: The column that must hold the captions, if any.
         split: The split to open. The digits have the halves "reference" and "floor"; their "train" is both together.
         config_name: Which configuration of the data set, where it has several.
         streaming: Whether to read rows as they are needed instead of preparing all of them first.
@@ -93,7 +95,7 @@ def load_images(
                     f"The table of {folders.readable(described)!r} describes {len(dataset):,} of its {count:,} images: "
                     "it must name each once."
                 )
-    check_columns(dataset, image_column, label_column)
+    check_columns(dataset, image_column, label_column, caption_column)
     return dataset
 
 
@@ -248,7 +250,7 @@ class ImageReader:
 
 
 class LabelledImages(ImageReader, torch.utils.data.Dataset):
-    """The images of a data set as tensors, augmented, with their class labels.
+    """The images of a data set as tensors, augmented, with their class labels or captions.
 
     In a set too large for memory a corrupt image is found at access, and the next one of the set takes its place.
 
@@ -258,11 +260,14 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         image_column: The column of images.
         label_column: The column of classes: a `ClassLabel`, or integers or strings, numbered in sorted order.
         num_classes: Number of classes; default: those there are. Given, integers are taken as they are.
+        caption_column: The column of captions: a string or a list of strings a row.
         options: Further arguments of [`ImageReader`].
 
     Attributes:
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
+        captions: The captions of each image, or `None` without a column of them.
+        has_captions: Whether there are any.
         corrupt: The files or rows found corrupt so far, by this process and all its data workers.
         description: What a folder held besides the images, or `None` for other sources.
 
@@ -279,16 +284,18 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         image_column: str = "image",
         label_column: str | None = None,
         num_classes: int | None = None,
+        caption_column: str | None = None,
         **options,
     ):
         super().__init__(resolution, **options)
-        check_columns(dataset, image_column, label_column)
+        check_columns(dataset, image_column, label_column, caption_column)
         check_num_classes(num_classes, label_column)
         self.description = folders.description_of(dataset)
         self._files, self._column = undecoded(dataset, image_column), image_column
         self._labels, self.id2label = read_labels(dataset, label_column, num_classes)
         self.num_classes = None if self.id2label is None else len(self.id2label)
-        self._all_labels = self._labels
+        self.captions, self.has_captions = read_captions(dataset, caption_column), caption_column is not None
+        self._all_labels, self._all_captions = self._labels, self.captions
         # In shared memory: data workers mark rows in it.
         self._is_corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._pixels: np.ndarray | None = None
@@ -303,6 +310,7 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
             raise ValueError(f"None of the {len(pixels)} images can be decoded, the first being {self.corrupt[0]}.")
         self._pixels = np.stack([pixels[row] for row in kept])
         self._labels = None if self._labels is None else self._labels[kept]
+        self.captions = None if self.captions is None else [self.captions[row] for row in kept]
 
     def note_corrupt(self, row: int) -> bool:
         is_new = not self._is_corrupt[row]
@@ -335,10 +343,10 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
     @functools.cached_property
     def fingerprint(self) -> dict:
         """What these images are, whatever their path, as of [`inventory.fingerprint_rows`]."""
-        return fingerprint_rows(self._files, self._column, self._all_labels, self.id2label)
+        return fingerprint_rows(self._files, self._column, self._all_labels, self.id2label, self._all_captions)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], if there are labels.
+        """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], or `caption`, bytes [2048].
 
         Args:
             index: Number of the image, or (epoch, number): each epoch has augmentations of its own; alone, epoch 0.
@@ -350,10 +358,16 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         item = {"pixel_values": self.augment(pixels, epoch, index)}
         if self._labels is not None:
             item["class_labels"] = torch.tensor(self._labels[row])
+        if self.captions is not None:
+            item["caption"] = draw_caption(self.captions[row], self.seed, epoch, index)
         return item
 
+    def list_captions(self, count: int) -> list[str]:
+        """First captions of some images, evenly spread."""
+        return inventory.spread_captions(self.captions, count)
 
-def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label_column: str | None) -> None:
+
+def check_columns(dataset: "Dataset | IterableDataset", image_column: str, *others: str | None) -> None:
     """Raise a `ValueError` if a data set is empty or a column is missing or holds no images."""
     from datasets import Image as ImageFeature
     from datasets import IterableDataset
@@ -363,7 +377,7 @@ def check_columns(dataset: "Dataset | IterableDataset", image_column: str, label
         raise ValueError("The data set is empty.")
     if dataset.features is None:
         raise ValueError("The stream does not tell what its columns hold; read the data set without streaming.")
-    for column in (image_column, label_column):
+    for column in (image_column, *others):
         if column is not None and column not in dataset.features:
             raise ValueError(f"The data set has no column {column!r}; it has {', '.join(dataset.features)}.")
     if not isinstance(dataset.features[image_column], ImageFeature):

@@ -110,6 +110,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--label_column", help="Column of classes, 'label' for sub-folders; without it classes are not learned."
     )
     data.add_argument("--num_classes", type=int, help="Number of classes; default: those that the data set has.")
+    data.add_argument(
+        "--caption_column", help="Column of captions, a string or a list a row, of which one is drawn each time."
+    )
     data.add_argument("--streaming", action="store_true", help="Read rows as they are needed, downloading nothing.")
     data.add_argument("--shuffle_buffer", type=int, default=10_000, help="Rows of a stream shuffled at a time.")
     data.add_argument("--resolution", type=int, help="Side of the training images; default: the preset's.")
@@ -121,3 +124,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--cache_dir", help="Where `datasets` keeps its files.")
     data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images ahead.")
+
+
+def add_text_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names what embeds captions."""
+    parser.add_argument(
+        "--text_encoder",
+        help="Text encoder with its tokenizer, a Hub repository or a folder, also of a whole pipeline: it embeds the "
+        "captions, stays as it is, and is saved with the model. Default: that of the model that the training starts from.",
+    )

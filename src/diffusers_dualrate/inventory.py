@@ -1,4 +1,4 @@
-"""What a set of images holds: its classes, a description in words, and a fingerprint that depends on no path."""
+"""What a set of images holds: classes or captions, a description in words, and a fingerprint that depends on no path."""
 
 import hashlib
 import json
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _SAMPLED = 256  # rows whose content a fingerprint holds
+_LONGEST_CAPTION = 2048  # bytes; no text encoder reads as much
 
 
 class Images(Protocol):
@@ -29,6 +30,7 @@ class Images(Protocol):
     channels: int
     num_classes: int | None
     id2label: dict[int, str] | None
+    has_captions: bool
 
     @property
     def fingerprint(self) -> dict: ...
@@ -112,8 +114,66 @@ def check_label(value: int | None, id2label: dict[int, str], label_column: str, 
         )
 
 
+def read_captions(dataset: "Dataset", caption_column: str | None) -> list[list[str]] | None:
+    """The captions of each row; `None` without a column.
+
+    Raises:
+        ValueError: If a row has none; the row is named.
+    """
+    if caption_column is None:
+        return None
+    values = dataset.with_format(None).select_columns(caption_column)[:][caption_column]
+    return [check_captions(value, caption_column, row) for row, value in enumerate(values)]
+
+
+def check_captions(value: object, caption_column: str, row: int) -> list[str]:
+    """The captions of a row, which holds a string or a list of them.
+
+    Raises:
+        ValueError: If it holds something else, or none.
+    """
+    captions = [value] if isinstance(value, str) else value
+    if not (isinstance(captions, list) and captions and all(isinstance(each, str) for each in captions)):
+        raise ValueError(
+            f"The row {row} must hold a caption or a list of them in the column {caption_column!r}, got {value!r}."
+        )
+    return captions
+
+
+def spread_captions(captions: list[list[str]] | None, count: int) -> list[str]:
+    """First captions of some images, evenly spread over all."""
+    assert captions is not None  # nobody else asks
+    return [captions[i * len(captions) // count][0] for i in range(count)]
+
+
+def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> Tensor:
+    """One of the captions of an image as bytes [2048], which batches and processes hand on like any tensor.
+
+    Like an augmentation it is drawn from (seed, epoch, index) alone.
+    """
+    which = 0
+    if len(captions) > 1:
+        which = int(np.random.default_rng(np.random.SeedSequence((seed, epoch, index, 1))).integers(len(captions)))
+    return caption_to_bytes(captions[which])
+
+
+def caption_to_bytes(caption: str) -> Tensor:
+    """A caption as bytes [2048], filled up with zeros or cut."""
+    content = caption.encode()[:_LONGEST_CAPTION].ljust(_LONGEST_CAPTION, b"\0")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def captions_from_bytes(captions: Tensor) -> list[str]:
+    """The captions of a batch [B, 2048]."""
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in captions.cpu().numpy()]
+
+
 def fingerprint_rows(
-    files: "Dataset", column: str, labels: np.ndarray | None, id2label: dict[int, str] | None
+    files: "Dataset",
+    column: str,
+    labels: np.ndarray | None,
+    id2label: dict[int, str] | None,
+    captions: list[list[str]] | None = None,
 ) -> dict[str, list[str] | int | str | None]:
     """Names of the `classes`, number of `images`, and a hash of their `rows`. It depends on no path and no time.
 
@@ -124,12 +184,15 @@ def fingerprint_rows(
         column: The column of images.
         labels: Class of each row, int64 [N], or `None`.
         id2label: Names of the classes, or `None`.
+        captions: Captions of each row, or `None`.
     """
     count = len(files)
     sampled = sorted({row * count // _SAMPLED for row in range(_SAMPLED)}) if count > _SAMPLED else range(count)
     paths = files.flatten().select_columns(f"{column}.path")[:][f"{column}.path"]
     numbers = None if labels is None else labels.tolist()
     digest = hashlib.sha256(json.dumps([numbers, [_describe_file(path) for path in paths]]).encode())
+    if captions is not None:
+        digest.update(json.dumps(captions).encode())
     for row in sampled:
         digest.update(_hash_content(files[row][column]))
     return {"classes": list_classes(id2label), "images": count, "rows": digest.hexdigest()[:16]}

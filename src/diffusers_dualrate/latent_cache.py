@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .augmentation import Augmentation
 from .autoencoders import EncodedImages, fingerprint_of_vae
 from .data import LabelledImages
+from .inventory import draw_caption, spread_captions
 from .latents import latent_shape, moments_of
 
 # Images that are encoded at a time, and bytes of a file.
@@ -51,9 +52,14 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         self, images: LabelledImages, vae: ModelMixin, folder: Path, *, augmentation: Augmentation, seed: int
     ):
         augmentation.check_of_latents()
+        if (
+            images.has_captions and images.on_corrupt == "skip"
+        ):  # the next image may take the place of one, with its caption
+            raise ValueError("Latents of images with captions leave none out: give --on_corrupt raise.")
         self.vae, self.seed, self.augmentation = vae, seed, augmentation
         self.channels, self.height, self.width = latent_shape(vae, images.height, images.width)
         self.num_classes, self.id2label, self.class_labels = images.num_classes, images.id2label, images.class_labels
+        self.captions, self.has_captions = images.captions, images.has_captions
         self.fingerprint, self.description = images.fingerprint, images.description
         self._count, views = len(images), 2 if augmentation.flip else 1
         made = {"vae": fingerprint_of_vae(vae), "images": self.fingerprint, "size": [images.height, images.width]}
@@ -142,7 +148,7 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         return self._count
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        """Returns `pixel_values`, float32 [2 C, H, W] or [C, H, W], and `class_labels`, int64 [], if there are labels.
+        """Returns `pixel_values`, float32 [2 C, H, W] or [C, H, W], and `class_labels`, int64 [], or `caption`, bytes [2048].
 
         Args:
             index: Number of the image, or (epoch, number): each epoch mirrors others; alone, epoch 0.
@@ -159,7 +165,13 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         item = {"pixel_values": file.get_slice("moments")[row, side]}
         if self.num_classes is not None:
             item["class_labels"] = file.get_slice("class_labels")[row : row + 1][0]
+        if self.captions is not None:
+            item["caption"] = draw_caption(self.captions[index], self.seed, epoch, index)
         return item
+
+    def list_captions(self, count: int) -> list[str]:
+        """First captions of some images, evenly spread."""
+        return spread_captions(self.captions, count)
 
 
 _REMEDY = "delete it, and it is made again."

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .autoencoders import encode_batch, fingerprint_of_images
+from .captions import CaptionEmbeddings, TrainingConditions
 from .cards import write_first_card
 from .checkpoints import (
     gather,
@@ -70,7 +71,7 @@ from .progress import Progress
 from .recipes import SingleRateRecipe
 from .repositories import claim_repository, upload_model
 from .run_folder import RunFolder
-from .sources import fingerprint_of
+from .sources import fingerprint_of, fingerprint_weights
 from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
 LOGGING_STEPS = 50
@@ -92,11 +93,13 @@ class Run:
         networks: Module whose children are the networks to train, before `prepare`.
         images: What to train on.
         models: Trained models that it starts or learns from, by the flags that name them.
+        captions: What embeds the captions of the images, if they have any.
 
     Attributes:
         configuration: What the run was told, with the global batch for these processes.
         recipe: Its part on how networks are trained.
         options: Its part on how the run goes.
+        conditions: What its images show: classes, texts or nothing.
         step: Steps done.
         is_stopping: Whether all processes agreed to stop after the running step.
 
@@ -112,14 +115,17 @@ class Run:
         networks: nn.Module,
         images: LabelledImages | StreamedImages,
         models: Mapping[str, DualRatePipeline | None] = MappingProxyType({}),
+        captions: CaptionEmbeddings | None = None,
     ):
         self.accelerator, self.images = accelerator, images
+        self.conditions = TrainingConditions(images, captions, accelerator.device)
         self.configuration = configuration.divide_batch(accelerator.num_processes)
         self.recipe, self.options = self.configuration.recipe, self.configuration.options
         self.output_dir = Path(self.options.output_dir)
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._count = None if isinstance(images, StreamedImages) else len(images)
         known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
+        known |= {} if captions is None else {"text_encoder": fingerprint_weights(captions.encoding.text_encoder)}
         precision = dataclasses.replace(self.options, mixed_precision=accelerator.mixed_precision)
         told = dataclasses.replace(self.configuration, options=precision)
         record = make_record(told, fingerprint_of_images(images), known)
@@ -335,13 +341,10 @@ class Run:
         self._update_averaged()
         if not self.accelerator.is_main_process:
             return
-        num_classes = self.pipeline.denoiser.config.num_classes
-        labels = [i * num_classes // SAMPLES for i in range(SAMPLES)] if num_classes else None
+        asked, names = self.conditions.examples(SAMPLES)
         generators = [torch.Generator().manual_seed(i) for i in range(SAMPLES)]
         pipeline = self.pipeline.to(self.accelerator.device)
-        output = pipeline(class_labels=labels, batch_size=None if labels else SAMPLES, generator=generators)
-        images = cast(ImagePipelineOutput, output).images
-        names = [pipeline.id2label.get(label, str(label)) for label in labels] if labels else None
+        images = cast(ImagePipelineOutput, pipeline(**asked, generator=generators)).images
         self.pipeline.to("cpu")
         path = self.output_dir / "samples" / f"{self.step:07}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

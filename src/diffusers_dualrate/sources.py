@@ -10,13 +10,15 @@ from torch import nn
 
 from .augmentation import Augmentation
 from .autoencoders import Images, fingerprint_of_vae, open_vae
-from .configuration import Data
+from .captions import CaptionEmbeddings
+from .configuration import Configuration, Data
 from .data import LabelledImages, load_images
 from .hosts import HostNetwork
 from .latent_cache import LatentImages, cache_folder
 from .latents import compression_of
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
+from .text_encoding import TextEncoding, load_text_encoding
 
 
 def open_images(
@@ -60,6 +62,7 @@ def open_images(
         data.train_data_dir,
         image_column=data.image_column,
         label_column=data.label_column,
+        caption_column=data.caption_column,
         split=split,
         config_name=data.dataset_config_name,
         streaming=data.streaming,
@@ -73,6 +76,7 @@ def open_images(
         image_column=data.image_column,
         label_column=data.label_column,
         num_classes=data.num_classes,
+        caption_column=data.caption_column,
         augmentation=augmentation if kept is None else Augmentation(),
         channels=channels,
         seed=seed,
@@ -98,8 +102,45 @@ def check_space(name: str, pipe: DualRatePipeline, images: Images) -> None:
         raise ValueError(f"{name} draws latents of another vae than the one that --vae names: leave it out.")
 
 
+def open_captions(configuration: Configuration, trained: DualRatePipeline | None = None) -> CaptionEmbeddings | None:
+    """What embeds the captions that a run learns from; `None` where it learns from none.
+
+    Args:
+        configuration: What the run is told.
+        trained: The model that it starts or learns from, whose text encoder it keeps.
+
+    Raises:
+        ValueError: If there is no text encoder, or there are two.
+    """
+    name = configuration.start.text_encoder
+    if configuration.data.caption_column is None and (trained is None or trained.text_encoder is None):
+        if name is not None:
+            raise ValueError(f"--text_encoder {name} has no effect without --caption_column.")
+        return None
+    if trained is not None and trained.text_encoder is not None:
+        if name is not None:
+            raise ValueError(f"--text_encoder {name} and the trained model are two text encoders: give one of them.")
+        encoding = TextEncoding(trained.text_encoder, trained.tokenizer)
+        return CaptionEmbeddings(encoding, trained.denoiser.config.text_length)
+    if name is None:
+        raise ValueError("--caption_column needs --text_encoder, which embeds the captions.")
+    encoding = load_text_encoding(name)
+    return CaptionEmbeddings(encoding, min(configuration.networks.denoiser["text_length"], encoding.most_tokens))
+
+
+def components_of(captions: CaptionEmbeddings | None) -> dict[str, Any]:
+    """The parts of a pipeline that embed its prompts, where there are captions."""
+    if captions is None:
+        return {}
+    return {"text_encoder": captions.encoding.text_encoder, "tokenizer": captions.encoding.tokenizer}
+
+
 def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | StreamedImages | LatentImages) -> None:
-    """Refuse a model whose classes differ from those of the images in number, name or order."""
+    """Refuse a model whose classes differ from those of the images in number, name or order, or one of text without it."""
+    takes_text, has_captions = pipe.denoiser.config.cross_attention_dim is not None, images.has_captions
+    if takes_text != has_captions:
+        takes, has = "text" if takes_text else "no text", "captions" if has_captions else "none"
+        raise ValueError(f"{name} takes {takes}, and of captions the data has {has}: see --caption_column.")
     ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
     if ours != theirs:
         raise ValueError(
@@ -162,7 +203,7 @@ def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
         ValueError: If their shapes differ.
     """
     shape = ("level_channels", "level_types", "level_blocks", "patch_size", "attention_head_dim", "embedding_dim")
-    for key in (*shape, "context_channels", "prediction_hand_over"):
+    for key in (*shape, "cross_attention_dim", "attends_to_text", "context_channels", "prediction_hand_over"):
         theirs, ours = (network.config[key] for network in (trained, planned))
         if key == "context_channels":  # by default the levels' own
             theirs, ours = theirs or trained.config["level_channels"], ours or planned.config["level_channels"]
@@ -174,9 +215,13 @@ def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
 
 def fingerprint_of(model: DualRatePipeline) -> str:
     """A short digest of a model's weights, which does not depend on its path."""
+    return fingerprint_weights(model.context_encoder, model.denoiser, model.text_encoder)
+
+
+def fingerprint_weights(*networks: nn.Module | None) -> str:
+    """The same of networks by themselves; `None` is passed over."""
     digest = hashlib.blake2b(digest_size=16)
-    networks: list[nn.Module] = [network for network in (model.context_encoder, model.denoiser) if network is not None]
-    for network in networks:
+    for network in filter(None, networks):
         for name, weight in sorted(network.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -15,7 +15,14 @@ import torch
 
 from .data import ImageReader, check_columns, undecoded
 from .folders import description_of
-from .inventory import check_label, check_num_classes, fingerprint_first_rows, name_classes
+from .inventory import (
+    check_captions,
+    check_label,
+    check_num_classes,
+    draw_caption,
+    fingerprint_first_rows,
+    name_classes,
+)
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -77,7 +84,7 @@ class DealtBatches(torch.utils.data.Sampler):
 
 
 class StreamedImages(ImageReader):
-    """The images of a streamed data set as tensors, augmented, with their class labels.
+    """The images of a streamed data set as tensors, augmented, with their class labels or captions.
 
     Args:
         dataset: A streamed data set with an image column, as of `load_images`.
@@ -85,12 +92,14 @@ class StreamedImages(ImageReader):
         image_column: The column of images.
         label_column: The column of classes: a `ClassLabel`, or integers together with `num_classes`.
         num_classes: Number of classes; default: those that a `ClassLabel` has.
+        caption_column: The column of captions: a string or a list of strings a row.
         buffer_size: Number of rows that are shuffled at a time; the files of a data set are shuffled as well.
         options: Further arguments of [`ImageReader`].
 
     Attributes:
         id2label: The name of each class, or `None` without a label column.
         num_classes: How many there are, or `None`.
+        has_captions: Whether there are captions.
         description: What a folder held, or `None` for other sources.
         num_corrupt: Most corrupt images that this process has met in one epoch. Each epoch meets the same ones, in other
             places.
@@ -107,13 +116,14 @@ class StreamedImages(ImageReader):
         image_column: str = "image",
         label_column: str | None = None,
         num_classes: int | None = None,
+        caption_column: str | None = None,
         buffer_size: int = 10_000,
         **options: Any,
     ):
         super().__init__(resolution, **options)
         if type(buffer_size) is not int or buffer_size < 1:
             raise ValueError(f"`buffer_size` is {buffer_size!r}, but --shuffle_buffer must be a positive integer.")
-        check_columns(dataset, image_column, label_column)
+        check_columns(dataset, image_column, label_column, caption_column)
         check_num_classes(num_classes, label_column)
         self.description = description_of(dataset)
         self.id2label = None
@@ -125,7 +135,10 @@ class StreamedImages(ImageReader):
                     f"The column {label_column!r} names {len(names)} classes, more than the {num_classes} given."
                 )
         self.num_classes = None if self.id2label is None else len(self.id2label)
-        self._columns = [column for column in (image_column, label_column) if column is not None]
+        self._label_column, self._caption_column = label_column, caption_column
+        self.has_captions = caption_column is not None
+        columns = (image_column, label_column, caption_column)
+        self._columns = [column for column in columns if column is not None]
         self._unshuffled = rows = undecoded(dataset, *self._columns)
         self.num_corrupt = self._num_met = 0
         self._rows = rows.shuffle(seed=self.seed, buffer_size=buffer_size) if buffer_size > 1 else rows
@@ -135,6 +148,14 @@ class StreamedImages(ImageReader):
         """What is known of these images before all are read, as of [`inventory.fingerprint_first_rows`]."""
         rows = self._unshuffled.take(_SAMPLED)
         return fingerprint_first_rows((tuple(row[column] for column in self._columns) for row in rows), self.id2label)
+
+    def list_captions(self, count: int) -> list[str]:
+        """First captions of the first images, as they lie, again and again if there are fewer than asked for."""
+        column = self._caption_column
+        assert column is not None  # nobody else asks
+        rows = self._unshuffled.select_columns([column]).take(count)
+        captions = [check_captions(values[column], column, row)[0] for row, values in enumerate(rows)]
+        return [captions[i % len(captions)] for i in range(count)]
 
     def note_corrupt(self, row: int) -> bool:
         self._num_met += 1
@@ -153,16 +174,19 @@ class StreamedImages(ImageReader):
             rows = self._rows.skip(first)
             rows.set_epoch(epoch)
             for values in rows:
-                file, *label = (values[column] for column in self._columns)
-                if label:
-                    assert self.id2label is not None  # where there is a column of classes
-                    check_label(label[0], self.id2label, self._columns[1], row)
+                label, captions = values.get(self._label_column), None
+                if self.id2label is not None and self._label_column is not None:
+                    check_label(label, self.id2label, self._label_column, row)
+                if self._caption_column is not None:
+                    captions = check_captions(values[self._caption_column], self._caption_column, row)
                 row += 1
-                if (pixels := self.decode(file, row - 1)) is not None:
+                if (pixels := self.decode(values[self._columns[0]], row - 1)) is not None:
                     count += 1
                     item = {"pixel_values": self.augment(pixels, epoch, row - 1)}
-                    if label:
-                        item["class_labels"] = torch.tensor(*label)
+                    if self.id2label is not None:
+                        item["class_labels"] = torch.tensor(label)
+                    if captions is not None:
+                        item["caption"] = draw_caption(captions, self.seed, epoch, row - 1)
                     yield item, (epoch, row)
             if first == 0 == count:
                 raise ValueError(f"None of the {row} images can be decoded.")

@@ -1,5 +1,6 @@
 """Prompts and captions as embeddings: a text encoder of transformers with its tokenizer."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,41 @@ _UNLIMITED = 2**20
 def width_of(text_encoder: Any) -> int:
     """Channels of the tokens that a text encoder hands out."""
     return text_encoder.config.hidden_size
+
+
+def load_text_encoding(name: str) -> "TextEncoding":
+    """A text encoder with its tokenizer, in float32: a folder or a name on the Hub, alone or in a pipeline's.
+
+    Args:
+        name: What holds both, or the folders text_encoder and tokenizer.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    import transformers
+
+    def read(subfolder: str) -> dict:
+        with contextlib.suppress(OSError):  # of a name without such a folder
+            return transformers.PretrainedConfig.get_config_dict(name, subfolder=subfolder)[0]
+        return {}
+
+    inside = read("text_encoder")
+    config = inside or read("")
+    try:
+        own = (config.get("architectures") or [""])[0]
+        if config.get("model_type") == "clip":  # it holds an image encoder, too
+            own = "CLIPTextModel"
+        is_encoder = own.endswith(("TextModel", "EncoderModel", "TextModelWithProjection"))
+        kind = getattr(transformers, own) if is_encoder else transformers.AutoModelForTextEncoding
+        folders = ("text_encoder", "tokenizer") if inside else ("", "")
+        text_encoder = kind.from_pretrained(name, subfolder=folders[0], use_safetensors=True, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=folders[1])
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{name} holds no text encoder with its tokenizer: {said}.") from error
+    encoding = TextEncoding.of(text_encoder, tokenizer)
+    assert encoding is not None  # both are there
+    return encoding
 
 
 @dataclass(frozen=True)

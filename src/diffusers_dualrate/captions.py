@@ -1,0 +1,106 @@
+"""What a training shows its networks beside the images: classes, or captions as embeddings that are computed once."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditions import Condition, Text
+from .inventory import captions_from_bytes
+from .text_encoding import TextEncoding, width_of
+
+_MOST_BYTES = 2**31  # of embeddings that are kept
+# Captions that are embedded at a time, always as many: the rounding of kernels depends on it, and a run that is resumed
+# meets its captions in another order.
+_AT_ONCE = 32
+
+
+class CaptionEmbeddings:
+    """Embeddings of captions, each computed once and kept in memory without what fills it up.
+
+    Args:
+        encoding: Text encoder and tokenizer; the encoder is frozen.
+        length: Number of tokens that captions are filled up or cut to.
+    """
+
+    def __init__(self, encoding: TextEncoding, length: int):
+        self.encoding, self.length = encoding, length
+        encoding.text_encoder.eval().requires_grad_(False)
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._num_bytes = 0
+
+    @property
+    def network_options(self) -> dict[str, int]:
+        """What the configuration of a network says of such texts."""
+        return {"cross_attention_dim": width_of(self.encoding.text_encoder), "text_length": self.length}
+
+    def embed(self, captions: Sequence[str], device: torch.device | str) -> Text:
+        """Embeddings of captions, on a device."""
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        for first in range(0, len(missing), _AT_ONCE):
+            self._encode(missing[first : first + _AT_ONCE], device)
+        rows = [self._kept[caption] for caption in captions]
+        while self._num_bytes > _MOST_BYTES and len(self._kept) > len(rows):
+            self._num_bytes -= self._kept.popitem(last=False)[1].nbytes
+        tokens = rows[0].new_zeros(len(rows), self.length, rows[0].shape[1])
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        lengths = torch.tensor([len(row) for row in rows])
+        return Text(tokens.to(device), (torch.arange(self.length) < lengths[:, None]).to(device))
+
+    def _encode(self, captions: list[str], device: torch.device | str) -> None:
+        self.encoding.text_encoder.to(device)
+        fillers = [captions[0]] * (_AT_ONCE - len(captions))
+        text = self.encoding.embed([*captions, *fillers], self.length, device)
+        for caption, tokens, mask in zip([*captions, *fillers], text.tokens, text.mask, strict=True):
+            if caption not in self._kept:
+                self._kept[caption] = tokens[mask].cpu()
+                self._num_bytes += self._kept[caption].nbytes
+
+
+class TrainingConditions:
+    """What the images of a run show: classes, texts or nothing.
+
+    Args:
+        images: What the run learns from.
+        captions: What embeds their captions, if they have any.
+        device: Where the networks are.
+    """
+
+    def __init__(self, images: Any, captions: CaptionEmbeddings | None, device: torch.device | str):
+        self._images, self._captions, self._device = images, captions, device
+
+    def __bool__(self) -> bool:
+        """Whether there are any, so that there is something to guide towards."""
+        return self._captions is not None or self._images.num_classes is not None
+
+    def of(self, batch: Mapping[str, Tensor]) -> Condition:
+        """The condition of a batch as it came from the loader."""
+        if self._captions is None:
+            return batch.get("class_labels")
+        return self._captions.embed(captions_from_bytes(batch["caption"]), self._device)
+
+    @cached_property
+    def null(self) -> Text | int | None:
+        """What stands for no condition: the label of no class, or the empty text."""
+        return self._images.num_classes if self._captions is None else self._captions.embed([""], self._device)
+
+    def compute(self, asked: Mapping[str, Any]) -> Condition:
+        """The condition that `examples` asks for."""
+        if "prompt" in asked and self._captions is not None:
+            return self._captions.embed(asked["prompt"], self._device)
+        return torch.tensor(asked["class_labels"], device=self._device) if "class_labels" in asked else None
+
+    def examples(self, count: int) -> tuple[dict[str, Any], list[str] | None]:
+        """Arguments of a pipeline's call that draws an image of each of some conditions, and their names."""
+        if self._captions is not None:
+            prompts = self._images.list_captions(count)
+            return {"prompt": prompts}, prompts
+        if self._images.num_classes is None:
+            return {"batch_size": count}, None
+        num_classes, names = self._images.num_classes, self._images.id2label or {}
+        labels = [i * num_classes // count for i in range(count)]
+        return {"class_labels": labels}, [names.get(label, str(label)) for label in labels]

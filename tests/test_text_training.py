@@ -1,0 +1,175 @@
+"""Training on captions, as a user does it: folders with metadata.jsonl, tiny real text encoders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+import distill
+import generate
+import train_dual_rate
+import train_single_rate
+from conftest import PRESET, make_text_encoder, make_tokenizer, reset_accelerate
+from diffusers_dualrate import DualRatePipeline
+from diffusers_dualrate.captions import CaptionEmbeddings
+from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.inventory import captions_from_bytes
+from diffusers_dualrate.streams import StreamedImages
+from diffusers_dualrate.text_encoding import TextEncoding, load_text_encoding
+
+CAPTIONS = [["a red apple", "apple"], ["two green fish", "fish"], ["a blue bird", "bird"], ["a star", "small star"]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Images with captions, a text encoder with its tokenizer, and a preset with guidance."""
+    root = tmp_path_factory.mktemp("text")
+    (root / "images").mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": CAPTIONS[i % 4]})
+    (root / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for part in (make_text_encoder(), make_tokenizer()):
+        part.save_pretrained(root / "encoder")
+    preset = json.loads(json.dumps(PRESET))
+    preset["training"]["label_dropout"] = 0.3
+    preset["distillation"] |= {"guidance_scale": 2.0, "pretraining_steps": 0, "max_train_steps": 2}
+    (root / "tiny.json").write_text(json.dumps(preset))
+    return root
+
+
+def train(module, root, name, *more, encoder=True):
+    flags = ["--preset", str(root / "tiny.json"), "--train_data_dir", str(root / "images"), "--caption_column", "text"]
+    flags += ["--cache_dir", str(root / "cache"), "--output_dir", str(root / name), "--validation_steps", "0"]
+    flags += ["--text_encoder", str(root / "encoder")] if encoder else []
+    reset_accelerate()
+    assert module.main(module.parse_args([*flags, *more])) == 0
+    return DualRatePipeline.from_pretrained(root / name)
+
+
+def weights_of(pipe):
+    networks = [pipe.denoiser] if pipe.context_encoder is None else [pipe.denoiser, pipe.context_encoder]
+    return {f"{i}.{name}": weight for i, net in enumerate(networks) for name, weight in net.state_dict().items()}
+
+
+def open_set(root, kind=LabelledImages, **options):
+    dataset = load_images(train_data_dir=root / "images", caption_column="text", streaming=kind is StreamedImages)
+    return kind(dataset, 16, caption_column="text", **options)
+
+
+def test_a_pair_learns_from_captions_draws_prompts_and_goes_on_bit_for_bit(root):
+    pipe = train(train_dual_rate, root, "pair", "--validation_steps", "4", "--guidance_scale", "2")
+    config = pipe.denoiser.config
+    assert (config.cross_attention_dim, config.text_length, config.num_classes) == (8, 6, None)
+    assert pipe.text_encoder.state_dict().keys() == make_text_encoder().state_dict().keys()
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red apple").images[0].size == (16, 16) and pipe.config.guidance_scale == 2.0
+    assert (root / "pair" / "samples" / "0000004.png").is_file()
+    record = json.loads((root / "pair" / "configuration.json").read_text())
+    assert record["data"]["caption_column"] == "text" and "text_encoder" in record["found"]["models"]
+
+    half = ("--guidance_scale", "2", "--checkpointing_steps", "2")
+    train(train_dual_rate, root, "halves", *half, "--max_train_steps", "2")
+    again = train(train_dual_rate, root, "halves", *half, "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(weight, weights_of(again)[name]) for name, weight in weights_of(pipe).items())
+
+
+def test_a_picture_of_prompts_is_drawn_by_their_model_alone(make_text_pipe, make_pipe, tmp_path):
+    make_text_pipe(num_context_steps=2).save_pretrained(tmp_path / "text")
+    make_pipe(num_inference_steps=2).save_pretrained(tmp_path / "classes")
+    flags = ["--num_images_per_class", "1", "--output", str(tmp_path / "picture.png"), "--model"]
+    generate.main(generate.parse_args([*flags, str(tmp_path / "text"), "--prompt", "a red apple", "two fish"]))
+    assert Image.open(tmp_path / "picture.png").width == 2 * (24 + generate.GAP) + generate.GAP
+    for model, more, said in (
+        ("text", [], "is a model of text: give --prompt"),
+        ("text", ["--prompt", "a", "--class_labels", "1"], "no --class_labels"),
+        ("classes", ["--prompt", "a"], "takes no text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            generate.main(generate.parse_args([*flags, str(tmp_path / model), *more]))
+
+
+def test_a_single_rate_model_of_text_is_distilled_under_its_own_encoder(root):
+    heavy = train(train_single_rate, root, "heavy", "--network", "heavy")
+    student = train(distill, root, "student", "--teacher", str(root / "heavy"), encoder=False)
+    assert student.context_encoder is not None and student.config.num_inference_steps == 4
+    ours, theirs = student.text_encoder.state_dict(), heavy.text_encoder.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    start = ("--pretrained_model_name_or_path", str(root / "heavy"))
+    followed = train(train_dual_rate, root, "followed", *start, "--freeze_encoder", encoder=False)
+    kept = followed.context_encoder.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in heavy.denoiser.state_dict().items() if name in kept)
+
+
+@pytest.mark.parametrize("kind", [LabelledImages, StreamedImages])
+def test_each_look_at_an_image_draws_one_of_its_captions_by_seed_epoch_and_number(root, kind):
+    images = open_set(root, kind, seed=3)
+    if kind is LabelledImages:
+        drawn = {
+            (epoch, i): captions_from_bytes(images[epoch, i]["caption"][None])[0]
+            for epoch in range(9)
+            for i in range(8)
+        }
+        again = captions_from_bytes(open_set(root, seed=3)[8, 7]["caption"][None])[0]
+        assert again == drawn[8, 7] and all(caption in CAPTIONS[i % 4] for (_, i), caption in drawn.items())
+    else:
+        items = [item for item, _ in zip(images.read_from(0, 0), range(72), strict=False)]
+        drawn = dict(enumerate(captions_from_bytes(item["caption"][None])[0] for item, _ in items))
+    assert set(drawn.values()) == {caption for row in CAPTIONS for caption in row}
+    assert images.list_captions(3)[0] == "a red apple" and len(images.list_captions(3)) == 3
+
+
+def test_captions_are_embedded_once_as_prompts_are_and_alike_in_any_company():
+    encoding = TextEncoding(make_text_encoder("t5"), make_tokenizer())
+    captions, calls = CaptionEmbeddings(encoding, 6), []
+    encoding.text_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    first = captions.embed(["a red apple", "a star"], "cpu")
+    captions.embed(["a star", "a red apple", "a star"], "cpu")
+    assert len(calls) == 1
+    whole = encoding.encode(["a red apple", "a star"], 6, "cpu")
+    assert torch.equal(first.mask, whole.mask)
+    torch.testing.assert_close(first.tokens[first.mask], whole.tokens[whole.mask])
+    others = CaptionEmbeddings(encoding, 6).embed(["fish", "a blue bird", "a star"], "cpu")
+    assert torch.equal(others.tokens[2], first.tokens[1])
+
+
+def test_a_text_encoder_is_found_alone_or_in_a_pipeline_and_named_where_it_is_missing(root, make_text_pipe, tmp_path):
+    make_text_pipe("t5").save_pretrained(tmp_path / "pipe")
+    assert type(load_text_encoding(str(tmp_path / "pipe")).text_encoder).__name__ == "T5EncoderModel"
+    alone = load_text_encoding(str(root / "encoder"))
+    assert type(alone.text_encoder).__name__ == "CLIPTextModel"
+    assert alone.tokenizer("a star").input_ids == AutoTokenizer.from_pretrained(root / "encoder")("a star").input_ids
+    for flags, said in (
+        (["--text_encoder", str(root / "images")], "holds no text encoder"),
+        (["--label_column", "text"], "of text or of classes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(train_single_rate, root, "none", "--network", "light", *flags)
+    with pytest.raises(ValueError, match="--caption_column needs --text_encoder"):
+        train(train_single_rate, root, "none", "--network", "light", encoder=False)
+    with pytest.raises(ValueError, match="two text encoders"):
+        train(
+            train_dual_rate,
+            root,
+            "none",
+            "--pretrained_model_name_or_path",
+            str(tmp_path / "pipe"),
+            "--override",
+            "denoiser.sample_size=8",
+            "context_encoder.sample_size=8",
+        )
+    assert not (root / "none").exists()
+
+
+@pytest.mark.parametrize("value", [3, [], ["a", 3], None])
+def test_a_row_without_a_caption_is_named(root, tmp_path, value):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    from diffusers_dualrate.inventory import check_captions
+
+    with pytest.raises(ValueError, match="The row 1 must hold a caption .*'text'"):
+        check_captions(value, "text", 1)
