@@ -197,7 +197,9 @@ def make_arms(args, networks, device):
     scheduler = DualRateScheduler(**networks.scheduler)
     heavy = UViTDenoiser(**{**networks.context_encoder, **SINGLE_RATE}).eval()
     encoder, denoiser = UViTContextEncoder(**networks.context_encoder), UViTDenoiser(**networks.denoiser)
-    parts = [part.to(device, getattr(torch, args.dtype)) for part in (heavy, encoder.eval(), denoiser.eval())]
+    parts = [part.to(device) for part in (heavy, encoder.eval(), denoiser.eval())]
+    if args.dtype != "float32":  # the host warns of every cast
+        parts = [part.to(dtype=getattr(torch, args.dtype)) for part in parts]
     defaults = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
     arms = []
     for mode in args.modes:

@@ -20,7 +20,7 @@ CALLS = [
 ]
 
 
-def record_eagerly(call):
+def record_eagerly(call, device):
     """What a graph does, without one: compute from the same buffers, and write to the same."""
     outputs = call()
 
@@ -150,7 +150,7 @@ def cache(pipe):
     pipe.denoiser.enable_cache(config)
 
 
-def fail(call):
+def fail(call, device):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
@@ -209,3 +209,14 @@ def test_only_so_many_shapes_are_kept(make_pipe):
     for batch_size in range(1, 12):
         sample(pipe, batch_size=batch_size, num_inference_steps=1, num_context_steps=1)
     assert len(pipe._recordings._kept) == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+def test_on_a_gpu_graphs_draw_what_their_kernels_draw_one_by_one(make_pipe):
+    pipe = make_pipe().to("cuda")
+    alone = [sample(pipe, seed=i, **call) for i, call in enumerate(CALLS)]
+    pipe.enable_cuda_graphs()
+    for i in (0, 1, 2, 3, 4, 3, 0, 4, 2, 1, 0):
+        assert torch.equal(sample(pipe, seed=i, **CALLS[i]), alone[i]), i
+    assert pipe.cuda_graphs.num_replays > 0

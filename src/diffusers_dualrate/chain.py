@@ -68,7 +68,8 @@ class Chain:
         self.encoder_denoises = encoder_denoises
         takes_generator = "generator" in inspect.signature(steps.scheduler.step).parameters
         self._step_options = {"generator": generator} if takes_generator else {}
-        self._dtype = denoiser.dtype  # once: the host finds it by a walk over all parameters
+        self._dtype = denoiser.dtype  # once: the host finds it by a walk over all modules
+        self._encoder_dtype = None if context_encoder is None else context_encoder.dtype
         self.run: Callable[..., tuple[Tensor, ...]] = call_directly
         if null is None and isinstance(condition, Tensor):
             null = torch.full_like(condition, denoiser.config.num_classes)
@@ -121,7 +122,7 @@ class Chain:
         assert self.context_encoder is not None  # else no plan refreshes
         z, condition = self._branches(self.context_encoder, z, both)
         with self._cache_context(self.context_encoder, both):
-            return self.run(self._encode, z.to(self.context_encoder.dtype), log_snr, condition)
+            return self.run(self._encode, z.to(self._encoder_dtype), log_snr, condition)
 
     def _encode(self, z: Tensor, log_snr: Tensor, condition: Condition) -> tuple[Tensor, ...]:
         assert self.context_encoder is not None

@@ -54,17 +54,20 @@ class Recording(NamedTuple):
         return tuple(output.clone() for output in self.outputs)
 
 
-def record_cuda_graph(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-    """Capture a call as a CUDA graph: its outputs, and how to compute them anew."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries and compilers settle on their kernels first
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
+def record_cuda_graph(
+    call: Callable[[], tuple[Tensor, ...]], device: torch.device
+) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Capture a call on a device as a CUDA graph: its outputs, and how to compute them anew."""
+    with torch.cuda.device(device):  # else the launches on another than the current one would not be captured
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries and compilers settle on their kernels first
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = call()
     return outputs, graph.replay
 
 
@@ -72,7 +75,7 @@ class Recordings:
     """The recorded calls of one pipeline's networks. One chain at a time has the use of them.
 
     Args:
-        record: From a call to its outputs and its replay.
+        record: From a call and its device to its outputs and its replay.
         device_type: Where the networks must be.
 
     Attributes:
@@ -148,8 +151,9 @@ class Recordings:
         """Record a call at these shapes; `None` if the device does not allow it."""
         inputs = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments = tree_unflatten(inputs, structure)
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         try:
-            return Recording(inputs, *self._record(lambda: function(*arguments)))
+            return Recording(inputs, *self._record(lambda: function(*arguments), device))
         except RuntimeError as error:  # also of too little memory
             self._kept.clear()
             self._failure = f"a call could not be recorded ({str(error).splitlines()[0]})"
@@ -182,7 +186,11 @@ def find_obstacle(networks: list[nn.Module], device_type: str) -> str | None:
         if network.training:
             return f"{name} is in training mode"
         if getattr(network, "_hf_peft_config_loaded", False):
-            return f"{name} has adapters, whose strength may change: fuse them into the weights"
+            return f"{name} has adapters, whose strength may change: fuse them into the weights, then unload them"
+        if any(type(weight.data) is not Tensor for weight in network.parameters()):
+            return f"{name} has quantised weights, whose addresses nobody tells"
+        if len({weight.device for weight in network.parameters()}) > 1:
+            return f"{name} is on several devices"
         for module in network.modules():
             replaced = "forward" in vars(module) or hasattr(module, "_hf_hook")
             if replaced or module._forward_hooks or module._forward_pre_hooks:
