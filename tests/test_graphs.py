@@ -80,6 +80,20 @@ def hand_over(make_pipe, make_networks):
     return pipe
 
 
+def test_prompts_in_turns_are_what_each_is_alone(make_text_pipe):
+    pipe = make_text_pipe()
+
+    def draw(prompt, scale):
+        return sample(pipe, class_labels=prompt, guidance_scale=scale, num_inference_steps=3, num_context_steps=2)
+
+    calls = [(["a red apple"], 2.0), (["two green fish"], 2.0), (["a red apple"], 1.0)]
+    alone = [draw(*call) for call in calls]
+    record_on_cpu(pipe)
+    for i in (0, 1, 2, 1, 0):
+        assert torch.equal(draw(*calls[i]), alone[i]), i
+    assert pipe.cuda_graphs.num_replays == 5 * (3 + 2)
+
+
 def test_a_callback_keeps_what_it_was_given_and_changes_what_it_likes(make_pipe):
     def run(pipe):
         kept = []

@@ -24,13 +24,6 @@ from .conditions import ProjectedText
 
 # Positions are at most a few dozen apart, so the base is far below that of language models.
 _ROPE_BASE = 100.0
-# Of x/2 and its cube in the tanh form of GELU.
-_GELU_LINEAR, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 8 * math.sqrt(2 / math.pi) * 0.044715
-
-
-def samples_on_cpu(features: Tensor) -> bool:
-    """Whether these are computed on a CPU and without gradients, where other kernels are the fast ones."""
-    return features.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def start_at_zero(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
@@ -124,16 +117,6 @@ def rotate(features: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(features * cos, features.roll(features.shape[-1] // 2, dims=-1), sin)
 
 
-def gelu_tanh(features: Tensor) -> Tensor:
-    """GELU in its tanh form: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
-    if not samples_on_cpu(features) or features.dtype != torch.float32 or torch.compiler.is_compiling():
-        return gelu(features, approximate="tanh")
-    # The fused kernel computes its tanh so slowly there that these seven take half its time.
-    half = features / 2
-    inner = (half * half).mul_(_GELU_CUBIC).add_(_GELU_LINEAR).mul_(half)
-    return half.addcmul_(half, inner.tanh_())
-
-
 TextKeys = tuple[Tensor, Tensor, Tensor]
 """Of a text, keys and values [B, L, heads, head_dim] beside those of S tokens, and which of all count [B, 1, 1, S + L]."""
 
@@ -163,7 +146,7 @@ class UViTAttnProcessor:
         attended = dispatch_attention_fn(
             query, key, value, mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        return attn.to_out(attn.dropout(torch.cat([attended.flatten(2), gelu_tanh(mlp)], dim=-1)))
+        return attn.to_out(attn.dropout(torch.cat([attended.flatten(2), gelu(mlp, approximate="tanh")], dim=-1)))
 
 
 class UViTParallelSelfAttention(nn.Module, AttentionModuleMixin):
@@ -362,7 +345,9 @@ class UViTTrunk(nn.Module):
                 f"Image sizes must be divisible by {self.stride} (patch size times downsampling), "
                 f"got height {height} and width {width}."
             )
-        if samples_on_cpu(sample):  # twice as fast for convolutions, pooling and upsampling, and tokens as they lie
+        # On a CPU convolutions, pooling and upsampling are faster over such maps, and tokens lie as they are taken. Not in
+        # training: backward passes over them have crashed.
+        if sample.device.type == "cpu" and not torch.is_grad_enabled():
             sample = sample.contiguous(memory_format=torch.channels_last)
         num_stages, mask = len(self.down) + 1 + len(self.up), None if text is None else text.mask
         keys_values = ((),) * num_stages if text is None else text.keys_values
