@@ -10,7 +10,6 @@ attention-and-MLP transformers (ViT-22B, arXiv 2302.05442), or, for the lightest
 depthwise-separable convolutions; all are modulated by the noise-level embedding (FiLM) and start as the identity.
 """
 
-import math
 from collections.abc import Callable
 from typing import cast
 
