@@ -37,58 +37,21 @@ STYLES = {
 }
 # Combinations of words that training sees only apart: in no style are these trained on.
 COMBINATIONS = (
-    "purple heart",
-    "green heart",
-    "yellow circle",
-    "brown circle",
-    "orange square",
-    "blue square",
-    "large blue diamond",
-    "orange book",
-    "green apple",
-    "smiling cat with heart-eyes",
-    "pig face",
-    "four o'clock",
-    "nine-thirty",
-    "down-left arrow",
-    "keycap: 7",
-)
+    "purple heart", "green heart", "yellow circle", "brown circle", "orange square", "blue square",
+    "large blue diamond", "orange book", "green apple", "smiling cat with heart-eyes", "pig face", "four o'clock",
+    "nine-thirty", "down-left arrow", "keycap: 7",
+)  # fmt: skip
 # Of the emoji that every style has, one in so many is left out of one style, of each in its turn.
 STYLE_HELD_OUT_EVERY = 30
 NUM_SEEN = 100
 # Nobody has drawn these; every word of them occurs in training.
 NOVEL = (
-    "blue apple",
-    "purple apple",
-    "red banana",
-    "green strawberry",
-    "blue pizza",
-    "pink car",
-    "purple bus",
-    "yellow house",
-    "green dog face",
-    "blue cat face",
-    "red elephant",
-    "orange fish",
-    "black bear",
-    "white rabbit face",
-    "purple frog",
-    "blue tree",
-    "red leaf",
-    "yellow mushroom",
-    "black star",
-    "red moon",
-    "green fire",
-    "pink cloud",
-    "purple umbrella",
-    "yellow key",
-    "red clock",
-    "dog face with tears of joy",
-    "bear with sunglasses",
-    "apple with heart-eyes",
-    "cat with hat",
-    "star with sunglasses",
-)
+    "blue apple", "purple apple", "red banana", "green strawberry", "blue pizza", "pink car", "purple bus",
+    "yellow house", "green dog face", "blue cat face", "red elephant", "orange fish", "black bear",
+    "white rabbit face", "purple frog", "blue tree", "red leaf", "yellow mushroom", "black star", "red moon",
+    "green fire", "pink cloud", "purple umbrella", "yellow key", "red clock", "dog face with tears of joy",
+    "bear with sunglasses", "apple with heart-eyes", "cat with hat", "star with sunglasses",
+)  # fmt: skip
 
 ZERO_WIDTH_JOINER, RIGHTWARDS = "200D", "27A1"
 MAN_OR_WOMAN = ("1F468", "1F469")
