@@ -66,7 +66,7 @@ def record_cuda_graph(
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
             outputs = call()
     return outputs, graph.replay
 
@@ -133,12 +133,17 @@ class Recordings:
         if self._failure is not None:
             return function(*arguments)
         leaves, structure = tree_flatten(arguments)
-        # The precision of float32 products is the user's own switch, and part of what a graph has fixed.
-        settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        # Two streams must not meet in one buffer, and the user may change how float32 is multiplied.
+        settings = (
+            _find_stream(device),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
         key = (function.__name__, str(structure), tuple(_describe_leaf(leaf) for leaf in leaves), settings)
         recording = self._kept.pop(key, None)
         if recording is None:
-            recording = self._make_recording(function, leaves, structure)
+            recording = self._make_recording(function, leaves, structure, device)
         if recording is None:
             return function(*arguments)
         self._kept[key] = recording
@@ -147,11 +152,12 @@ class Recordings:
         self.num_replays += 1
         return recording(leaves)
 
-    def _make_recording(self, function: Function, leaves: list[Any], structure: Any) -> Recording | None:
+    def _make_recording(
+        self, function: Function, leaves: list[Any], structure: Any, device: torch.device
+    ) -> Recording | None:
         """Record a call at these shapes; `None` if the device does not allow it."""
         inputs = [torch.empty_like(leaf).copy_(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments = tree_unflatten(inputs, structure)
-        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
         try:
             return Recording(inputs, *self._record(lambda: function(*arguments), device))
         except RuntimeError as error:  # also of too little memory
@@ -167,6 +173,10 @@ def lend(recordings: Recordings | None, *networks: nn.Module | None, watch: bool
     if recordings is None:
         return contextlib.nullcontext(call_directly)
     return recordings.lend(*networks, watch=watch)
+
+
+def _find_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _describe_leaf(leaf: Any) -> Any:
