@@ -36,6 +36,10 @@ def parse_args(argv=None):
     parser.add_argument("--dataset_config_name", help="Configuration of the data set, where it has several.")
     parser.add_argument("--label_column", help="Column of classes, 'label' for sub-folders.")
     parser.add_argument("--num_classes", type=int, help="Number of classes, if the training was given it.")
+    parser.add_argument("--caption_column", help="Column of captions, which are the prompts.")
+    parser.add_argument(
+        "--text_encoder", help="Contrastive text encoder of --classifier: does a sample show its prompt?"
+    )
     parser.add_argument(
         "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
     )
@@ -90,13 +94,14 @@ from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
 from diffusers_dualrate.folders import check_output_dir
 from diffusers_dualrate.guidance import Guidance
-from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, real_batches, sampled_batches
+from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, real_batches, sampled_batches, shown_by
 from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.metrics import (
     check_classifier,
     distance_name,
     load_extractors,
     make_nearest_judge,
+    make_text_judges,
     measure_images,
     measure_reference,
     measure_v_loss,
@@ -110,6 +115,7 @@ from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
 from diffusers_dualrate.steps import make_dpm_solver, plan_steps
+from diffusers_dualrate.text_encoding import load_text_encoding
 
 # Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
 _FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
@@ -124,7 +130,9 @@ def choose_steps(args, pipe):
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
     k = None if pipe.context_encoder is None else pipe.plan_run(n, k).num_context_steps
-    guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, bool(pipe.denoiser.config.num_classes))
+    guidance_scale, _ = defaults.choose_guidance(
+        args.guidance_scale, None, bool(pipe.denoiser.config.num_classes or pipe.text_encoder)
+    )
     if not guidance_scale >= 1:
         raise ValueError(f"guidance_scale must be at least 1, which is none, got {guidance_scale}.")
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
@@ -143,10 +151,8 @@ def measure_sampling(pipe, solver, images, reference, extractors, judges, steps,
     per_seed, first, calls = [], None, 0
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         for seed in args.seeds:
-            labels = None
-            if images.num_classes:
-                labels = images.class_labels[[index for _, index in choose(images, args.num_samples, seed)]]
-            batches = sampled_batches(pipe, labels, args.num_samples, seed, called, args.batch_size, accelerator)
+            shown = shown_by(images, choose(images, args.num_samples, seed))
+            batches = sampled_batches(pipe, shown, args.num_samples, seed, called, args.batch_size, accelerator)
             measured = measure_images(batches, extractors, judges, accelerator)
             calls += math.ceil(args.num_samples / args.batch_size)
             per_seed.append(metrics_of(measured, reference, args.num_samples))
@@ -187,10 +193,9 @@ def read_records(model):
 def draw_first(first, pipe, images, args):
     """A picture of the first samples, each under the name of its class."""
     pictures, names = pipe.image_processor.postprocess(first, output_type="pil"), None
-    if images.num_classes:
-        drawn = choose(images, args.num_samples, args.seeds[0])[: len(first)]
-        labels = images.class_labels[[index for _, index in drawn]].tolist()
-        names = [pipe.id2label.get(label, str(label)) for label in labels]
+    shown = shown_by(images, choose(images, args.num_samples, args.seeds[0])[: len(first)])
+    if shown is not None:
+        names = [pipe.id2label.get(label, str(label)) for label in shown.tolist()] if images.num_classes else shown
     return draw_grid(pictures, names)
 
 
@@ -225,6 +230,8 @@ def check(args):
     ):
         if min(counts, default=1) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(counts)}.")
+    if args.text_encoder and not (args.classifier and args.caption_column):
+        raise ValueError("--text_encoder needs --classifier, which was trained with it, and --caption_column.")
     for seed in args.seeds:
         check_integer("seeds", seed, least=0)
     if len(set(args.seeds)) < len(args.seeds):
@@ -309,10 +316,13 @@ def make_judges(classifier, images, fresh, augmentation, args, accelerator):
         judges["class_accuracy"] = lambda x, labels: (
             classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
         )
-    if images.num_classes and len(images) <= _NEAREST_LIMIT:
+    if args.text_encoder:
+        judges |= make_text_judges(load_text_encoding(args.text_encoder), classifier, images, accelerator.device)
+    if (images.num_classes or images.has_captions) and len(images) <= _NEAREST_LIMIT:
         backgrounds = (Augmentation(background=(level, level)) for level in (0, 255))
         views = (fresh(augmentation=background, split=args.reference_split) for background in backgrounds)
-        judges["class_of_nearest"] = make_nearest_judge(*views, augmentation.translation)
+        name = "caption_of_nearest" if images.has_captions else "class_of_nearest"
+        judges[name] = make_nearest_judge(*views, augmentation.translation)
     return judges
 
 

@@ -51,7 +51,7 @@ class Letters(torch.utils.data.Dataset):
     Attributes:
         id2label: The letter of each class, or `None` without labels.
         num_classes: How many there are, or `None`.
-        has_captions: There are none.
+        has_captions: There are none, and `captions` is `None`.
         corrupt: Empty: no image can be.
         fingerprint: What the letters are, in the form that `LabelledImages` has.
         other_epochs: What images of other epochs are called in an evaluation.
@@ -75,7 +75,7 @@ class Letters(torch.utils.data.Dataset):
         self.channels, self.seed, self.corrupt, self.vae = 1, seed, [], None
         self.sample_shape = (1, resolution, resolution)
         self.id2label = dict(enumerate(LETTERS)) if label_column else None
-        self.has_captions = False
+        self.has_captions, self.captions = False, None
         self.num_classes = len(LETTERS) if label_column else None
         self.fingerprint = {"classes": [*LETTERS] if label_column else None, "images": len(self), "rows": "letters"}
         self._glyphs = _render_glyphs()

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import distill
+import evaluate
 import generate
 import train_dual_rate
 import train_single_rate
@@ -16,7 +17,9 @@ from conftest import PRESET, make_text_encoder, make_tokenizer, reset_accelerate
 from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.captions import CaptionEmbeddings
 from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.inventory import captions_from_bytes
+from diffusers_dualrate.metrics import make_nearest_judge, make_text_judges
 from diffusers_dualrate.streams import StreamedImages
 from diffusers_dualrate.text_encoding import TextEncoding, load_text_encoding
 
@@ -91,6 +94,46 @@ def test_a_picture_of_prompts_is_drawn_by_their_model_alone(make_text_pipe, make
     ):
         with pytest.raises(ValueError, match=said):
             generate.main(generate.parse_args([*flags, str(tmp_path / model), *more]))
+
+
+def test_a_sample_shows_its_prompt_if_the_nearest_caption_is_one_of_the_same_image(root):
+    encoding, images = load_text_encoding(str(root / "encoder")), open_set(root)
+    texts = ["a red apple", "apple", "two green fish", "a star"]
+    inputs = encoding.tokenizer(texts, padding=True, return_tensors="pt")
+    directions = encoding.text_encoder(**inputs).pooler_output.detach()
+    judges = make_text_judges(encoding, lambda x: 3 * directions, images, "cpu")
+    asked = ["apple", "apple", "a star", "a star"]  # the second name of the first image, itself, another's, itself
+    x = torch.zeros(4, 3, 16, 16)
+    assert judges["caption_of_nearest_text"](x, asked).tolist() == [True, True, False, True]
+    one = torch.nn.functional.cosine_similarity(directions[0], directions[1], dim=0)
+    torch.testing.assert_close(judges["image_text_score"](x, asked)[:2], torch.stack([one, torch.tensor(1.0)]))
+    nearest = make_nearest_judge(images, images, 0)
+    x = torch.stack([images[0]["pixel_values"], images[1]["pixel_values"]])
+    assert nearest(x, ["apple", "apple"]).tolist() == [True, False]
+
+
+def test_a_model_of_text_is_measured_on_the_captions_of_its_data(root, make_text_pipe):
+    make_text_pipe(num_context_steps=2, networks={"sample_size": 16}).save_pretrained(root / "measured")
+    ImageClassifier(3, 8, (8, 8), num_features=8).save(root / "judge.safetensors")
+    flags = [
+        "--train_data_dir",
+        str(root / "images"),
+        "--caption_column",
+        "text",
+        "--num_samples",
+        "4",
+        "--seeds",
+        "0",
+    ]
+    flags += ["--classifier", str(root / "judge.safetensors"), "--text_encoder", str(root / "encoder")]
+    flags += ["--num_noises", "4", "--output", str(root / "evaluation.json"), "--cache_dir", str(root / "references")]
+    report = evaluate.main(
+        evaluate.parse_args(["--model", str(root / "measured"), *flags, "--grid", str(root / "g.png")])
+    )
+    found = report["samples"][0]
+    assert {"caption_of_nearest_text_4", "image_text_score_4", "caption_of_nearest_4", "fd_local_4"} <= found.keys()
+    assert report["floor"]["caption_of_nearest_4"]["mean"] == 1.0  # real images, not augmented
+    assert report["v_loss"]["model"] > 0 and (root / "g.png").is_file()
 
 
 def test_a_single_rate_model_of_text_is_distilled_under_its_own_encoder(root):

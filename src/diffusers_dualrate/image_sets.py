@@ -11,13 +11,16 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .inventory import ImageSet
+from .inventory import ImageSet, captions_from_bytes
 from .latents import compression_of, decode
 from .losses import seed_of
 from .pipeline import DualRatePipeline
 
-Batch = tuple[range, Tensor, Tensor | None]
-"""Positions in the set, images [B, C, H, W] and classes [B], if there are some."""
+Shown = Tensor | list[str] | None
+"""What images show: classes [B], a caption of each, or nothing that is known."""
+
+Batch = tuple[range, Tensor, Shown]
+"""Positions in the set, images [B, C, H, W], and what they show."""
 
 # Far from the seeds that trainings use, so that no augmentation and no noise was seen before.
 FRESH_SEED = 1_000_003
@@ -44,6 +47,13 @@ def choose(images: ImageSet, count: int, seed: int) -> list[list[int]]:
     return torch.stack([repeat, order[rank]], dim=1)[torch.randperm(count, generator=generator)].tolist()
 
 
+def shown_by(images: ImageSet, chosen: Sequence[Sequence[int]]) -> Shown:
+    """What images show that `choose` chose; of several captions another in each repeat."""
+    if images.captions is not None:
+        return [images.captions[index][repeat % len(images.captions[index])] for repeat, index in chosen]
+    return None if images.class_labels is None else images.class_labels[[index for _, index in chosen]]
+
+
 def batches_of(count: int, batch_size: int, accelerator: Accelerator) -> Iterable[range]:
     """This process's share of `range(count)` in batches: the same batches, whatever the number of processes."""
     batches = [range(count)[first : first + batch_size] for first in range(0, count, batch_size)]
@@ -63,13 +73,16 @@ def real_batches(
     for positions in batches_of(len(chosen), batch_size, accelerator):
         rows = [chosen[position] for position in positions]
         items = [images[epoch + repeat, index] for repeat, index in rows]
-        labels = torch.stack([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
+        labels: Shown = torch.stack([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
+        labels = (
+            captions_from_bytes(torch.stack([item["caption"] for item in items])) if images.has_captions else labels
+        )
         yield positions, as_bytes(torch.stack([item["pixel_values"] for item in items])), labels
 
 
 def sampled_batches(
     pipe: DualRatePipeline,
-    labels: Tensor | None,
+    shown: Shown,
     count: int,
     seed: int,
     steps: dict,
@@ -80,7 +93,7 @@ def sampled_batches(
 
     Args:
         pipe: The model.
-        labels: Class of each sample, if there are classes.
+        shown: Class or prompt of each sample, for a model of either.
         count: Number of samples, over all processes.
         seed: Each samples a set of its own.
         steps: How the pipeline samples: `num_inference_steps` and whatever else it is called with.
@@ -89,9 +102,11 @@ def sampled_batches(
     """
     pipe.set_progress_bar_config(disable=True)
     for positions in batches_of(count, batch_size, accelerator):
-        chunk = None if labels is None else labels[positions.start : positions.stop]
+        chunk = None if shown is None else shown[positions.start : positions.stop]
         generator = [torch.Generator().manual_seed(seed_of(FRESH_SEED, seed, i)) for i in positions]
-        size = {"batch_size": len(positions)} if chunk is None else {"class_labels": chunk.tolist()}
-        x = pipe(**size, generator=generator, output_type="latent", return_dict=False, **steps)[0]
+        asked = chunk.tolist() if isinstance(chunk, Tensor) else chunk
+        x = pipe(
+            asked, batch_size=len(positions), generator=generator, output_type="latent", return_dict=False, **steps
+        )[0]
         x = x if pipe.vae is None else decode(pipe.vae, x)
         yield positions, as_bytes(x.float().cpu()), chunk

@@ -43,6 +43,8 @@ class ImageSet(Images, Protocol):
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]: ...
 
+    captions: list[list[str]] | None
+
     @property
     def class_labels(self) -> Tensor | None: ...
 

@@ -10,13 +10,16 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from .captions import CaptionEmbeddings, TrainingConditions
 from .evaluation import (
     FeatureStatistics,
     ImageClassifier,
@@ -33,16 +36,18 @@ from .latents import encode
 from .losses import ContextTimes, denoising_loss, draw, seed_of
 from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
+from .text_encoding import TextEncoding
 
 Extractors = dict[str, Callable[[Tensor], Tensor]]
 """Feature functions by name: images [B, C, H, W] in [-1, 1] to features [B, D]."""
-Judges = dict[str, Callable[[Tensor, Tensor], Tensor]]
-"""By name: images and the classes that were asked for to truths [B]."""
+Judges = dict[str, Callable[[Tensor, Any], Tensor]]
+"""By name: images and what was asked for to truths or scores [B]."""
 
 # An epoch of augmentation that nothing else takes.
 _REFERENCE_EPOCH = 1_000_000
 # Precision and recall compare every image with every other.
 _PRECISION_LIMIT = 10_000
+_TEXTS_AT_ONCE = 256
 
 
 def load_extractors(
@@ -100,7 +105,8 @@ def measure_images(
 ) -> Measured:
     """Pass batches of images through feature extractors and judges."""
     streamed = {name: FeatureStatistics() for name in extractors}
-    kept, right, first = [], dict.fromkeys(judges, 0), []
+    kept, first = [], []
+    right: dict[str, float] = dict.fromkeys(judges, 0)
     for positions, x, labels in batches:
         on_device = x.to(accelerator.device)
         features = {name: extract(on_device) for name, extract in extractors.items()}
@@ -109,8 +115,8 @@ def measure_images(
         if positions.start < _PRECISION_LIMIT:
             kept.append((positions.start, {name: value.cpu() for name, value in features.items()}))
         for name, judge in judges.items():
-            assert labels is not None  # where there is a judge, there are classes
-            right[name] += int(judge(x, labels).sum())
+            assert labels is not None  # where there is a judge, it is known what images show
+            right[name] += judge(x, labels).sum().item()
         if positions.start < 64:
             first.append((positions.start, x))
     streamed = {name: FeatureStatistics(value.sums.cpu()) for name, value in streamed.items() if value.count}
@@ -183,9 +189,55 @@ def make_nearest_judge(on_black: ImageSet, on_white: ImageSet, translation: int)
         translation: Largest shift in pixels, in each direction.
     """
     black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (on_black, on_white))
-    classes = on_black.class_labels
-    assert classes is not None  # else there is nothing to judge
-    return lambda x, labels: classes[nearest_training_image(x, black, white, translation)] == labels
+    classes, captions = on_black.class_labels, on_black.captions
+
+    def judge(x: Tensor, shown: Any) -> Tensor:
+        nearest = nearest_training_image(x, black, white, translation)
+        if captions is not None:
+            return torch.tensor([text in captions[i] for text, i in zip(shown, nearest.tolist(), strict=True)])
+        assert classes is not None  # else there is nothing to judge
+        return classes[nearest] == shown
+
+    return judge
+
+
+def make_text_judges(
+    encoding: TextEncoding, image_encoder: nn.Module, images: ImageSet, device: torch.device | str
+) -> Judges:
+    """Judges of whether an image shows its caption: whether the nearest one is of the same image, and how near its own is.
+
+    Args:
+        encoding: A contrastive text encoder, whose pooled output is compared.
+        image_encoder: What was trained with it: images to directions of the same width.
+        images: Images with all captions that there are.
+        device: Where to compute.
+    """
+    assert images.captions is not None  # nobody else asks
+    owners: dict[str, set[int]] = {}
+    for row, captions in enumerate(images.captions):
+        for text in captions:
+            owners.setdefault(text, set()).add(row)
+    known = {text: place for place, text in enumerate(owners)}
+    text_encoder, embedded = encoding.text_encoder.to(device), []
+    for first in range(0, len(known), _TEXTS_AT_ONCE):
+        part = list(known)[first : first + _TEXTS_AT_ONCE]
+        inputs = encoding.tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device)
+        with torch.no_grad():
+            embedded.append(normalize(text_encoder(**inputs).pooler_output, dim=1))
+    directions = torch.cat(embedded)
+
+    def compare(x: Tensor) -> Tensor:
+        return normalize(image_encoder(x.to(device)), dim=1) @ directions.T
+
+    def find(x: Tensor, shown: list[str]) -> Tensor:
+        nearest = [list(known)[place] for place in compare(x).argmax(1).tolist()]
+        return torch.tensor([bool(owners[ours] & owners[text]) for ours, text in zip(nearest, shown, strict=True)])
+
+    def score(x: Tensor, shown: list[str]) -> Tensor:
+        own = torch.tensor([known[text] for text in shown], device=device)
+        return compare(x).gather(1, own[:, None])[:, 0]
+
+    return {"caption_of_nearest_text": find, "image_text_score": score}
 
 
 def count_in_name(count: int) -> str:
@@ -245,7 +297,10 @@ def measure_v_loss(
         accelerator: Knows this process and how many there are.
         drop_context: Whether the denoiser sees no context.
     """
-    schedule = schedule_of(pipe.scheduler)
+    schedule, captions = schedule_of(pipe.scheduler), None
+    if images.has_captions:
+        captions = CaptionEmbeddings(TextEncoding(pipe.text_encoder, pipe.tokenizer), pipe.denoiser.config.text_length)
+    conditions = TrainingConditions(images, captions, accelerator.device)
     pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()
     total = 0.0
@@ -254,14 +309,14 @@ def measure_v_loss(
         x = torch.stack([item["pixel_values"] for item in batch]).to(accelerator.device)
         if pipe.vae is not None:
             x = encode(pipe.vae, x, [seed_of(FRESH_SEED, row) for row in rows])
-        labels = None
-        if "class_labels" in batch[0]:
-            labels = torch.stack([item["class_labels"] for item in batch]).to(accelerator.device)
+        names = [name for name in ("class_labels", "caption") if name in batch[0]]
+        condition = conditions.of({name: torch.stack([item[name] for item in batch]) for name in names})
+        condition = condition.to(accelerator.device) if isinstance(condition, Tensor) else condition
         draws = draw(FRESH_SEED, 0, rows, x.shape[1:], accelerator.device)
         # Times from a low-discrepancy sequence: far less spread for the same number of evaluations.
         draws.uniforms[:, 0] = torch.tensor([(row * (math.sqrt(5) - 1) / 2) % 1 for row in rows])
         contexts = ContextTimes((1 / num_context_steps,), num_without=len(x) if drop_context else 0)
         with torch.no_grad():
-            result = pair(denoising_loss, x, labels, draws, schedule=schedule, contexts=contexts)
+            result = pair(denoising_loss, x, condition, draws, schedule=schedule, contexts=contexts)
         total += result.v_loss.double().sum().item()
     return sum(gather_object([total])) / count
