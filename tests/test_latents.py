@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+import train_classifier
 import train_dual_rate
 import train_single_rate
 from conftest import fill_with_noise, reset_accelerate
@@ -253,13 +254,19 @@ def test_a_pair_takes_the_autoencoder_of_the_model_it_starts_from_and_is_measure
     assert pair.vae.config.latent_channels == 4 and pair.context_encoder is not None
     told = json.loads((tmp_path / "pair/configuration.json").read_text())
     assert told["start"]["vae"] and told["denoiser"]["sample_size"] == 8
+    file = str(tmp_path / "classifier.safetensors")
+    train_classifier.main(train_classifier.parse_args([
+        "--preset", str(tmp_path / "pair/configuration.json"), "--train_data_dir", str(folder), "--label_column", "label",
+        "--max_train_steps", "1", "--train_batch_size", "4", "--held_out", "0.25", "--output", file,
+    ]))  # fmt: skip
     args = evaluate.parse_args([
-        "--model", str(tmp_path / "pair"), "--train_data_dir", str(folder), "--label_column", "label", "--num_samples", "4",
+        "--classifier", file, "--cache_dir", str(tmp_path / "references"), "--model", str(tmp_path / "pair"), "--train_data_dir", str(folder), "--label_column", "label", "--num_samples", "4",
         "--num_noises", "4", "--seeds", "0", "--num_inference_steps", "2", "--num_context_steps", "1",
         "--output", str(tmp_path / "evaluation.json"), "--grid", str(tmp_path / "grid.png"),
     ])  # fmt: skip
     report = evaluate.main(args)
     assert report["vae"] == {"compression": 2} and report["v_loss"]["model"] > 0
+    assert report["samples"][0]["fd_local_4"]["mean"] > 0
     assert report["parameters"].keys() == {"context_encoder", "denoiser"} and (tmp_path / "grid.png").is_file()
 
 
