@@ -20,7 +20,8 @@ SHAPES = PRESET["denoiser"]
 def draw_text(rows, seed=0, lengths=None):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor(lengths or [5] * rows)
-    return Text(torch.randn(rows, 5, 6, generator=generator), torch.arange(5)[None] < lengths[:, None])
+    tokens, pooled = torch.randn(rows, 5, 6, generator=generator), torch.randn(rows, 3, generator=generator)
+    return Text(tokens, torch.arange(5)[None] < lengths[:, None], pooled)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    UNet2DConditionModel,
     UNet2DModel,
 )
 from torch import nn
@@ -431,10 +430,8 @@ def test_flops_are_those_of_the_network_itself():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HostNetwork(UNet2DConditionModel.from_config({
-            "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8,
-            "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
-        }), NoiseProcess()), "must be one of UNet2DModel, DiTTransformer2DModel, got UNet2DConditionModel"),
+        (lambda: HostNetwork(AutoencoderKL(norm_num_groups=4, block_out_channels=(4,)), NoiseProcess()),
+            "must be one of UNet2DModel, .*SD3Transformer2DModel, got AutoencoderKL"),
         (lambda: HostNetwork(make_unet(out_channels=4), NoiseProcess()), "out_channels=4"),
         (lambda: HostNetwork(make_unet(), DDPMScheduler()), "process must be a NoiseProcess, .* got DDPMScheduler"),
         (lambda: HostNetwork(make_unet(), NoiseProcess(), ["up_blocks.7"]), "no submodule 'up_blocks.7'"),

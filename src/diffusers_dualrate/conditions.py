@@ -8,7 +8,7 @@ of the image (as in Imagen, arXiv 2205.11487). One embedding of the whole text j
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ class Text(NamedTuple):
     Args:
         tokens: Embedding of each token [B, L, D].
         mask: Whether each token is one of the text, or fills it up to L [B, L].
+        pooled: An embedding of the whole text [B, P], for networks that ask for one.
     """
 
     tokens: Tensor
     mask: Tensor
+    pooled: Tensor | None = None
 
 
 class ProjectedText(NamedTuple):
@@ -49,10 +51,18 @@ AnyCondition = TypeVar("AnyCondition", bound=Condition)
 def _map(function: Callable[..., Tensor], *parts):
     """The function of each tensor of equal structures, in that structure."""
     first = parts[0]
-    if isinstance(first, Tensor):
-        return function(*parts)
+    if first is None or isinstance(first, Tensor):
+        return first if first is None else function(*parts)
     mapped = [_map(function, *inner) for inner in zip(*parts, strict=True)]
     return type(first)(*mapped) if hasattr(first, "_fields") else tuple(mapped)
+
+
+def blank_text(config: Any) -> Text:
+    """A text of the width and length that a network's configuration says, for shapes and FLOPs."""
+    tokens = torch.empty(1, config.text_length, config.cross_attention_dim)
+    pooled = config.get("pooled_projection_dim")
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    return Text(tokens, mask, None if pooled is None else torch.empty(1, pooled))
 
 
 def take_rows(condition: AnyCondition, rows: Tensor | slice) -> AnyCondition:

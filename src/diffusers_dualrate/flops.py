@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .conditions import Text
+from .conditions import blank_text
 from .models import UViTContextEncoder, UViTDenoiser
 from .pipeline import DualRatePipeline
 from .recipes import DistillationRecipe, PairRecipe, Recipe, SingleRateRecipe
@@ -45,7 +45,7 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
         if network.config.num_classes is not None:  # not every network of diffusers goes without
             inputs["condition"] = torch.zeros(1, dtype=torch.long)
         if network.config.cross_attention_dim is not None:
-            inputs["condition"] = copy.project_condition(_blank_text(network.config))
+            inputs["condition"] = copy.project_condition(blank_text(network.config))
         if with_context and isinstance(copy, UViTDenoiser) and copy.config.context_channels is not None:
             trunk_input = torch.empty(1, copy.trunk.patch_embed.in_channels, height, width)
             context = copy.trunk(trunk_input, torch.empty(1, copy.config.embedding_dim))
@@ -57,18 +57,13 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
     return counter.get_total_flops()
 
 
-def _blank_text(config) -> Text:
-    shape = (1, config.text_length)
-    return Text(torch.empty(*shape, config.cross_attention_dim), torch.ones(shape, dtype=torch.bool))
-
-
 def text_flops(network: UViTContextEncoder | UViTDenoiser) -> int:
     """FLOPs of projecting the text of one image, which a network does once per call; 0 where it takes none."""
     if network.config.cross_attention_dim is None:
         return 0
     copy = network.blueprint()
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.project_condition(_blank_text(network.config))
+        copy.project_condition(blank_text(network.config))
     return counter.get_total_flops()
 
 

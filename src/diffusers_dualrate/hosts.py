@@ -6,7 +6,7 @@ says how it was trained, where that class does not look. Feature maps are the ou
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self, cast
@@ -19,7 +19,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from . import diffusion
-from .conditions import Condition, ProjectedText, Text
+from .conditions import Condition, ProjectedText, Text, blank_text
+from .host_kinds import KINDS, PIPELINES
 from .network import ImageNetworkMixin, per_sample
 from .noise_process import NoiseProcess
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
@@ -32,51 +33,6 @@ _TAPPING = threading.Lock()
 _HOST = "_host_network"
 # The variance of x given z that is handed over, in units of σ². The networks themselves predict none.
 _SHARE_OF_NOISE = 0.2
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How to call the networks of one class of diffusers, and what their configuration says."""
-
-    num_classes: Callable[[Any], int | None]
-    has_null_class: bool
-    stride: Callable[[Any], int]
-    taps: Callable[[nn.Module], list[str]]
-    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
-
-
-def _unet_taps(network: nn.Module) -> list[str]:
-    taps = []
-    for i, block in reversed(list(enumerate(cast(nn.ModuleList, network.up_blocks)))):
-        last = "attentions" if getattr(block, "attentions", None) else "resnets"
-        taps.append(f"up_blocks.{i}.{last}.{len(getattr(block, last)) - 1}")
-    return taps
-
-
-KINDS = {
-    "UNet2DModel": _Kind(
-        num_classes=lambda config: config.num_class_embeds,
-        has_null_class=False,
-        stride=lambda config: 2 ** (len(config.block_out_channels) - 1),
-        taps=_unet_taps,
-        call=lambda network, z, t, labels: network(z, t, labels).sample,
-    ),
-    "DiTTransformer2DModel": _Kind(
-        num_classes=lambda config: config.num_embeds_ada_norm,
-        has_null_class=True,
-        stride=lambda config: config.patch_size,
-        taps=lambda network: [f"transformer_blocks.{len(cast(nn.ModuleList, network.transformer_blocks)) - 1}"],
-        call=lambda network, z, t, labels: network(z, timestep=t, class_labels=labels).sample,
-    ),
-}
-"""Classes of diffusers that can be taken as they are; one more is one entry more."""
-
-# Of a pipeline of diffusers: the component that is its network, and its own defaults.
-PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDPMPipeline": ("unet", {"num_inference_steps": 1000}),
-    "DDIMPipeline": ("unet", {"num_inference_steps": 50}),
-    "DiTPipeline": ("transformer", {"num_inference_steps": 50, "guidance_scale": 4.0}),
-}
 
 
 @dataclass
@@ -133,6 +89,9 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             )
         if config.get("class_embed_type") is not None:
             raise ValueError(f"{name} with class_embed_type={config.class_embed_type!r} takes no numbers of classes.")
+        for option in self._kind.refused:
+            if config.get(option) is not None:
+                raise ValueError(f"{name} with {option}={config[option]!r} takes more than a text.")
         self.network, self.process = network, process
         self.origin = Origin.find(config.get("_name_or_path"))
         if isinstance(taps, str):
@@ -149,7 +108,10 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             in_channels=config.in_channels,
             num_classes=self._kind.num_classes(config),
             has_null_class=self._kind.has_null_class,
-            cross_attention_dim=None,
+            cross_attention_dim=self._kind.text_dim(config),
+            text_length=self._kind.text_length,
+            text_is_masked=self._kind.text_is_masked,
+            pooled_projection_dim=config.get("pooled_projection_dim"),
             context_channels=None,
             prediction_hand_over=check_boolean("prediction_hand_over", prediction_hand_over),
         )
@@ -164,9 +126,11 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         """Channels, height and width of each feature map of an image of `image_size`."""
         blueprint = self.blueprint()
         with torch.device("meta"), torch.no_grad():
-            class_labels = None if self.config.num_classes is None else torch.zeros(1, dtype=torch.long)
+            condition: Condition = None if self.config.num_classes is None else torch.zeros(1, dtype=torch.long)
+            if self.config.cross_attention_dim is not None:
+                condition = blank_text(self.config)
             sample = torch.empty(1, self.config.in_channels, *self.image_size)
-            maps = blueprint(sample, torch.empty(1), class_labels).context
+            maps = blueprint(sample, torch.empty(1), condition).context
         return [(part.shape[1], part.shape[2], part.shape[3]) for part in maps[: len(self.taps)]]
 
     @property
@@ -244,7 +208,8 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         Args:
             sample: Noisy images z [B, C, H, W], variance-preserving.
             log_snr: Their log-SNR, a scalar or [B].
-            condition: Class of each image [B], `num_classes` being the null label; `None` for all null.
+            condition: Class of each image [B], `num_classes` being the null label; `None` for all null. For networks of text
+                a [`Text`].
             context: There for interchangeability with a denoiser: a single-rate network takes none.
             context_log_snr: As `context`.
             return_dict: Whether to return an output object or a plain tuple.
@@ -253,9 +218,11 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             raise ValueError("A network of diffusers takes no context.")
         levels = per_sample(log_snr, sample)
         num_classes = self.config.num_classes
-        if isinstance(condition, (Text, ProjectedText)):
-            raise ValueError("This model takes no text.")
-        if num_classes is None and condition is not None:
+        is_text, takes_text = isinstance(condition, (Text, ProjectedText)), self.config.cross_attention_dim is not None
+        if is_text != takes_text:
+            takes = "text: give a Text as the condition" if takes_text else "no text"
+            raise ValueError(f"A {type(self.network).__name__} of this shape takes {takes}.")
+        if num_classes is None and condition is not None and not is_text:
             raise ValueError("This model is unconditional and takes no class_labels.")
         if num_classes is not None and condition is None:
             if not self.config.has_null_class:
@@ -357,7 +324,7 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
     parts: dict[str, Any] = {
         "denoiser": HostNetwork(getattr(pipeline, component), process),
         "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
-        "vae": pipeline.components.get("vae"),
+        **{name: pipeline.components.get(name) for name in ("vae", "text_encoder", "tokenizer")},
         "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place_of(kwargs)).get("id2label"),
     }
     steps = min(defaults["num_inference_steps"], process.config.num_train_timesteps)

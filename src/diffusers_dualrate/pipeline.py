@@ -332,7 +332,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, DiffusionPi
             steps,
             defaults,
             device,
-            TextEncoding.of(self.text_encoder, self.tokenizer),
+            TextEncoding.of(self.text_encoder, self.tokenizer, self.denoiser.config),
             wanted=Wanted(**{name: asked.pop(name) for name in WANTED}),
             pixels_per_side=compression_of(self.vae),
             **asked,

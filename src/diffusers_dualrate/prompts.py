@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .conditions import Condition, Text, repeat_rows
+from .conditions import Condition, Text, repeat_rows, take_rows
 from .ranges import check_integer
 from .text_encoding import TextEncoding
 
@@ -88,6 +88,7 @@ class Wanted:
             )
         length = config.text_length if self.max_sequence_length is None else self.max_sequence_length
         if encoding is not None:
+            length = min(length, encoding.most_tokens) if self.max_sequence_length is None else length
             encoding.check_length(length)
         prompts = text = negatives = null = None
         if self.prompt is not None:
@@ -170,7 +171,7 @@ class Asked:
         conditions, first = [], 0
         for prompts, text in texts:
             if prompts is not None and encoded is not None:
-                text = Text(*(part[first : first + len(prompts)] for part in encoded))
+                text = take_rows(encoded, slice(first, first + len(prompts)))
                 first += len(prompts)
             elif isinstance(text, Text):
                 text = Text(text.tokens.to(device), text.mask.to(device))
@@ -238,7 +239,10 @@ class PromptMixin:
             max_sequence_length=max_sequence_length,
         )
         device = self._execution_device if device is None else device
-        encoding, guides = TextEncoding.of(self.text_encoder, self.tokenizer), do_classifier_free_guidance
+        encoding, guides = (
+            TextEncoding.of(self.text_encoder, self.tokenizer, self.denoiser.config),
+            do_classifier_free_guidance,
+        )
         text, null = wanted.encode(self.denoiser.config, encoding, device, num_images_per_prompt, guides)
         return (*text, *(null or (None, None)))
 

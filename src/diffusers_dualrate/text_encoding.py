@@ -1,7 +1,7 @@
 """Prompts and captions as embeddings: a text encoder of transformers with its tokenizer."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,16 @@ class TextEncoding:
     Args:
         text_encoder: Any model of transformers that takes `input_ids` and `attention_mask` and has a `last_hidden_state`.
         tokenizer: Its tokenizer.
+        is_masked: Whether the encoder is told which tokens fill a text up.
     """
 
     text_encoder: Any
     tokenizer: Any
+    is_masked: bool = True
 
     @classmethod
-    def of(cls, text_encoder: Any, tokenizer: Any) -> "TextEncoding | None":
-        """Both together; `None` where both are.
+    def of(cls, text_encoder: Any, tokenizer: Any, config: Mapping | None = None) -> "TextEncoding | None":
+        """Both together, as a network of this configuration takes texts; `None` where both are.
 
         Raises:
             ValueError: If one is without the other, or they are no text encoder and tokenizer.
@@ -90,7 +92,7 @@ class TextEncoding:
             raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}.")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
-        return cls(text_encoder, tokenizer)
+        return cls(text_encoder, tokenizer, (config or {}).get("text_is_masked", True))
 
     @property
     def most_tokens(self) -> int:
@@ -121,7 +123,8 @@ class TextEncoding:
         options = {"return_tensors": "pt", "return_attention_mask": True}
         inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, **options)
         mask = inputs.attention_mask.to(device)
-        tokens = self.text_encoder(inputs.input_ids.to(device), attention_mask=mask).last_hidden_state
+        options = {"attention_mask": mask} if self.is_masked else {}
+        tokens = self.text_encoder(inputs.input_ids.to(device), **options).last_hidden_state
         return Text(tokens, mask.bool())
 
     def _warn_of_cuts(self, prompts: list[str], length: int) -> None:

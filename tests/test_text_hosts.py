@@ -1,0 +1,124 @@
+"""Networks of diffusers that take text: the images of their own pipelines, and their maps as context."""
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from conftest import fill_with_noise, make_text_encoder, make_tokenizer
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser
+from diffusers_dualrate.conditions import Text
+from diffusers_dualrate.flops import network_flops
+from diffusers_dualrate.hosts import HostNetwork
+from diffusers_dualrate.noise_process import NoiseProcess
+
+PROMPTS, NEGATIVE = ["a red apple", "two fish"], "blue bird"
+ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 4}
+
+
+def make_unet():
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    shape = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    return fill_with_noise(UNet2DConditionModel(**blocks, **shape, cross_attention_dim=8, attention_head_dim=4), 0)
+
+
+def make_pixart():
+    shape = {"sample_size": 8, "num_layers": 2, "in_channels": 4, "out_channels": 8, "norm_num_groups": 4}
+    network = PixArtTransformer2DModel(**shape, **ATTENTION, cross_attention_dim=8, caption_channels=8)
+    return fill_with_noise(network, 0)
+
+
+def make_vae():
+    blocks = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(**blocks, **kinds, latent_channels=4, sample_size=64).eval()
+
+
+def make_theirs(name):
+    # The last timestep is not noise alone, so that the prediction of noise tells all.
+    parts = {"vae": make_vae(), "tokenizer": make_tokenizer(), "scheduler": DDIMScheduler(clip_sample=False)}
+    if name == "pixart":
+        return PixArtAlphaPipeline(text_encoder=make_text_encoder("t5"), transformer=make_pixart(), **parts)
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(text_encoder=make_text_encoder(), unet=make_unet(), **parts, **options)
+
+
+@pytest.mark.parametrize("name", ["stable diffusion", "pixart"])
+def test_a_pipeline_of_text_draws_the_same_images_here(name, tmp_path):
+    theirs = make_theirs(name)
+    theirs.save_pretrained(tmp_path)
+    ours = DualRatePipeline.from_pretrained(tmp_path)
+    for pipe in (theirs, ours):
+        pipe.set_progress_bar_config(disable=True)
+    noise, options = (
+        torch.randn(2, 4, 8, 8),
+        {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"},
+    )
+    sizes = {"height": 64, "width": 64} | ({"use_resolution_binning": False} if name == "pixart" else {})
+    given = {"max_sequence_length": 6} if name == "pixart" else {}
+    negative = NEGATIVE if name == "pixart" else [NEGATIVE] * 2
+    expected = theirs(PROMPTS, negative_prompt=negative, latents=noise.clone(), **options, **sizes, **given).images
+    drawn = ours(PROMPTS, negative_prompt=NEGATIVE, latents=noise, **options).images
+    torch.testing.assert_close(drawn, expected, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(ours(PROMPTS[::-1], latents=noise, **options).images, drawn, atol=0.05)
+    assert network_flops(ours.denoiser) > 0
+
+
+def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
+    encoder = HostNetwork(make_unet(), NoiseProcess(), prediction_hand_over=True)
+    shape = {"sample_size": 8, "in_channels": 4, "level_channels": (8, 16), "level_types": ("res", "transformer")}
+    text = {"cross_attention_dim": 8, "text_length": 6, "attends_to_text": False}
+    denoiser = UViTDenoiser(
+        **shape, **text, level_blocks=(1, 1), attention_head_dim=8, embedding_dim=16,
+        context_channels=encoder.context_channels, prediction_hand_over=True,
+    )  # fmt: skip
+    parts = {"text_encoder": make_text_encoder(), "tokenizer": make_tokenizer(), "num_inference_steps": 4}
+    pipe = DualRatePipeline(fill_with_noise(denoiser, 1), DualRateScheduler(), encoder, num_context_steps=2, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 2.0, "output_type": "latent"}
+    images = pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images
+    pipe.save_pretrained(tmp_path)
+    loaded = DualRatePipeline.from_pretrained(tmp_path)
+    again = loaded(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images
+    assert torch.equal(again, images) and images.isfinite().all()
+
+
+def test_a_flow_of_sd3_gives_the_velocity_of_its_own_prediction():
+    """Its flow u = ε − x at (1 − s) x + s ε; from x = z_s − s u and ε = z_s + (1 − s) u follows v = α ε − σ x."""
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "caption_projection_dim": 8}
+    widths = {"joint_attention_dim": 8, "pooled_projection_dim": 6, "out_channels": 4, "pos_embed_max_size": 8}
+    network = fill_with_noise(SD3Transformer2DModel(**shape, **widths, **ATTENTION), 0)
+    host = HostNetwork(network, NoiseProcess.of(FlowMatchEulerDiscreteScheduler()))
+    text = Text(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool), torch.randn(2, 6))
+    s, z_s = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 8, 8)
+    norm = (s**2 + (1 - s) ** 2).sqrt()[:, None, None, None]
+    alpha, sigma = ((1 - s) / norm[:, 0, 0, 0])[:, None, None, None], (s / norm[:, 0, 0, 0])[:, None, None, None]
+    with torch.no_grad():
+        u = network(z_s, text.tokens, text.pooled, 1000 * s).sample
+        v = host(z_s / norm, 2 * torch.log((1 - s) / s), text).sample
+    share = s[:, None, None, None]
+    x, eps = z_s - share * u, z_s + (1 - share) * u
+    torch.testing.assert_close(v, alpha * eps - sigma * x, atol=1e-4, rtol=1e-4)
+    assert network_flops(host) > 0
+    with pytest.raises(ValueError, match="pooled"):
+        host(z_s, 0.0, text._replace(pooled=None))
+
+
+def test_what_a_network_of_text_cannot_do_is_said():
+    with pytest.raises(ValueError, match="takes text: give a Text"):
+        HostNetwork(make_unet(), NoiseProcess())(torch.randn(1, 4, 8, 8), 0.0)
+    unet = make_unet()
+    unet.register_to_config(addition_embed_type="text_time")
+    with pytest.raises(ValueError, match="addition_embed_type='text_time' takes more than a text"):
+        HostNetwork(unet, NoiseProcess())
