@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 
@@ -243,3 +243,35 @@ assert LOADABLE_CLASSES["diffusers_dualrate"] and "diffusers_dualrate" not in be
 def test_importing_the_package_changes_nothing_in_tree():
     result = subprocess.run([sys.executable, "-c", IN_TREE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_adapter_of_both_networks_is_saved_in_one_file_and_loaded_set_and_unloaded_by_the_pipeline(
+    make_pipe, tmp_path
+):
+    pipe = make_pipe(num_context_steps=K)
+    fresh = copy.deepcopy(pipe)
+    plain, layers = sample(pipe), {}
+    for name in ("denoiser", "context_encoder"):
+        network = getattr(pipe, name)
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_out"], init_lora_weights=False))
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
+        layers[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()  # of strength 8 at rank 2
+    adapted = sample(pipe)
+    DualRatePipeline.save_lora_weights(tmp_path, **layers)
+    fresh.load_lora_weights(tmp_path, adapter_name="style")
+    assert torch.equal(sample(fresh), adapted) and not torch.allclose(adapted, plain, atol=1e-3)
+    assert fresh.get_list_adapters() == {"denoiser": ["style"], "context_encoder": ["style"]}
+    fresh.set_adapters("style", 0.5)
+    half = sample(fresh)
+    assert not torch.allclose(half, adapted, atol=1e-3) and not torch.allclose(half, plain, atol=1e-3)
+    fresh.unload_lora_weights()
+    assert torch.equal(sample(fresh), plain)
+    one = {f"denoiser.{name}": weight for name, weight in layers["denoiser_lora_layers"].items()}
+    fresh.load_lora_weights(one)
+    assert list(fresh.get_list_adapters()) == ["denoiser"]
+    with pytest.raises(
+        ValueError, match="must hold a LoRA adapter under denoiser. or context_encoder., and hold none"
+    ):
+        make_pipe().load_lora_weights({"unet.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="nothing to save"):
+        DualRatePipeline.save_lora_weights(tmp_path)

@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from .adapters import LoraMixin
 from .callbacks import CONDITIONS, Call, CallStateMixin, call_back
 from .chain import Chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label
@@ -42,7 +43,7 @@ _STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timestep
 _OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
 
 
-class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, DiffusionPipeline):
+class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, DiffusionPipeline):
     """Generate images with a pair of networks at two rates, or with a single-rate network.
 
     `DualRatePipeline(**pipe.components)` keeps the defaults of `pipe`, but for those that are given. Several calls may run
