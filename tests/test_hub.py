@@ -20,6 +20,7 @@ from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 
 import diffusers_dualrate
+from conftest import make_text_encoder, make_tokenizer
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.repositories import content_of
 from loopback_hub import LoopbackHub
@@ -94,6 +95,13 @@ with attempt("pushed one by one"):
         num_context_steps=2,
     )
     images["pushed one by one"] = sample(pipe)
+with attempt("text"):
+    from diffusers_dualrate.text_encoding import load_text_encoding
+
+    text = DualRatePipeline.from_pretrained("org/text")
+    text.set_progress_bar_config(disable=True)
+    images["text"] = text("a red apple", generator=torch.Generator().manual_seed(0), output_type="np").images
+    answers["text"] = type(load_text_encoding("org/text").text_encoder).__name__
 with attempt("dtype"):
     half = DualRatePipeline.from_pretrained("org/variant", variant="fp16", dtype=torch.float16)
     answers["dtype"] = [str(half.denoiser.dtype), str(half.context_encoder.dtype)]
@@ -198,6 +206,18 @@ def make_pipeline(seed: int, single_rate: bool = False) -> DualRatePipeline:
     )
 
 
+def make_text_pipeline() -> DualRatePipeline:
+    """A pair of text with all that it takes to draw a prompt."""
+    text = {"num_classes": None, "cross_attention_dim": 8, "text_length": 6}
+    encoder = UViTContextEncoder(**PRESET["context_encoder"] | text)
+    denoiser = UViTDenoiser(**PRESET["denoiser"] | text)
+    for network in (encoder, denoiser):
+        for name, weight in network.named_parameters():
+            weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) / 3)
+    parts = {"text_encoder": make_text_encoder(), "tokenizer": make_tokenizer(), "guidance_scale": 2.0}
+    return DualRatePipeline(denoiser, DualRateScheduler(), encoder, **parts, **STEPS)
+
+
 def sample(pipe: DualRatePipeline) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     return pipe(class_labels=[1], generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -240,12 +260,13 @@ def single_rate() -> DualRatePipeline:
 def folders(tmp_path_factory, pair, other, single_rate) -> dict[str, Path]:
     """The content of every repository, by name. Code and bombs in it would leave files in `detonated`."""
     root = tmp_path_factory.mktemp("repositories")
-    names = "pair other single-rate variant with-code with-shim with-card pickled pickle-bomb detonated".split()
+    names = "pair other single-rate text variant with-code with-shim with-card pickled pickle-bomb detonated".split()
     folders = {name: root / name for name in names}
     folders["detonated"].mkdir()
     pair.save_pretrained(folders["pair"])
     other.save_pretrained(folders["other"])
     single_rate.save_pretrained(folders["single-rate"])
+    make_text_pipeline().save_pretrained(folders["text"])
     for name in ("variant", "with-code", "with-shim", "pickled", "pickle-bomb"):
         shutil.copytree(folders["pair"], folders[name])
 
@@ -345,6 +366,14 @@ def test_a_cold_load_samples_the_images_of_the_local_pipeline(first_visit, pair)
 
 def test_a_single_rate_model_loads_from_the_hub(first_visit, single_rate):
     np.testing.assert_array_equal(first_visit.image("single-rate"), sample(single_rate))
+
+
+def test_a_model_of_text_comes_from_the_hub_with_its_encoder_and_tokenizer(first_visit):
+    pipe = make_text_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("a red apple", generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert first_visit.answers.get("text") == "CLIPTextModel"  # also alone, for a training
+    np.testing.assert_array_equal(first_visit.image("text"), expected)
 
 
 def test_label_names_survive_the_hub(first_visit):
