@@ -36,6 +36,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--full_rollout", action="store_true", default=None, help="Start from noise, not from noisy images."
     )
     parser.add_argument(
+        "--prompt_list",
+        help="File of prompts, one a line, that a student of a teacher of text learns from without data.",
+    )
+    parser.add_argument(
         "--pretraining_steps",
         type=int,
         help="Number of steps in which a new student learns to denoise, before those of --max_train_steps; with "
@@ -52,6 +56,8 @@ if __name__ == "__main__":
 
 import copy
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 
 import torch
@@ -66,6 +72,7 @@ from diffusers_dualrate.checkpoints import tell_last_good_state
 from diffusers_dualrate.conditions import Condition, replace_rows
 from diffusers_dualrate.configuration import Configuration, Networks
 from diffusers_dualrate.guidance import guide
+from diffusers_dualrate.inventory import caption_to_bytes, spread_captions
 from diffusers_dualrate.losses import Denoise, seed_of
 from diffusers_dualrate.moment_matching import (
     Grid,
@@ -107,24 +114,45 @@ class Distillation(TrainablePair):
         return self.auxiliary(z, log_snr, condition).sample
 
 
-class ClassesAlone(torch.utils.data.Dataset):
-    """The data set of a student that learns without data: the teacher's classes, each equally often."""
+class ConditionsAlone(torch.utils.data.Dataset):
+    """The data set of a student that learns without images: the teacher's classes, or prompts, each equally often."""
 
     corrupt = ()  # nothing is decoded
 
-    def __init__(self, teacher: DualRatePipeline):
+    def __init__(self, teacher: DualRatePipeline, prompts: list[str] | None):
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
-        self.has_captions = False
+        self.captions, self.has_captions = prompts and [[prompt] for prompt in prompts], prompts is not None
         self.class_labels = torch.arange(self.num_classes) if self.num_classes else None
         self.fingerprint = {"classes": list(self.id2label.values()), "images": None, "rows": "none"}
+        if prompts is not None:
+            self.fingerprint["rows"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
         self.vae = teacher.vae
 
     def __len__(self) -> int:
-        return self.num_classes or 1
+        return self.num_classes or len(self.captions or [None])
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, Tensor]:
         _, index = position
+        if self.captions is not None:
+            return {"caption": caption_to_bytes(self.captions[index][0])}
         return {"class_labels": torch.tensor(index)} if self.num_classes else {"index": torch.tensor(index)}
+
+    def list_captions(self, count: int) -> list[str]:
+        """Prompts evenly spread over all."""
+        return spread_captions(self.captions, count)
+
+
+def read_prompts(path: str | None) -> list[str] | None:
+    """The prompts of a file, one a line; `None` where none is named."""
+    if path is None:
+        return None
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt_list {path} cannot be read: {error}.") from error
+    if not prompts:
+        raise ValueError(f"--prompt_list {path} holds no prompt.")
+    return prompts
 
 
 def check_teacher(teacher: DualRatePipeline, **others: dict) -> None:
@@ -298,6 +326,9 @@ def open_models(
 def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     configuration = configure(args, "distill")
     has_data = bool(args.dataset_name or args.train_data_dir)
+    prompts = read_prompts(args.prompt_list)
+    if has_data and prompts is not None:
+        raise ValueError("--prompt_list is for a student without data, whose captions are its prompts.")
     if not has_data and not (args.student and configuration.recipe.full_rollout):
         raise ValueError("Without data, both --student and --full_rollout are needed.")
     accelerator = make_accelerator(
@@ -307,7 +338,11 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     )
     teacher, student, configuration = open_models(args, configuration)
     check_processes(accelerator, configuration.recipe)
-    images = open_images(configuration.data, **configuration.image_options) if has_data else ClassesAlone(teacher)
+    images = (
+        open_images(configuration.data, **configuration.image_options)
+        if has_data
+        else ConditionsAlone(teacher, prompts)
+    )
     check_fit(args.teacher, teacher, images)
     captions = open_captions(configuration, teacher)
     configuration = configuration.with_conditions(images.num_classes, captions)

@@ -142,6 +142,25 @@ def test_a_single_rate_model_of_text_is_distilled_under_its_own_encoder(root):
     assert student.context_encoder is not None and student.config.num_inference_steps == 4
     ours, theirs = student.text_encoder.state_dict(), heavy.text_encoder.state_dict()
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    (root / "prompts.txt").write_text("a red apple\n\ntwo fish\n")
+    alone = ["--teacher", str(root / "heavy"), "--student", str(root / "student"), "--full_rollout"]
+    alone = [
+        "--preset",
+        str(root / "tiny.json"),
+        *alone,
+        "--validation_steps",
+        "0",
+        "--output_dir",
+        str(root / "alone"),
+    ]
+    reset_accelerate()
+    assert distill.main(distill.parse_args([*alone, "--prompt_list", str(root / "prompts.txt")])) == 0
+    taught = weights_of(DualRatePipeline.from_pretrained(root / "alone"))
+    assert any(not torch.equal(weight, taught[name]) for name, weight in weights_of(student).items())
+    (root / "empty.txt").write_text("\n")
+    for path, said in (("empty.txt", "holds no prompt"), ("absent.txt", "cannot be read")):
+        with pytest.raises(ValueError, match=said):
+            distill.main(distill.parse_args([*alone, "--prompt_list", str(root / path)]))
     start = ("--pretrained_model_name_or_path", str(root / "heavy"))
     followed = train(train_dual_rate, root, "followed", *start, "--freeze_encoder", encoder=False)
     kept = followed.context_encoder.state_dict()
