@@ -244,7 +244,8 @@ class PromptMixin:
             do_classifier_free_guidance,
         )
         text, null = wanted.encode(self.denoiser.config, encoding, device, num_images_per_prompt, guides)
-        return (*text, *(null or (None, None)))
+        negative = (None, None) if null is None else (null.tokens, null.mask)
+        return text.tokens, text.mask, *negative
 
 
 def check_prompts(name: str, prompts: object) -> list[str]:
