@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dualrate.flags import argument_parser
+from diffusers_dualrate.flags import add_light_flag, argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,8 +24,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         steps="Number of steps of the auxiliary and of the student, in turns. Those of --pretraining_steps come before "
         "and are not among them.",
     )
-    parser.add_argument("--teacher", required=True, help="Single-rate model, a Hub repository or a folder.")
+    parser.add_argument(
+        "--teacher", required=True, help="Single-rate model or one of diffusers, a Hub repository or a folder."
+    )
     parser.add_argument("--student", help="Trained model to start from, a Hub repository or a folder.")
+    add_light_flag(parser)
     parser.add_argument(
         "--context_from",
         type=float,
@@ -66,11 +69,12 @@ from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import tell_last_good_state
 from diffusers_dualrate.conditions import Condition, replace_rows
 from diffusers_dualrate.configuration import Configuration, Networks
+from diffusers_dualrate.conversion import follow_host, make_encoder
 from diffusers_dualrate.guidance import guide
 from diffusers_dualrate.inventory import caption_to_bytes, spread_captions
 from diffusers_dualrate.losses import Denoise, seed_of
@@ -89,11 +93,15 @@ from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
-from diffusers_dualrate.sources import check_fit, check_space, components_of, open_captions, open_images, open_model
+from diffusers_dualrate.sources import (
+    check_fit,
+    check_space,
+    check_teacher,
+    components_of,
+    open_captions,
+    open_images,
+)
 
-# What teacher and student must share.
-SHARED = {"in_channels", "sample_size", "num_classes", "cross_attention_dim", "text_length"}
-SHARED |= {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
 # Samples that tell whether the student has collapsed, and the steps that the teacher takes for them.
 PROBES, TEACHER_STEPS = 32, 16
 # The student samples as it learns to: from the posterior, without clipping.
@@ -103,7 +111,12 @@ OWN_SAMPLING = {"clip_sample": False, "variance_interpolation": 0.0}
 class Distillation(TrainablePair):
     """The student and the auxiliary as one module."""
 
-    def __init__(self, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None, auxiliary: UViTDenoiser):
+    def __init__(
+        self,
+        denoiser: UViTDenoiser | HostNetwork,
+        context_encoder: UViTContextEncoder | HostNetwork | None,
+        auxiliary: UViTDenoiser | HostNetwork,
+    ):
         super().__init__(denoiser, context_encoder)
         self.auxiliary = auxiliary
 
@@ -155,20 +168,6 @@ def read_prompts(path: str | None) -> list[str] | None:
     return prompts
 
 
-def check_teacher(teacher: DualRatePipeline, **others: dict) -> None:
-    """Refuse a teacher that is a pair, or that differs from the student or the preset in what both must share."""
-    if teacher.context_encoder is not None:
-        raise ValueError("The teacher must be a single-rate model, but it has a context encoder.")
-    known = {**teacher.denoiser.config, **teacher.scheduler.config}
-    for place, values in others.items():
-        for name in SHARED & values.keys():
-            if known.get(name) != values[name]:
-                raise ValueError(
-                    f"The teacher does not fit: {name} is {known.get(name)} in the teacher and {values[name]} in the "
-                    f"{place}."
-                )
-
-
 def take_over_student(
     configuration: Configuration, student: DualRatePipeline, args: argparse.Namespace
 ) -> Configuration:
@@ -179,9 +178,14 @@ def take_over_student(
     if args.pretraining_steps:
         raise ValueError(f"--pretraining_steps {args.pretraining_steps} is for a new student, without --student.")
     size = {"sample_size": args.resolution} if args.resolution else {}
-    own = {"denoiser": {**student.denoiser.config, **size}}
-    own["context_encoder"] = {**(student.context_encoder or student.denoiser).config, **size}
-    own["scheduler"] = {name: student.scheduler.config[name] for name in configuration.networks.scheduler}
+    networks = {"denoiser": student.denoiser, "context_encoder": student.context_encoder or student.denoiser}
+    own = {
+        name: network.describe() | ({} if isinstance(network, HostNetwork) else size)
+        for name, network in networks.items()
+    }
+    own["scheduler"] = configuration.networks.scheduler
+    if isinstance(student.scheduler, DualRateScheduler):
+        own["scheduler"] = {name: student.scheduler.config[name] for name in own["scheduler"]}
     configuration = dataclasses.replace(configuration, networks=Networks(**own)).with_recipe(pretraining_steps=0)
     if student.context_encoder is None:  # every step of it is heavy
         if args.context_from not in (None, 1):
@@ -214,9 +218,8 @@ def make_networks(
     denoiser, context_encoder = (None, None) if student is None else (student.denoiser, student.context_encoder)
     if student is None:
         denoiser = UViTDenoiser(**configuration.networks.denoiser)
-        context_encoder = UViTContextEncoder.from_denoiser(
-            teacher.denoiser, denoiser.config.context_channels, denoiser.config.prediction_hand_over
-        )
+        handed_over = {name: denoiser.config[name] for name in ("context_channels", "prediction_hand_over")}
+        context_encoder = make_encoder(teacher.denoiser, configuration.networks.context_encoder | handed_over)
     networks = Distillation(denoiser, context_encoder, copy.deepcopy(teacher.denoiser))
     if configuration.options.gradient_checkpointing:
         networks.enable_gradient_checkpointing()
@@ -310,14 +313,17 @@ class VarianceCheck:
 
 
 def open_models(
-    args: argparse.Namespace, configuration: Configuration
+    args: argparse.Namespace, configuration: Configuration, tell: Callable[[str], None]
 ) -> tuple[DualRatePipeline, DualRatePipeline | None, Configuration]:
     """Teacher and student, and the configuration with the student's networks where there is one."""
-    teacher = open_model(args.teacher)
-    student = open_model(args.student) if args.student else None
+    teacher = DualRatePipeline.from_pretrained(args.teacher)
+    student = DualRatePipeline.from_pretrained(args.student) if args.student else None
     if student is not None:
         configuration = take_over_student(configuration, student, args)
-        check_teacher(teacher, student={**student.denoiser.config, **student.scheduler.config})
+    as_pair = student is None or student.context_encoder is not None
+    configuration = follow_host(configuration, student or teacher, args, tell, as_pair=as_pair)
+    if student is not None:
+        check_teacher(teacher, student={**student.denoiser.config, **configuration.networks.scheduler})
         check_space(args.student, student, teacher)
     _ = configuration.recipe.plan  # which is refused now, if there is none
     return teacher, student, configuration
@@ -336,7 +342,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         # A step trains some of the networks, and the others have no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    teacher, student, configuration = open_models(args, configuration)
+    teacher, student, configuration = open_models(args, configuration, accelerator.print)
     check_processes(accelerator, configuration.recipe)
     images = (
         open_images(configuration.data, **configuration.image_options)
@@ -358,7 +364,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         DualRateScheduler(**configuration.networks.scheduler | OWN_SAMPLING),
         averaged.context_encoder,
         vae=images.vae,
-        id2label=images.id2label,
+        id2label=images.id2label or teacher.id2label,
         num_inference_steps=recipe.num_inference_steps,
         num_context_steps=recipe.num_context_steps if averaged.context_encoder else None,
         context_from=recipe.context_from if recipe.context_from < 1 else None,

@@ -11,16 +11,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dualrate.flags import VAE, add_text_flag, argument_parser
+from diffusers_dualrate.flags import VAE, add_light_flag, add_text_flag, argument_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
     parser.add_argument(
         "--pretrained_model_name_or_path",
-        help="Trained model to start from: a pair, or a single-rate model that becomes the encoder.",
+        help="Trained model to start from: a pair, or a single-rate model or one of diffusers that becomes the encoder.",
     )
     parser.add_argument("--vae", help=VAE)
+    add_light_flag(parser)
     parser.add_argument(
         "--freeze_encoder",
         action="store_true",
@@ -57,6 +58,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.configuration import Configuration
+from diffusers_dualrate.conversion import follow_host, host_of, learning_parameters, make_encoder
 from diffusers_dualrate.losses import (
     ContextTimes,
     FollowingTimes,
@@ -70,7 +72,7 @@ from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler,
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
-from diffusers_dualrate.sources import components_of, open_captions, open_images, open_start, take_over
+from diffusers_dualrate.sources import check_start, components_of, open_captions, open_images, open_start, take_over
 
 # Of the rows that follow the encoder: the share whose z_t is a DDIM step from z_τ, and the share even in log-SNR.
 FOLLOWING_SHARES = {"num_deterministic": 0.5, "num_even_in_log_snr": 0.25}
@@ -90,20 +92,24 @@ def check(configuration: Configuration) -> None:
 def make_networks(configuration: Configuration, start: DualRatePipeline | None) -> TrainablePair:
     """Both networks, new or those of a trained model, as one module to train."""
     shapes, recipe = configuration.networks, configuration.recipe
-    context_encoder, denoiser = UViTContextEncoder(**shapes.context_encoder), UViTDenoiser(**shapes.denoiser)
+    is_of_host = host_of(start) is not None
+    context_encoder = None if is_of_host else UViTContextEncoder(**shapes.context_encoder)
+    denoiser = UViTDenoiser(**shapes.denoiser)
     if start is not None:
         trained, name = start.context_encoder, configuration.start.pretrained_model_name_or_path
         if trained is None:
-            handed_over = context_encoder.config.context_channels, context_encoder.config.prediction_hand_over
-            trained = UViTContextEncoder.from_denoiser(start.denoiser, *handed_over)
+            trained = make_encoder(start.denoiser, shapes.context_encoder)
         else:
             take_over(name, denoiser, start.denoiser)
-        take_over(name, context_encoder, trained)
+        if is_of_host:
+            context_encoder = trained
+        else:
+            take_over(name, context_encoder, trained)
         if recipe.is_frozen:  # so the model that is saved may name it
             context_encoder.origin = trained.origin
-    if recipe.is_frozen:
-        for name, parameter in context_encoder.named_parameters():
-            parameter.requires_grad_(name.startswith(UViTContextEncoder.OWN_PARTS))
+    learning = learning_parameters(context_encoder, is_frozen=recipe.is_frozen)
+    for name, parameter in context_encoder.named_parameters():
+        parameter.requires_grad_(name in learning)
     networks = TrainablePair(denoiser, context_encoder)
     if configuration.options.gradient_checkpointing:
         networks.enable_gradient_checkpointing()
@@ -126,10 +132,13 @@ def context_times(run: Run, part: int) -> ContextTimes:
 
 def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     configuration = configure(args, "train_dual_rate")
-    check(configuration)
     accelerator = make_accelerator(configuration.options)
+    name = configuration.start.pretrained_model_name_or_path
+    start = open_start(name)
+    configuration = follow_host(configuration, start, args, accelerator.print, as_pair=True)
+    check(configuration)
     images = open_images(configuration.data, **configuration.image_options)
-    start = open_start(configuration.start.pretrained_model_name_or_path, images)
+    check_start(name, start, images)
     captions = open_captions(configuration, start)
     configuration = configuration.with_conditions(images.num_classes, captions)
     recipe, sampling = configuration.recipe, configuration.sampling
@@ -143,7 +152,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         configuration.make_scheduler(),
         averaged.context_encoder,
         vae=images.vae,
-        id2label=images.id2label,
+        id2label=images.id2label or (start.id2label if start else None),
         num_inference_steps=sampling.num_inference_steps,
         num_context_steps=sampling.num_context_steps,
         context_from=recipe.context_from if recipe.context_from < 1 else None,

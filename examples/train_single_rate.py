@@ -15,7 +15,9 @@ from diffusers_dualrate.flags import VAE, add_text_flag, argument_parser
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, presets=Path(__file__).with_name("presets"))
-    parser.add_argument("--pretrained_model_name_or_path", help="Trained single-rate model to start from.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", help="Trained single-rate model to start from, or one of diffusers."
+    )
     parser.add_argument("--vae", help=VAE)
     parser.add_argument(
         "--network",
@@ -40,24 +42,26 @@ from diffusers.training_utils import EMAModel
 from diffusers_dualrate import DualRatePipeline, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.configuration import Configuration
+from diffusers_dualrate.conversion import follow_host, host_of
 from diffusers_dualrate.losses import denoising_loss, draw, drop_condition, seed_of
 from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
-from diffusers_dualrate.sources import components_of, open_captions, open_images, open_start, take_over
+from diffusers_dualrate.sources import check_start, components_of, open_captions, open_images, open_start, take_over
 
 
 def make_networks(configuration: Configuration, start: DualRatePipeline | None) -> TrainablePair:
     """One network, new or that of a trained model, as a module to train."""
-    shapes, name = configuration.networks, configuration.start.pretrained_model_name_or_path
-    shape = shapes.context_encoder if configuration.start.network == "heavy" else shapes.denoiser
-    denoiser = UViTDenoiser(**{**shape, **SINGLE_RATE})
-    if start is not None:
-        if start.context_encoder is not None:
-            raise ValueError(f"{name} must be a single-rate model, but it is a pair.")
-        take_over(name, denoiser, start.denoiser)
+    if start is not None and host_of(start) is not None:
+        denoiser = start.denoiser
+    else:
+        shapes, name = configuration.networks, configuration.start.pretrained_model_name_or_path
+        shape = shapes.context_encoder if configuration.start.network == "heavy" else shapes.denoiser
+        denoiser = UViTDenoiser(**{**shape, **SINGLE_RATE})
+        if start is not None:
+            take_over(name, denoiser, start.denoiser)
     networks = TrainablePair(denoiser)
     if configuration.options.gradient_checkpointing:
         networks.enable_gradient_checkpointing()
@@ -67,8 +71,13 @@ def make_networks(configuration: Configuration, start: DualRatePipeline | None) 
 def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     configuration = configure(args, "train_single_rate")
     accelerator = make_accelerator(configuration.options)
+    name = configuration.start.pretrained_model_name_or_path
+    start = open_start(name)
+    if start is not None and start.context_encoder is not None:
+        raise ValueError(f"{name} must be a single-rate model, but it is a pair.")
+    configuration = follow_host(configuration, start, args, accelerator.print, as_pair=False)
     images = open_images(configuration.data, **configuration.image_options)
-    start = open_start(configuration.start.pretrained_model_name_or_path, images)
+    check_start(name, start, images)
     captions = open_captions(configuration, start)
     configuration = configuration.with_conditions(images.num_classes, captions)
     sampling = configuration.sampling
@@ -81,7 +90,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         averaged.denoiser,
         configuration.make_scheduler(),
         vae=images.vae,
-        id2label=images.id2label,
+        id2label=images.id2label or (start.id2label if start else None),
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale if images.num_classes or captions else 1.0,
         **components_of(captions),

@@ -30,7 +30,6 @@ from diffusers_dualrate import (
     NoiseProcess,
     UViTDenoiser,
     diffusion,
-    sources,
 )
 from diffusers_dualrate.flops import count_evaluations, network_flops
 from diffusers_dualrate.modular import DualRateBlocks
@@ -465,12 +464,6 @@ def test_a_folder_that_holds_no_such_network_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKL"}))
     with pytest.raises(ValueError, match="holds a AutoencoderKL, which is none of UNet2DModel"):
         HostNetwork.from_pretrained(tmp_path)
-
-
-def test_a_model_of_diffusers_is_refused_where_one_would_train_it_or_learn_from_it(tmp_path):
-    DDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a UNet2DModel of diffusers, which can be sampled, but not trained"):
-        sources.open_model(str(tmp_path))
 
 
 def test_a_unet_with_classes_draws_each_of_them_and_knows_none_that_stands_for_no_class(tmp_path):

@@ -26,7 +26,7 @@ from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.data import LabelledImages, load_images
 from diffusers_dualrate.latent_cache import LatentImages
 from diffusers_dualrate.latents import decode, encode, moments_of
-from diffusers_dualrate.sources import open_images, open_start
+from diffusers_dualrate.sources import check_start, open_images, open_start
 
 FLIPPED = Augmentation(flip=True)
 
@@ -309,10 +309,11 @@ def test_what_is_no_autoencoder_or_another_one_is_refused(trained, folder, vae, 
     data = Data(train_data_dir=str(folder), label_column="label", cache_dir=str(tmp_path / "cache"))
     latents = open_images(data, 8, channels=4, vae=str(vae))
     with pytest.raises(ValueError, match="pixels draws pixels, and the images are learned as latents: see --vae"):
-        open_start(str(tmp_path / "pixels"), latents)
+        check_start("pixels", open_start(str(tmp_path / "pixels")), latents)
     make_vae().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="draws latents of another vae than the one that --vae names"):
-        open_start(str(trained), open_images(data, 8, channels=4, vae=str(tmp_path / "other"), is_cached=False))
+        images = open_images(data, 8, channels=4, vae=str(tmp_path / "other"), is_cached=False)
+        check_start("trained", open_start(str(trained)), images)
 
 
 def test_streamed_images_are_encoded_as_they_come(folder, vae, tmp_path):

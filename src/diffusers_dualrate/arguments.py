@@ -32,7 +32,10 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
         ValueError: If the preset lacks a part, an override names nothing in it, or a value is out of its range.
     """
     kind, path = RECIPES[script], find_preset(args.preset, args.presets)
-    sections = read_preset(path, (*_SECTIONS[:3], kind.section))
+    shaped = _SECTIONS[:3] if getattr(args, "light", None) is None else _SECTIONS[2:3]
+    sections = read_preset(path, (*shaped, kind.section))
+    for network in set(_SECTIONS[:2]) - set(shaped):  # it will be shaped from the heavy network
+        sections.setdefault(network, {})
     vae = choose_vae(args)
     # First, since an override names one value.
     if args.resolution is not None:

@@ -17,6 +17,7 @@ import torch
 
 from .captions import CaptionEmbeddings
 from .decoding import MAX_IMAGE_PIXELS
+from .hosts import HostNetwork
 from .inputs import check_components
 from .models import UViTContextEncoder, UViTDenoiser
 from .ranges import MOST_AT_ONCE, check_boolean, check_integer, check_number
@@ -65,8 +66,9 @@ class Networks:
     """Arguments of both networks and of the scheduler, each with every default filled in.
 
     Args:
-        context_encoder: Arguments of [`UViTContextEncoder`]. A heavy network that is trained alone has its shape.
-        denoiser: Arguments of [`UViTDenoiser`]. A light network that is trained alone has its shape.
+        context_encoder: Arguments of [`UViTContextEncoder`], or the description of a [`HostNetwork`]. A heavy network that
+            is trained alone has its shape.
+        denoiser: Arguments of [`UViTDenoiser`], or such a description. A light network that is trained alone has its shape.
         scheduler: Arguments of [`DualRateScheduler`].
     """
 
@@ -80,7 +82,8 @@ class Networks:
             ("denoiser", UViTDenoiser),
             ("scheduler", DualRateScheduler),
         ):
-            object.__setattr__(self, name, fill_in(cls, name, getattr(self, name)))
+            if not is_of_host(values := getattr(self, name)):
+                object.__setattr__(self, name, fill_in(cls, name, values))
         if self.scheduler.pop("second_order"):
             raise ValueError("second_order of the scheduler belongs to the part sampling: the training is the same.")
         for key in ("sample_size", "in_channels"):
@@ -95,10 +98,14 @@ class Networks:
                 )
         DualRateScheduler(**self.scheduler)
 
-    def _make(self) -> tuple[UViTContextEncoder, UViTDenoiser]:
+    def _make(self) -> list[Any]:
         """Both networks without weights: what a network refuses is refused, and nothing is allocated."""
+        shapes = {UViTContextEncoder: self.context_encoder, UViTDenoiser: self.denoiser}
         with torch.device("meta"):
-            return UViTContextEncoder(**self.context_encoder), UViTDenoiser(**self.denoiser)
+            return [
+                HostNetwork.from_description(shape) if is_of_host(shape) else cls(**shape)
+                for cls, shape in shapes.items()
+            ]
 
     def check_pair(self) -> None:
         """Refuse networks that do not fit each other."""
@@ -106,10 +113,21 @@ class Networks:
         check_components(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
     def with_conditions(self, num_classes: int | None, text: dict) -> Self:
-        """The same for another number of classes, or for text: its `cross_attention_dim` and `text_length`."""
+        """The same for another number of classes, or for text: its `cross_attention_dim` and `text_length`.
+
+        A network of diffusers keeps its own.
+        """
         told = {"num_classes": num_classes, "cross_attention_dim": None, **text}
-        changed = ({**network, **told} for network in (self.context_encoder, self.denoiser))
+        changed = (
+            network if is_of_host(network) else {**network, **told}
+            for network in (self.context_encoder, self.denoiser)
+        )
         return type(self)(**dict(zip(("context_encoder", "denoiser"), changed, strict=True)), scheduler=self.scheduler)
+
+
+def is_of_host(shape: object) -> bool:
+    """Whether the shape of a network is the description of one of diffusers."""
+    return isinstance(shape, dict) and "network" in shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +141,7 @@ class Start:
         student: Model that a distillation starts from.
         vae: Autoencoder whose latents are learned, or the model that it is taken from.
         text_encoder: What embeds captions, where no model that a training starts or learns from does.
+        light: "auto" where the light network is shaped from the heavy one instead of the preset.
     """
 
     network: str | None = None
@@ -131,6 +150,7 @@ class Start:
     student: str | None = None
     vae: str | None = None
     text_encoder: str | None = None
+    light: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +384,7 @@ def identify(record: dict) -> dict[str, object]:
     networks, data = ("context_encoder", "denoiser", "scheduler", "training", "distillation"), record.get("data", {})
     picked = {name: record.get(name, {}) for name in networks}
     for name, network in (("context_encoder", UViTContextEncoder), ("denoiser", UViTDenoiser)):
-        if picked[name]:  # a run may be older than a value, and then has its default
+        if picked[name] and not is_of_host(picked[name]):  # a run may be older than a value, and then has its default
             picked[name] = fill_in(network, name, picked[name])
     picked["options"] = {name: record.get("options", {}).get(name) for name in _IDENTIFYING_OPTIONS}
     picked["data"] = {name: data.get(name) for name in _IDENTIFYING_DATA}

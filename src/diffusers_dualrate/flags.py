@@ -97,6 +97,16 @@ def argument_parser(description: str, *, presets: Path, steps: str = "Number of 
     return parser
 
 
+def add_light_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of a light network that no preset shapes."""
+    parser.add_argument(
+        "--light",
+        choices=["auto"],
+        help="Shape the light network from a heavy network of diffusers: a quarter to a sixth of its FLOPs, and its levels. "
+        "Default: the preset's shape.",
+    )
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which images are read, and how."""
     data = parser.add_argument_group("data")

@@ -9,6 +9,7 @@ side H with c channels: Res 18 c² H², Transformer 12 c² H² + 2 H⁴ c. Depth
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
@@ -22,6 +23,9 @@ from .pipeline import DualRatePipeline
 from .recipes import DistillationRecipe, PairRecipe, Recipe, SingleRateRecipe
 from .refreshes import RefreshPlan, plan_refreshes
 from .uvit import UViTStage
+
+# FLOPs of the networks that were counted, by their descriptions: counting takes longer than running a small network.
+_COUNTED: dict[str, int] = {}
 
 
 def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: bool = True) -> int:
@@ -37,6 +41,13 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
     network = cast(
         UViTContextEncoder | UViTDenoiser, getattr(network, "_orig_mod", network)
     )  # what `torch.compile` wrapped
+    key = json.dumps([type(network).__name__, network.describe(), with_context])
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(network, with_context)
+    return _COUNTED[key]
+
+
+def _count(network: UViTContextEncoder | UViTDenoiser, with_context: bool) -> int:
     height, width = network.image_size
     copy = network.blueprint()
     with torch.device("meta"):

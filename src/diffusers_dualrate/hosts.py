@@ -4,6 +4,8 @@ The network keeps its own format: what a `HostNetwork` saves can be loaded by th
 says how it was trained, where that class does not look. Feature maps are the outputs of submodules that are named, its taps.
 """
 
+import copy
+import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,8 @@ from .repositories import RepositoryMixin, refuse_pickles
 _TAPPING = threading.Lock()
 # Where config.json says what makes a network one of ours; a name that its own class passes over.
 _HOST = "_host_network"
+# Of its own configuration, what says how a network goes with others.
+_DESCRIBED = ("sample_size", "in_channels", "num_classes", "prediction_hand_over")
 # The variance of x given z that is handed over, in units of σ². The networks themselves predict none.
 _SHARE_OF_NOISE = 0.2
 
@@ -102,7 +106,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         for tap in self.taps:
             if tap not in modules:
                 raise ValueError(f"{name} has no submodule {tap!r} to tap.")
-            modules[tap].register_forward_hook(partial(self._take, tap))
+        self._hooks = [modules[tap].register_forward_hook(partial(self._take, tap)) for tap in self.taps]
         self.register_to_config(
             sample_size=config.sample_size,
             in_channels=config.in_channels,
@@ -124,14 +128,18 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
     @cached_property
     def context_shapes(self) -> list[tuple[int, int, int]]:
         """Channels, height and width of each feature map of an image of `image_size`."""
-        blueprint = self.blueprint()
-        with torch.device("meta"), torch.no_grad():
+        with torch.no_grad():
+            maps = self.maps_of_blueprint(self.blueprint())[: len(self.taps)]
+        return [(part.shape[1], part.shape[2], part.shape[3]) for part in maps]
+
+    def maps_of_blueprint(self, blueprint: Self) -> tuple[Tensor, ...]:
+        """What `blueprint` hands over, without values."""
+        with torch.device("meta"):
             condition: Condition = None if self.config.num_classes is None else torch.zeros(1, dtype=torch.long)
             if self.config.cross_attention_dim is not None:
                 condition = blank_text(self.config)
             sample = torch.empty(1, self.config.in_channels, *self.image_size)
-            maps = blueprint(sample, torch.empty(1), condition).context
-        return [(part.shape[1], part.shape[2], part.shape[3]) for part in maps[: len(self.taps)]]
+            return blueprint(sample, torch.empty(1), condition).context
 
     @property
     def context_channels(self) -> tuple[int, ...]:
@@ -143,6 +151,41 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         with torch.device("meta"):
             network = type(self.network).from_config(self.network.config).eval()
             return type(self)(network, self.process, self.taps, self.config.prediction_hand_over)
+
+    def describe(self) -> dict:
+        """All of the network but its weights, as JSON holds it: what `from_description` takes."""
+        network, process = (
+            {key: value for key, value in part.config.items() if not key.startswith("_")}
+            for part in (self.network, self.process)
+        )
+        own = {key: self.config[key] for key in _DESCRIBED}
+        parts = {"network": network | {"_class_name": type(self.network).__name__}, "process": process}
+        return json.loads(json.dumps(own | parts | {"taps": self.taps}))
+
+    @classmethod
+    def from_description(cls, description: dict) -> Self:
+        """A network of random weights, as `describe` described it.
+
+        Raises:
+            ValueError: If there is no such network.
+        """
+        name = description["network"].get("_class_name")
+        if name not in KINDS:
+            raise ValueError(f"A network of diffusers must be one of {', '.join(KINDS)}, got {name}.")
+        with torch.device("cpu"):
+            process = NoiseProcess.from_config(description["process"])
+        network = getattr(diffusers, name).from_config(description["network"])
+        return cls(network, process, description["taps"], description["prediction_hand_over"])
+
+    @classmethod
+    def from_denoiser(cls, denoiser: Self, taps: Sequence[str], prediction_hand_over: bool = False) -> Self:
+        """Turn a single-rate network into an encoder with a copy of all that it has learned; it is left as it is."""
+        copied = copy.deepcopy(denoiser)
+        for hook in copied._hooks:
+            hook.remove()
+        encoder = cls(copied.network, copied.process, taps, prediction_hand_over)
+        encoder.origin = denoiser.origin
+        return encoder
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,6 +117,12 @@ class UViTNetwork(
         """The same network without weights, on the meta device, for shapes and FLOPs."""
         with torch.device("meta"):
             return type(self).from_config(self.config).eval()
+
+    def describe(self) -> dict:
+        """All of the network but its weights, as JSON holds it: the arguments that it was made with."""
+        return json.loads(
+            json.dumps({key: self.config[key] for key in self._get_init_keys(type(self)) if key in self.config})
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:

@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .conditions import Condition
+from .hosts import HostNetwork
 from .losses import Schedule
 from .models import UViTContextEncoder, UViTDenoiser
 from .scheduler import DualRateScheduler
@@ -18,10 +19,14 @@ class TrainablePair(nn.Module):
     One `prepare`, one clip and one EMA call then serve both, and wrappers such as DDP see every call.
     """
 
-    denoiser: UViTDenoiser
-    context_encoder: UViTContextEncoder | None
+    denoiser: UViTDenoiser | HostNetwork
+    context_encoder: UViTContextEncoder | HostNetwork | None
 
-    def __init__(self, denoiser: UViTDenoiser, context_encoder: UViTContextEncoder | None = None):
+    def __init__(
+        self,
+        denoiser: UViTDenoiser | HostNetwork,
+        context_encoder: UViTContextEncoder | HostNetwork | None = None,
+    ):
         super().__init__()
         self.denoiser = denoiser
         self.context_encoder = context_encoder

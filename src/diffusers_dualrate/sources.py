@@ -12,6 +12,7 @@ from .augmentation import Augmentation
 from .autoencoders import Images, fingerprint_of_vae, open_vae
 from .captions import CaptionEmbeddings
 from .configuration import Configuration, Data
+from .conversion import cut_schedule
 from .data import LabelledImages, load_images
 from .hosts import HostNetwork
 from .latent_cache import LatentImages, cache_folder
@@ -19,6 +20,11 @@ from .latents import compression_of
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
 from .text_encoding import TextEncoding, load_text_encoding
+
+# What teacher and student must share.
+_SHARED = {"in_channels", "sample_size", "num_classes"}
+_TEXT = {"cross_attention_dim", "text_length"}
+_SCHEDULE = {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
 
 
 def open_images(
@@ -160,40 +166,43 @@ def check_fit(name: str, pipe: DualRatePipeline, images: LabelledImages | Stream
     check_space(name, pipe, images)
 
 
-def open_model(name: str, **options: Any) -> DualRatePipeline:
-    """A trained model of this package, to learn from or to start from; `options` are those of `from_pretrained`.
-
-    Raises:
-        ValueError: If it is one of diffusers' own, which can be sampled only.
-    """
-    pipeline = DualRatePipeline.from_pretrained(name, **options)
-    for network in (pipeline.denoiser, pipeline.context_encoder):
-        if isinstance(network, HostNetwork):
-            kind = type(network.network).__name__
-            raise ValueError(
-                f"{name} holds a {kind} of diffusers, which can be sampled, but not trained or learned from."
-            )
-    return pipeline
+def open_start(name: str | None) -> DualRatePipeline | None:
+    """The trained model that a training starts from, in float32, or `None` where none is named."""
+    return None if name is None else DualRatePipeline.from_pretrained(name, dtype=torch.float32)
 
 
-def open_start(name: str | None, images: LabelledImages | StreamedImages | LatentImages) -> DualRatePipeline | None:
-    """The trained model that a training starts from, in float32, or `None` where none is named.
-
-    Raises:
-        ValueError: If it has other classes or another size than the images.
-    """
-    if name is None:
-        return None
-    pipeline = open_model(name, dtype=torch.float32)
-    check_fit(name, pipeline, images)
-    config, (channels, *sides) = pipeline.denoiser.config, images.sample_shape
+def check_start(
+    name: str | None, start: DualRatePipeline | None, images: LabelledImages | StreamedImages | LatentImages
+) -> None:
+    """Refuse a model to start from that has other classes or another size than the images."""
+    if name is None or start is None:
+        return
+    check_fit(name, start, images)
+    channels, *sides = images.sample_shape
     for key, theirs, ours in (
-        ("sample_size", pipeline.denoiser.image_size, tuple(sides)),
-        ("in_channels", config.in_channels, channels),
+        ("sample_size", start.denoiser.image_size, tuple(sides)),
+        ("in_channels", start.denoiser.config.in_channels, channels),
     ):
         if theirs != ours:
             raise ValueError(f"{name} does not fit the images: {key} is {theirs} there and {ours} here.")
-    return pipeline
+
+
+def check_teacher(teacher: DualRatePipeline, **others: dict) -> None:
+    """Refuse a teacher that is a pair, or that differs from the student or the preset in what both must share."""
+    if teacher.context_encoder is not None:
+        raise ValueError("The teacher must be a single-rate model, but it has a context encoder.")
+    known, of_host = {**teacher.denoiser.config, **teacher.scheduler.config}, isinstance(teacher.denoiser, HostNetwork)
+    for place, values in others.items():
+        if of_host:  # it has no schedule of ours, but noise levels that it knows
+            schedule = {name: values[name] for name in _SCHEDULE}
+            if cut_schedule(schedule, teacher.denoiser.process) != schedule:
+                raise ValueError(f"The teacher does not know all noise levels of the {place}: {schedule}.")
+        for name in (_SHARED if of_host else _SHARED | _TEXT | _SCHEDULE) & values.keys():
+            if known.get(name) != values[name]:
+                raise ValueError(
+                    f"The teacher does not fit: {name} is {known.get(name)} in the teacher and {values[name]} in the "
+                    f"{place}."
+                )
 
 
 def take_over(name: str, planned: ModelMixin, trained: ModelMixin) -> None:
