@@ -113,10 +113,7 @@ class Networks:
         check_components(denoiser, DualRateScheduler(**self.scheduler), encoder)
 
     def with_conditions(self, num_classes: int | None, text: dict) -> Self:
-        """The same for another number of classes, or for text: its `cross_attention_dim` and `text_length`.
-
-        A network of diffusers keeps its own.
-        """
+        """The same for other classes, or for text of these options of networks. A network of diffusers keeps its own."""
         told = {"num_classes": num_classes, "cross_attention_dim": None, **text}
         changed = (
             network if is_of_host(network) else {**network, **told}
