@@ -5,7 +5,9 @@ The autoencoders are tiny real ones. What is expected comes from them directly, 
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +165,34 @@ def test_a_cache_is_made_once_goes_on_where_it_was_and_is_refused_where_it_is_no
     ):
         cached(folder, tmp_path)
     assert cached(folder, tmp_path, augmentation=Augmentation()).folder not in (other.folder, files[0].parent)
+
+
+def test_processes_encode_a_share_of_the_files_each_and_together_what_one_does(folder, tmp_path, monkeypatch):
+    """Here a process is a thread, which waits for the other one. Kills: a share of what is missing by then."""
+    monkeypatch.setattr(latent_cache, "_FILE_BYTES", 3 * 4096)  # three images
+    vae, barrier, made = make_vae(shift_factor=0.25), threading.Barrier(2, timeout=60), {}
+    alone = cached(folder, tmp_path / "one", vae)
+
+    def state():
+        rank = int(threading.current_thread().name)
+        return SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"),
+            wait_for_everyone=barrier.wait,
+        )  # fmt: skip
+
+    def encode_share():
+        made[threading.current_thread().name] = cached(folder, tmp_path / "two", vae)
+
+    monkeypatch.setattr(latent_cache, "PartialState", state)
+    processes = [threading.Thread(target=encode_share, name=str(rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert made.keys() == {"0", "1"} and len(files_of(tmp_path / "two")) == 4
+    for index in range(10):
+        expected = alone[1, index]["pixel_values"]
+        assert all(torch.equal(latents[1, index]["pixel_values"], expected) for latents in made.values())
 
 
 def test_latents_that_are_not_finite_are_refused_and_not_kept(folder, tmp_path):
