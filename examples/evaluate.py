@@ -108,6 +108,7 @@ from diffusers_dualrate.metrics import (
     metrics_of,
     spread,
 )
+from diffusers_dualrate.network import UViTNetwork
 from diffusers_dualrate.pictures import draw_grid
 from diffusers_dualrate.processes import check_launch, choose_threads, run_script
 from diffusers_dualrate.provenance import environment
@@ -356,7 +357,11 @@ def main(args, open_images=sources.open_images):
     report = {
         "model": Path(args.model).name,
         "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
-        "block_multiply_adds": {name: block_multiply_adds(network) for name, network in networks.items()},
+        "block_multiply_adds": {
+            name: block_multiply_adds(network)
+            for name, network in networks.items()
+            if isinstance(network, UViTNetwork)
+        },
         "data": {
             "name": data.name,
             "hub": data.hub_name,
@@ -386,8 +391,8 @@ def main(args, open_images=sources.open_images):
     how = (num_reference, args.cache_dir, args.batch_size, accelerator)
     reference = measure_reference(images, own, *how) | measure_reference(plain_images, published, *how)
     report["floor"] = measure_floor(floor_images, reference, extractors, judges, args, accelerator)
-    second_order = getattr(pipe.scheduler.config, "second_order", False)
-    ways = [("second-order ancestral" if second_order else "ancestral", steps)]
+    orders = {None: type(pipe.scheduler).__name__, False: "ancestral", True: "second-order ancestral"}
+    ways = [(orders[pipe.scheduler.config.get("second_order")], steps)]
     for n in args.solver_steps:
         ways.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
     report["samples"] = []

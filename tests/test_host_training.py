@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 
 import distill
+import evaluate
 import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
@@ -266,3 +267,13 @@ def test_a_description_makes_the_same_network_again_and_an_encoder_leaves_its_de
         encoder.network.conv_in.weight.zero_()
         assert host.network.conv_in.weight.abs().sum() > 0 and len(host(z, 0.5, labels).context) == 4
     assert sum(len(module._forward_hooks) for module in encoder.modules()) == 1
+
+
+def test_a_model_of_diffusers_is_measured_as_it_is(models, folder, tmp_path):  # noqa: F811
+    flags = ("--model", models / "unet", "--train_data_dir", folder, "--num_samples", 4, "--num_inference_steps", 2)
+    more = ("--num_noises", 4, "--batch_size", 4, "--output", tmp_path / "e.json", "--cache_dir", tmp_path / "cache")
+    report = evaluate.main(evaluate.parse_args([str(flag) for flag in (*flags, *more)]))
+    assert report["v_loss"]["model"] > 0 and report["samples"][0]["solver"] == "DDPMScheduler"
+    assert report["samples"][0]["flops"] == 2 * network_flops(
+        DualRatePipeline.from_pretrained(models / "unet").denoiser
+    )

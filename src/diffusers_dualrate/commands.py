@@ -53,7 +53,7 @@ def find_changes(told: dict, presets: Path | None) -> dict | None:
         f"{section}.{name}": shipped[section][name]
         for section in followed
         for name, value in ours[section].items()
-        if value != shipped[section][name]
+        if name in shipped[section] and value != shipped[section][name]  # a network of diffusers is no preset's
     }
 
 

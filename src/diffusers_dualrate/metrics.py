@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .captions import CaptionEmbeddings, TrainingConditions
+from .conversion import cut_schedule, host_of
 from .evaluation import (
     FeatureStatistics,
     ImageClassifier,
@@ -36,6 +37,7 @@ from .latents import encode
 from .losses import ContextTimes, denoising_loss, draw, seed_of
 from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
+from .scheduler import DualRateScheduler
 from .text_encoding import TextEncoding
 
 Extractors = dict[str, Callable[[Tensor], Tensor]]
@@ -297,7 +299,10 @@ def measure_v_loss(
         accelerator: Knows this process and how many there are.
         drop_context: Whether the denoiser sees no context.
     """
-    schedule, captions = schedule_of(pipe.scheduler), None
+    scheduler, host = pipe.scheduler, host_of(pipe)
+    if host is not None and not isinstance(scheduler, DualRateScheduler):  # at the noise levels that its network knows
+        scheduler = DualRateScheduler(**cut_schedule({"log_snr_min": -10.0, "log_snr_max": 10.0}, host.process))
+    schedule, captions = schedule_of(scheduler), None
     if images.has_captions:
         captions = CaptionEmbeddings(TextEncoding(pipe.text_encoder, pipe.tokenizer), pipe.denoiser.config.text_length)
     conditions = TrainingConditions(images, captions, accelerator.device)
