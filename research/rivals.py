@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from diffusers_dualrate.uvit import UViTTrunk
+from diffusers_dualrate.uvit import UViTTrunk, lay_out
 
 
 class FeatureReuseTrunk(nn.Module):
@@ -26,9 +26,9 @@ class FeatureReuseTrunk(nn.Module):
         self._plan = itertools.cycle(refreshes)
         self._deep = None
 
-    def forward(self, sample: Tensor, embedding: Tensor, context: None = None) -> tuple[Tensor]:
-        """The outer level's last feature map, the one that a denoiser reads."""
-        before = self.trunk.down[0](self.trunk.patch_embed(sample), embedding)
+    def forward(self, sample: Tensor, embedding: Tensor, context: None = None, text: None = None) -> tuple[Tensor]:
+        """The outer level's last feature map, the one that a denoiser reads. There is no context, and no text."""
+        before = self.trunk.down[0](self.trunk.patch_embed(lay_out(sample)), embedding)
         if next(self._plan):
             self._deep = self._deep_levels(before, embedding)
         return (self.trunk.up[0](self._deep + before, embedding),)

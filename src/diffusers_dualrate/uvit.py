@@ -252,6 +252,17 @@ class UViTStage(nn.Module):
         return hidden_states
 
 
+def lay_out(sample: Tensor) -> Tensor:
+    """An image [B, C, H, W] as its values lie in memory where sampling is fastest.
+
+    On a CPU convolutions, pooling and upsampling are faster over channels that lie last, and tokens lie as they are taken.
+    Not in training: backward passes over such maps have crashed.
+    """
+    if sample.device.type == "cpu" and not torch.is_grad_enabled():
+        return sample.contiguous(memory_format=torch.channels_last)
+    return sample
+
+
 class UViTTrunk(nn.Module):
     """Patch embedding, levels going down, middle, levels going up.
 
@@ -344,10 +355,7 @@ class UViTTrunk(nn.Module):
                 f"Image sizes must be divisible by {self.stride} (patch size times downsampling), "
                 f"got height {height} and width {width}."
             )
-        # On a CPU convolutions, pooling and upsampling are faster over such maps, and tokens lie as they are taken. Not in
-        # training: backward passes over them have crashed.
-        if sample.device.type == "cpu" and not torch.is_grad_enabled():
-            sample = sample.contiguous(memory_format=torch.channels_last)
+        sample = lay_out(sample)
         num_stages, mask = len(self.down) + 1 + len(self.up), None if text is None else text.mask
         keys_values = ((),) * num_stages if text is None else text.keys_values
         hidden_states = self.patch_embed(sample)
