@@ -198,9 +198,11 @@ def test_each_tick_of_the_readme_names_a_test_that_holds_it():
         "compile": "compile_repeated_blocks",
         "offload": "enable_group_offload",
         "TaylorSeer": "TaylorSeerCacheConfig",
-        "caches that": "refuse",
         "Hub": "custom_pipeline",
         "Modular": "DualRateBlocks",
+        "prompts": "negative_prompt",
+        "--vae": "--vae",
+        "your own": "follow",
     }
     assert len(rows) == len(words) == table.count("| ✓ |") + table.count("| refused |")
     for feature, _, name, path in rows:
