@@ -102,7 +102,7 @@ def test_empty_fields_are_the_models_own_values(models):
 
 def test_a_student_keeps_its_guidance_and_the_heavy_network_its_own(models):
     *values, runs, message = app.choose(f"{models}/student", f"{models}/heavy")
-    assert [each.get("value") for each in values] == [["a", "b & c", "<d>", "e"], 4, 1, 1.0, app.OWN]
+    assert [each.get("value") for each in values] == [["a", "b & c", "<d>", "e"], None, 4, 1, 1.0, app.OWN]
     assert runs == app.ITS_OWN and message["visible"] is False
     result = draw(models, model=f"{models}/student", guidance_scale=1.0, n=2, k=1, heavy_runs=runs)[-1][1]
     (student, _), (heavy, _) = sides_of(result)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import diffusers_dualrate
@@ -122,6 +123,14 @@ def folder(tmp_path, monkeypatch):
         place = tmp_path / "images" / ("heart", "time")[i % 2] / f"{i:04}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place)
+    unet = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "X")  # what the pages call a model of diffusers
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -88,7 +88,7 @@ def test_the_flags_of_the_readme_exist():
     known = set(flags.argument_parser("", presets=Path("examples/presets"))._option_string_actions) | {
         "--config_file"
     }  # the last is Accelerate's
-    for script in Path("examples").glob("*.py"):
+    for script in [*Path("examples").glob("*.py"), *Path("research").glob("*.py")]:
         known |= set(re.findall(r'"(--\w+)"', script.read_text(encoding="utf-8")))
     pages = [README, *(page.read_text(encoding="utf-8") for page in [Path("README.md"), *Path("docs").glob("*.md")])]
     named = {flag for page in pages for flag in re.findall(r"`(--\w+)[` ]", page)}

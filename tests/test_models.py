@@ -155,7 +155,8 @@ def test_the_context_is_a_linear_map_of_each_levels_own_features_added_on_entry(
     the context heads; another number of groups."""
     heavy, light = pair()
     sample = images()
-    features = heavy.trunk(sample, silu(heavy._embed(sample, 0.5, None)))
+    embedding, _ = heavy._embed(sample, 0.5, None)
+    features = heavy.trunk(sample, silu(embedding))
     parts = heavy(sample, 0.5).context
     for head, feature, part in zip(heavy.context_heads, features, parts, strict=True):
         grouped = feature.reshape(2, feature.shape[1] // 8, -1)  # 8 channels a group

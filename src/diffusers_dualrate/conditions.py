@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 class Text(NamedTuple):
     """Texts as a text encoder hands them out.
 
-    Args:
+    Attributes:
         tokens: Embedding of each token [B, L, D].
         mask: Whether each token is one of the text, or fills it up to L [B, L].
         pooled: An embedding of the whole text [B, P], for networks that ask for one.
@@ -32,7 +32,7 @@ class Text(NamedTuple):
 class ProjectedText(NamedTuple):
     """Texts as a network made them its own.
 
-    Args:
+    Attributes:
         embedding: What is added to the embedding of the noise level [B, embedding_dim].
         keys_values: For each stage of the trunk, in the order in which they run, the pairs of keys and values
             [B, L, heads, head_dim] of its blocks; none where no block attends to text.
