@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, NoiseProcess, UViTDenoiser
+from diffusers_dualrate.commands import find_changes
 from diffusers_dualrate.configuration import Configuration
 from diffusers_dualrate.conversion import cut_schedule, learning_parameters
 from diffusers_dualrate.flops import network_flops
@@ -70,6 +72,7 @@ def test_a_model_of_diffusers_is_fine_tuned_in_its_own_process_and_stays_one_of_
     told = Configuration.from_json(told_in(run))
     assert told.networks.context_encoder["network"]["_class_name"] == "UNet2DModel"
     assert told.networks.denoiser["sample_size"] == 16
+    assert find_changes(told_in(run), Path("examples/presets"))["scheduler.log_snr_max"] == 10.0
     # The tuned model is one to start from, its own record repeats it, and it goes on bit for bit.
     again = tmp_path / "again"
     options = (START, run, "--preset", run / "configuration.json", "--checkpointing_steps", 2)
@@ -232,6 +235,11 @@ def test_a_schedule_keeps_to_the_noise_levels_that_a_network_knows(image_size):
     table = NoiseProcess.of(DDIMScheduler(trained_betas=ours.betas.tolist(), prediction_type="v_prediction"))
     own = {"log_snr_min": -10.0, "log_snr_max": 10.0}
     assert cut_schedule(own, table) == own
+    # However finely timesteps count, the levels are the same.
+    counts = [cut_schedule(wide | {"num_train_timesteps": n}, narrow)["log_snr_max"] for n in (10, 100, 1000, 5000)]
+    knows = NoiseProcess.of(DDIMScheduler())
+    counts += [cut_schedule(own | {"num_train_timesteps": n}, knows)["log_snr_max"] for n in (10, 1000)]
+    assert len(set(counts[:4])) == len(set(counts[4:])) == 1
 
 
 @pytest.mark.parametrize("hands_over", [False, True])

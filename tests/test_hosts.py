@@ -211,6 +211,14 @@ def test_a_transformer_with_variances_predicts_as_it_does_itself_and_its_tokens_
     assert not torch.equal(none, output.sample)
 
 
+def test_a_transformer_that_is_trained_draws_the_classes_that_it_is_told():
+    """Dropping labels is the training's own, and once for the whole network."""
+    host = HostNetwork(make_dit(), NoiseProcess())
+    z, level, labels = torch.randn(64, 4, 8, 8), torch.zeros(64), torch.arange(64) % 3
+    with torch.no_grad():
+        assert torch.equal(host.train()(z, level, labels).sample, host.eval()(z, level, labels).sample)
+
+
 def test_feature_maps_are_the_outputs_of_the_taps_also_of_a_copy_and_of_half_precision():
     unet = make_unet()
     host = HostNetwork(unet, NoiseProcess())

@@ -45,7 +45,7 @@ def find_changes(told: dict, presets: Path | None) -> dict | None:
         preset["sampling"] = preset["sampling"] | {"num_context_steps": None}
     planned = Configuration.from_json(told | preset)
     light = trained.networks.denoiser
-    text = {name: light[name] for name in ("cross_attention_dim", "text_length") if light["cross_attention_dim"]}
+    text = {name: light[name] for name in ("cross_attention_dim", "text_length") if light.get("cross_attention_dim")}
     networks = planned.networks.with_conditions(light["num_classes"], text)
     shipped = dataclasses.replace(planned, networks=networks).to_json()
     ours = trained.to_json()

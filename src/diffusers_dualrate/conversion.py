@@ -19,6 +19,8 @@ from .scheduler import DualRateScheduler
 
 # Log-SNR that a schedule may go beyond what a network was trained at, whose table is rounded.
 _TOLERANCE = 0.05
+# The time that stands for the clean end of a schedule.
+_CLEAN_END = 0.001
 
 
 def host_of(model: DualRatePipeline | None) -> HostNetwork | None:
@@ -165,8 +167,8 @@ def cut_schedule(scheduler: Mapping[str, Any], process: NoiseProcess) -> dict[st
     if process.log_snrs is None:  # a flow knows all of them
         return dict(scheduler)
     known, whole = process.log_snrs[[-1, 0]].tolist(), DualRateScheduler(**scheduler)
-    # Time 0 itself is never evaluated, and counts as much as the timestep next to it.
-    ends = whole.log_snr(torch.tensor([len(whole), 1], dtype=torch.float64)).tolist()
+    # Time 0 itself is never evaluated. The end is judged near it, at the same time however finely timesteps count.
+    ends = [float(whole.log_snr_at(time)) for time in (1.0, _CLEAN_END)]
     cut = dict(scheduler)
     if ends[0] < known[0] - _TOLERANCE:
         cut["log_snr_min"] = round(cut["log_snr_min"] + known[0] - ends[0], 3)

@@ -17,6 +17,7 @@ import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.models import CacheMixin
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
     """A denoising network of diffusers, which predicts velocity at a log-SNR like ours.
 
     Args:
-        network: The network, of one of the classes in `KINDS`; it stays as it is.
+        network: The network, of one of the classes in `KINDS`. Its own dropping of labels, in training, is turned off.
         process: How it was trained.
         taps: Names of submodules whose outputs are the feature maps, from the highest resolution to the lowest; `None` for
             those that suit its class. Tokens become maps.
@@ -96,6 +97,9 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         for option in self._kind.refused:
             if config.get(option) is not None:
                 raise ValueError(f"{name} with {option}={config[option]!r} takes more than a text.")
+        for module in network.modules():
+            if isinstance(module, LabelEmbedding):  # whoever trains says which labels are dropped
+                module.dropout_prob = 0
         self.network, self.process = network, process
         self.origin = Origin.find(config.get("_name_or_path"))
         if isinstance(taps, str):
