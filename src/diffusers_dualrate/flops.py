@@ -47,6 +47,11 @@ def network_flops(network: UViTContextEncoder | UViTDenoiser, *, with_context: b
     return _COUNTED[key]
 
 
+def forget() -> None:
+    """Count every network anew. The counts are remembered, and a counter around them sees only those that are made."""
+    _COUNTED.clear()
+
+
 def _count(network: UViTContextEncoder | UViTDenoiser, with_context: bool) -> int:
     height, width = network.image_size
     copy = network.blueprint()
