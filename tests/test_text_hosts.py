@@ -92,6 +92,9 @@ def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     loaded = DualRatePipeline.from_pretrained(tmp_path)
     again = loaded(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images
     assert torch.equal(again, images) and images.isfinite().all()
+    ids = loaded.tokenizer(["two fish"], padding="max_length", max_length=6, return_tensors="pt").input_ids
+    tokens = loaded.text_encoder(ids).last_hidden_state  # the heavy network learned from texts without a mask
+    torch.testing.assert_close(loaded.encode_prompt("two fish")[0], tokens)
 
 
 def test_a_flow_of_sd3_gives_the_velocity_of_its_own_prediction():

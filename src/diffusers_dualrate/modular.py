@@ -65,6 +65,7 @@ class DualRateTextBlock(ModularPipelineBlocks):
         ComponentSpec("text_encoder"),
         ComponentSpec("tokenizer"),
         ComponentSpec("denoiser", UViTDenoiser),
+        ComponentSpec("context_encoder", UViTContextEncoder),
     ]
     inputs = [
         *(InputParam(name, description=text) for name, text in _PROMPTS.items()),
@@ -77,7 +78,8 @@ class DualRateTextBlock(ModularPipelineBlocks):
         block_state = self.get_block_state(state)
         arguments = {name: getattr(block_state, name) for name in _PROMPTS}
         if arguments["prompt"] is not None:
-            encoding = TextEncoding.of(components.text_encoder, components.tokenizer, components.denoiser.config)
+            networks = (getattr(components, "context_encoder", None), components.denoiser)
+            encoding = TextEncoding.of(components.text_encoder, components.tokenizer, *networks)
             config, device = components.denoiser.config, components._execution_device
             text, null = Wanted(**arguments).encode(config, encoding, device, 1, True)
             assert null is not None  # the encoder embeds the empty prompt where no other is given

@@ -186,10 +186,16 @@ class PromptMixin:
     """What a pipeline offers beside its call to those who look up classes or embed prompts."""
 
     denoiser: Any
+    context_encoder: Any
     text_encoder: Any
     tokenizer: Any
     _execution_device: torch.device
     _id2label: dict[int, str]
+
+    @property
+    def _text_encoding(self) -> TextEncoding | None:
+        """What embeds prompts, as the networks take them."""
+        return TextEncoding.of(self.text_encoder, self.tokenizer, self.context_encoder, self.denoiser)
 
     def get_label_ids(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """Turn classes in any form into a list of their numbers.
@@ -239,10 +245,7 @@ class PromptMixin:
             max_sequence_length=max_sequence_length,
         )
         device = self._execution_device if device is None else device
-        encoding, guides = (
-            TextEncoding.of(self.text_encoder, self.tokenizer, self.denoiser.config),
-            do_classifier_free_guidance,
-        )
+        encoding, guides = self._text_encoding, do_classifier_free_guidance
         text, null = wanted.encode(self.denoiser.config, encoding, device, num_images_per_prompt, guides)
         negative = (None, None) if null is None else (null.tokens, null.mask)
         return text.tokens, text.mask, *negative

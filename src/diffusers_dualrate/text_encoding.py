@@ -1,7 +1,7 @@
 """Prompts and captions as embeddings: a text encoder of transformers with its tokenizer."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,13 @@ class TextEncoding:
     is_masked: bool = True
 
     @classmethod
-    def of(cls, text_encoder: Any, tokenizer: Any, config: Mapping | None = None) -> "TextEncoding | None":
-        """Both together, as a network of this configuration takes texts; `None` where both are.
+    def of(cls, text_encoder: Any, tokenizer: Any, *networks: Any) -> "TextEncoding | None":
+        """Both together, as networks take texts; `None` where both are.
+
+        Args:
+            text_encoder: The encoder.
+            tokenizer: Its tokenizer.
+            networks: Those that take the texts, or `None`. The first that was trained elsewhere says how.
 
         Raises:
             ValueError: If one is without the other, or they are no text encoder and tokenizer.
@@ -92,7 +97,10 @@ class TextEncoding:
             raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}.")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
-        return cls(text_encoder, tokenizer, (config or {}).get("text_is_masked", True))
+        told: dict[str, Any] = next(
+            (dict(network.config) for network in networks if network is not None and "text_is_masked" in network.config), {}
+        )
+        return cls(text_encoder, tokenizer, told.get("text_is_masked", True))
 
     @property
     def most_tokens(self) -> int:
