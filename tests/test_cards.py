@@ -5,14 +5,16 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import distill
 import evaluate
 import make_card
 import train_dual_rate
 from diffusers_dualrate import cards
-from diffusers_dualrate.commands import evaluation_command
+from diffusers_dualrate.commands import evaluation_command, next_commands
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").iterdir())
@@ -321,3 +323,24 @@ def test_the_card_of_a_pair_whose_encoder_denoises_counts_what_it_spares(parts):
     for spares, light in ((False, n), (True, n - k)):
         text = card_of(evaluation, index | {"encoder_denoises": spares}, notes)
         assert f"parameters runs {k} times per image" in text and f"parameters {light} times." in text
+
+
+def test_the_card_of_a_student_of_text_shows_a_prompt_and_repeats_with_its_prompts(student):
+    """Its teacher has an autoencoder, which the command that distils it again is not told of."""
+    evaluation, index, notes = student
+    evaluation["data"] |= {"classes": None}
+    told = evaluation["configuration"]
+    told["denoiser"] |= {"num_classes": None, "cross_attention_dim": 8, "text_length": 6}
+    told["data"] |= {"dataset_name": None, "label_column": None}
+    told["start"] |= {"vae": "teacher", "prompt_list": "my prompts.txt"}
+    index["id2label"], notes["example_label"] = None, None
+    text = card_of(*student)
+    assert 'image = pipe("a red apple").images[0]' in text and "and guidance 1.0" in text
+    assert "pipeline_tag: text-to-image" in text and "unconditional" not in text
+    assert "Its teacher's guidance, 3.0, is distilled in" in text
+    assert "--prompt_list 'my prompts.txt'" in text and "--vae" not in text
+    _, *flags = shlex.split(re.search(r"examples/distill.py.*", text).group())
+    assert distill.parse_args(flags).prompt_list == "my prompts.txt"
+    pipe = SimpleNamespace(context_encoder=1, denoiser=SimpleNamespace(config=SimpleNamespace(num_classes=None)))
+    look, measure = next_commands("runs/text", told, pipe)
+    assert "--prompt 'a red apple'" in look and "--train_data_dir images --caption_column text" in measure

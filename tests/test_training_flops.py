@@ -140,3 +140,12 @@ def test_the_auxiliary_has_the_odd_one_of_the_steps_that_alternate():
 
 def test_a_cost_is_not_guessed_where_the_teacher_is_not_at_hand():
     assert training_flops(None, make_recipe(), 100) is None
+
+
+def test_a_teacher_of_text_is_guided_like_one_of_classes(make_networks):
+    encoder, denoiser = make_networks(num_classes=None, cross_attention_dim=8, text_length=6)
+    plain, guided = (
+        distillation_image_flops(denoiser, encoder, encoder, make_recipe(guidance_scale=scale)) for scale in (1.0, 2.0)
+    )
+    for phase in ("auxiliary", "student"):
+        assert guided[phase] - plain[phase] == network_flops(encoder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .commands import EVALUATION, GRID, evaluation_command, find_changes, training_command
+from .commands import EVALUATION, EXAMPLE_PROMPT, GRID, evaluation_command, find_changes, takes_text, training_command
 from .configuration import FILE, Configuration
 from .latents import compression_of
 from .origins import CONFIG, Origin
@@ -208,7 +208,7 @@ def complete_notes(notes: dict, evaluation: dict) -> dict:
     kind = {"pair": "A Dual-Rate pair", "distilled pair": "A Dual-Rate student of few steps"}.get(
         evaluation["training"]["network"], "A single-rate diffusion model"
     )
-    classes = f" of {data['classes']} classes" if data["classes"] else ""
+    classes = f" of {data['classes']} classes" if data["classes"] else " from prompts" if takes_text(told) else ""
     said = {
         "summary": f"{kind} for images of {height}x{width}{classes}, trained on `{data['name']}`.",
         "intended_use": f"Research, and images like those of `{data['name']}`. Nothing else was tried.",
@@ -260,12 +260,14 @@ def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCa
         *(["accuracy"] if columns else []),
         *(["fid"] if any(column.startswith("fid_") for column in columns) else []),
     ]
-    tags = ["dual-rate-diffusion", "class-conditional" if data["classes"] else "unconditional"]
+    is_of_text = takes_text(evaluation["configuration"])
+    kind = "text-to-image" if is_of_text else "class-conditional" if data["classes"] else "unconditional"
+    tags = ["dual-rate-diffusion", kind]
     tags.append("latent-space" if evaluation.get("vae") else "pixel-space")
     return ModelCardData(
         license=notes["license"],
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if is_of_text else "unconditional-image-generation",
         tags=[*tags, "arxiv:2605.18190", *(["arxiv:2406.04103"] if is_student else [])],
         datasets=[data["hub"]] if data["hub"] else None,
         metrics=metrics or None,
@@ -328,9 +330,12 @@ def make_card(
     is_measured, columns = "samples" in evaluation, list(evaluation.get("floor", ()))
     k = evaluation["samples"][0]["num_context_steps"] if is_measured else evaluation["num_context_steps"]
     defaults = f"N = {index['num_inference_steps']}{f', K = {k}' if is_pair else ''}"
-    if data["classes"]:
+    if is_guided := bool(data["classes"]) or takes_text(told):
         defaults += f" and guidance {index['guidance_scale']}"
     label = notes["example_label"] or next(iter((index["id2label"] or {}).values()), 0)
+    shown = f"class_labels={json.dumps(label)}" if data["classes"] else ""
+    if takes_text(told):
+        shown = json.dumps(notes["example_label"] or EXAMPLE_PROMPT)
     title = "this student" if is_student else "this pair" if is_pair else "this model"
     recipe = told.get("training") or told["distillation"]
     return ModelCard.from_template(
@@ -346,9 +351,9 @@ def make_card(
         defaults=defaults,
         is_pair=is_pair,
         is_student=is_student,
-        teacher_guidance=recipe["guidance_scale"] if is_student else 1,
+        teacher_guidance=recipe["guidance_scale"] if is_student and is_guided else 1,
         classes=data["classes"],
-        label=f"class_labels={json.dumps(label)}" if data["classes"] else "",
+        label=shown,
         is_measured=is_measured,
         unmeasured=UNMEASURED,
         evaluate=evaluation_command(f"runs/{evaluation['model']}", told),

@@ -12,6 +12,9 @@ from .records import read_json
 EVALUATION, GRID = "evaluation.json", "samples.png"
 """What a measurement leaves beside a model."""
 
+EXAMPLE_PROMPT = "a red apple"
+"""What a model of text is asked for where nobody has said what it draws well."""
+
 # Options that the repetition of a run does not need: they say where it goes on from, or nothing of the model.
 _PASSING = frozenset(
     "resume_from_checkpoint checkpoints_total_limit images_per_process push_to_hub hub_model_id output_dir cache_dir "
@@ -60,11 +63,13 @@ def find_changes(told: dict, presets: Path | None) -> dict | None:
 def list_flags(told: dict, *sections: str) -> list[str]:
     """The flags of a run beside preset and recipe. Those with their default values are left out."""
     configuration, flags = Configuration.from_json(told), []
+    # A student draws in the space of its teacher, and is told of no autoencoder.
+    passing = _PASSING | {"vae"} if configuration.script == "distill" else _PASSING
     for section in sections:
         part = getattr(configuration, section)
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if field.name not in _PASSING and value not in (field.default, None, False):
+            if field.name not in passing and value not in (field.default, None, False):
                 flags.append(f"--{field.name}" if value is True else f"--{field.name} {shlex.quote(str(value))}")
     return flags
 
@@ -76,10 +81,16 @@ def training_command(told: dict, changes: dict | None, model: str) -> str:
     return " ".join([start, *list_flags(told, "start", "data", "options"), f"--output_dir runs/{model}"])
 
 
+def takes_text(told: dict) -> bool:
+    """Whether a run's model takes prompts, by the content of its configuration.json."""
+    return told["denoiser"].get("cross_attention_dim") is not None
+
+
 def _list_data_flags(told: dict | None) -> list[str]:
     """The images that a model was trained on, as flags of what measures it."""
     if told is None or Configuration.from_json(told).data.name == "none":
-        return ["--train_data_dir images --label_column label"]  # of the user, whatever it is called
+        column = "--caption_column text" if told is not None and takes_text(told) else "--label_column label"
+        return [f"--train_data_dir images {column}"]  # of the user, whatever it is called
     data = list_flags({**told, "data": {**told["data"], "streaming": False}}, "data")
     return [flag for flag in data if not flag.startswith(("--shuffle_buffer", "--dataloader_num_workers"))]
 
@@ -101,7 +112,8 @@ def evaluation_command(folder: str | Path, told: dict | None, classifier: str | 
 
 def next_commands(folder: str | Path, told: dict, pipeline: DualRatePipeline) -> list[str]:
     """What to do with a model that was just trained, in lines that begin in words and end in a command."""
-    look = f"Look at it: python examples/generate.py --model {shlex.quote(str(folder))} --output samples.png"
+    prompt = f" --prompt {shlex.quote(EXAMPLE_PROMPT)}" if takes_text(told) else ""
+    look = f"Look at it: python examples/generate.py --model {shlex.quote(str(folder))}{prompt} --output samples.png"
     lines = [] if pipeline.context_encoder is None else [look]  # it draws pairs
     if not pipeline.denoiser.config.num_classes:
         return [*lines, f"Measure it: {evaluation_command(folder, told)}"]

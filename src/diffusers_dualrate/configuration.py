@@ -139,6 +139,7 @@ class Start:
         vae: Autoencoder whose latents are learned, or the model that it is taken from.
         text_encoder: What embeds captions, where no model that a training starts or learns from does.
         light: "auto" where the light network is shaped from the heavy one instead of the preset.
+        prompt_list: File of the prompts that a student learns from without data.
     """
 
     network: str | None = None
@@ -148,6 +149,7 @@ class Start:
     vae: str | None = None
     text_encoder: str | None = None
     light: str | None = None
+    prompt_list: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -276,7 +276,9 @@ def distillation_image_flops(
         """Mean of the costs of a row behind the first refresh and of one before it, as often as each is drawn."""
         return ((n - alone) * behind + alone * before) // n
 
-    judged = 2 if recipe.guidance_scale > 1 and teacher.config.num_classes else 1
+    config = teacher.config
+    has_null = config.num_classes is not None or config.cross_attention_dim is not None
+    judged = 2 if recipe.guidance_scale > 1 and has_null else 1
     return {
         "pretraining": mean(3 * light + 2 * project + encode, 3 * opening),  # with the encoder frozen
         "auxiliary": mean(rollout + predict, alone * opening) + (judged + 3) * judge,

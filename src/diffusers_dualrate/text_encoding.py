@@ -97,9 +97,8 @@ class TextEncoding:
             raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}.")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
-        told: dict[str, Any] = next(
-            (dict(network.config) for network in networks if network is not None and "text_is_masked" in network.config), {}
-        )
+        configs = [network.config for network in networks if network is not None]
+        told: dict[str, Any] = next((dict(config) for config in configs if "text_is_masked" in config), {})
         return cls(text_encoder, tokenizer, told.get("text_is_masked", True))
 
     @property
