@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, NoiseProcess, UViTDenoiser
+from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.commands import find_changes
 from diffusers_dualrate.configuration import Configuration
 from diffusers_dualrate.conversion import cut_schedule, learning_parameters
@@ -112,8 +114,10 @@ def test_a_model_of_diffusers_is_the_encoder_of_a_pair_as_it_is(way, models, fol
 
 
 def test_a_presets_light_network_takes_the_maps_of_its_own_levels(models, folder, tmp_path):  # noqa: F811
-    train("dual", folder, tmp_path, START, models / "deep", "--freeze_encoder", "--max_train_steps", 1)
+    override = ("--override", "context_encoder.prediction_hand_over=true")
+    train("dual", folder, tmp_path, START, models / "deep", "--freeze_encoder", "--max_train_steps", 1, *override)
     pipe = DualRatePipeline.from_pretrained(tmp_path)
+    assert pipe.context_encoder.config.prediction_hand_over and pipe.denoiser.config.prediction_hand_over
     assert pipe.context_encoder.context_shapes == [(16, 8, 8), (16, 4, 4)]
     assert list(pipe.denoiser.config.level_channels) == [8, 16] and pipe.denoiser.config.patch_size == 2
     with pytest.raises(ValueError, match="belongs to a run with another configuration: .*context_encoder.network"):
@@ -122,8 +126,14 @@ def test_a_presets_light_network_takes_the_maps_of_its_own_levels(models, folder
 
 
 def test_a_transformer_in_latents_is_followed_with_its_autoencoder_and_its_null_class(models, folder, tmp_path):  # noqa: F811
-    options = (START, models / "dit", *FOLLOW, "--override", "training.augmentation={}")
-    train("dual", folder, tmp_path, *options, "--guidance_scale", 2, classes=True)
+    """Of a preset's augmentation, what needs pixels is left out."""
+    preset = json.loads(Path("examples/presets/tiny.json").read_text())
+    preset["training"]["augmentation"] = {"translation": 1, "flip": True}
+    (tmp_path / "mine.json").write_text(json.dumps(preset))
+    options = (START, models / "dit", *FOLLOW, "--preset", tmp_path / "mine.json", "--guidance_scale", 2)
+    with pytest.warns(UserWarning, match="draws latents, which are encoded once: .* left out, but for flip=True"):
+        train("dual", folder, tmp_path, *options, classes=True)
+    assert told_in(tmp_path)["training"]["augmentation"] == json.loads(json.dumps(asdict(Augmentation(flip=True))))
     pipe = DualRatePipeline.from_pretrained(tmp_path)
     assert pipe.vae is not None and not pipe.scheduler.config.clip_sample and pipe.config.guidance_scale == 2
     assert pipe.context_encoder.context_shapes == [(32, 4, 4)] and pipe.denoiser.config.level_types == ["transformer"]
@@ -162,6 +172,10 @@ def test_a_model_of_diffusers_teaches_a_student(student, models, folder, tmp_pat
         ("dual", (START, "unet", "--freeze_encoder"), r"have maps of sizes \[\(8, 8\), \(4, 4\)\], and the UNet2DModel has"),
         ("dual", (START, "unet", *FOLLOW, "--override", "context_encoder.level_blocks=[1,1]"), "no effect beside the UNet2"),
         ("dual", (START, "unet", *FOLLOW, "--override", "denoiser.level_blocks=[1,1]"), "no effect beside the UNet2DModel"),
+        ("dual", (START, "unet", *FOLLOW[:3], "--override", "denoiser.prediction_hand_over=true"), "no effect beside the UNet2"),
+        ("dual", ("--preset", "host"), r"preset host is one of diffusers: give it with --pretrained_model_name_or_path, or"),
+        ("single", ("--preset", "host"), r"preset host is one of diffusers: give it with --pretrained_model_name_or_path, or"),
+        ("dual", (START, "unet", "--preset", "host"), "preset host has no light network: give --light auto, or another"),
         ("dual", ("--light", "auto"), "--light auto needs a heavy network of diffusers: leave it out"),
         ("dual", (START, "unet", "classes", *FOLLOW), "has no classes, and the data has 2"),
         ("dual", (START, "classes", "classes", *FOLLOW, "--guidance_scale", 2), "--guidance_scale 2.0 needs networks that"),
@@ -174,7 +188,11 @@ def test_a_model_of_diffusers_teaches_a_student(student, models, folder, tmp_pat
 def test_what_contradicts_a_model_of_diffusers_is_refused_in_one_sentence(
     script, options, message, models, folder, tmp_path  # noqa: F811
 ):  # fmt: skip
-    flags = [models / option if option in ("unet", "classes") else option for option in options]
+    host = HostNetwork(make_unet(sample_size=16), NoiseProcess()).describe()
+    preset = json.loads(Path("examples/presets/tiny.json").read_text()) | {"context_encoder": host, "denoiser": host}
+    (tmp_path / "host.json").write_text(json.dumps(preset))
+    places = {name: models / name for name in ("unet", "classes")} | {"host": tmp_path / "host.json"}
+    flags = [places.get(option, option) for option in options]
     classes = "classes" in options[2:]
     if classes:
         flags.pop(2)

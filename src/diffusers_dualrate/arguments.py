@@ -77,6 +77,9 @@ def configure(args: argparse.Namespace, script: str) -> Configuration:
         data=Data(**select(args, Data)),
         options=Options(**select(args, Options), images_per_process=args.train_batch_size),
     )
+    is_told = any(override.startswith(f"{kind.section}.augmentation=") for override in args.override)
+    if getattr(args, "vae", None) is None and not is_told:
+        configuration = leave_pixels_alone(configuration)
     check_latents(configuration)
     warmup, steps = configuration.recipe.lr_warmup_steps, configuration.recipe.max_train_steps
     if warmup >= steps:
@@ -164,6 +167,19 @@ def learn_latents(sections: dict, vae: str, args: argparse.Namespace) -> None:
     for network in ("context_encoder", "denoiser"):
         sections[network]["in_channels"] = blueprint.config.latent_channels
     sections["scheduler"].setdefault("clip_sample", False)
+
+
+def leave_pixels_alone(configuration: Configuration) -> Configuration:
+    """The same without the preset's augmentation of pixels, where cached latents are learned since the model draws them."""
+    told, vae = configuration.recipe.augmentation, configuration.start.vae
+    kept = told.of_latents()
+    if vae is None or configuration.options.no_latent_cache or kept == told:
+        return configuration
+    warnings.warn(
+        f"{vae} draws latents, which are encoded once: the preset's augmentation is left out, but for flip={told.flip}.",
+        stacklevel=3,
+    )
+    return configuration.with_recipe(augmentation=kept)
 
 
 def check_latents(configuration: Configuration) -> None:

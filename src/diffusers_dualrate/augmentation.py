@@ -10,6 +10,7 @@ A warp continues the edge of the picture, transparent or not, beyond its border.
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -71,6 +72,10 @@ class Augmentation:
         # Rounding may leave the interval by an ulp.
         return (composite / 127.5 - 1).clip(-1, 1)
 
+    def of_latents(self) -> Self:
+        """What of it may happen to latents that are encoded once."""
+        return type(self)(flip=self.flip)
+
     def check_of_latents(self) -> None:
         """Refuse what needs pixels: latents that are encoded once can only be mirrored.
 
@@ -79,7 +84,7 @@ class Augmentation:
         """
         for name in ("translation", "scale", "background"):
             value = getattr(self, name)
-            if value != getattr(Augmentation(), name):
+            if value != getattr(self.of_latents(), name):
                 raise ValueError(
                     f"The augmentation {name}={value!r} needs pixels, but latents are encoded once: leave it out of the "
                     "recipe's augmentation, or add --no_latent_cache."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .configuration import Configuration, Networks
+from .configuration import Configuration, Networks, is_of_host
 from .flops import network_flops
 from .hosts import HostNetwork
 from .latents import compression_of
@@ -55,6 +55,8 @@ def follow_host(
     if model is None or host is None:
         if start.light is not None:
             raise ValueError(f"--light {start.light} needs a heavy network of diffusers: leave it out.")
+        if model is None or start.student is None:  # whose networks are its own
+            _check_preset(configuration)
         return configuration
     if start.light is not None and (not as_pair or model.context_encoder is not None):
         raise ValueError(f"--light {start.light} shapes the light network of a new pair: leave it out.")
@@ -68,7 +70,8 @@ def follow_host(
     sides = tuple(side * compression_of(model.vae) for side in host.image_size)
     if args.resolution is not None and sides != (args.resolution, args.resolution):
         raise ValueError(f"--resolution {args.resolution} contradicts {name}, which is of {sides[0]}x{sides[1]}.")
-    _check_flags(configuration, host, args, name, as_pair)
+    is_new = as_pair and model.context_encoder is None
+    _check_flags(configuration, host, args, name, as_pair, is_new)
     if host.config.num_classes and not host.config.has_null_class:
         configuration = _without_null_class(configuration, name, tell)
     preset = configuration.networks.scheduler
@@ -83,8 +86,19 @@ def follow_host(
     return dataclasses.replace(configuration, networks=Networks(**networks, scheduler=scheduler))
 
 
+def _check_preset(configuration: Configuration) -> None:
+    """Refuse the shape of a network of diffusers, as a run of it records, where no such network is given."""
+    shapes = {"heavy": configuration.networks.context_encoder, "light": configuration.networks.denoiser}
+    trained, start = configuration.start.network, configuration.start
+    if any(is_of_host(shape) for name, shape in shapes.items() if trained in (None, name)):
+        flag = "--pretrained_model_name_or_path" if start.teacher is None else "--teacher"
+        raise ValueError(
+            f"The network of the preset {configuration.preset} is one of diffusers: give it with {flag}, or another preset."
+        )
+
+
 def _check_flags(
-    configuration: Configuration, host: HostNetwork, args: argparse.Namespace, name: str, as_pair: bool
+    configuration: Configuration, host: HostNetwork, args: argparse.Namespace, name: str, as_pair: bool, is_new: bool
 ) -> None:
     """Refuse flags and overrides that say of the heavy network what it says itself."""
     if configuration.start.network == "light":
@@ -94,10 +108,10 @@ def _check_flags(
         raise ValueError(
             f"--guidance_scale {args.guidance_scale} needs networks that learned to go without a class, and {name} did not."
         )
-    own = ("sample_size", "in_channels", "num_classes", "context_channels")
+    own = ("sample_size", "in_channels", "num_classes", "context_channels", "prediction_hand_over")
     for override in configuration.overrides:
         section, _, value = override.partition("=")[0].partition(".")
-        is_own = section == "context_encoder" and value != "prediction_hand_over"
+        is_own = section == "context_encoder" and not (is_new and value == "prediction_hand_over")
         is_light = section == "denoiser" and (not as_pair or value in own or configuration.start.light is not None)
         if is_own or is_light or (no_null_class and value == "label_dropout"):
             raise ValueError(f"The override {override!r} has no effect beside {name}, which says that itself.")
@@ -120,6 +134,10 @@ def _as_encoder(configuration: Configuration, model: DualRatePipeline, host: Hos
         return host.blueprint()
     shape, taps = configuration.networks.denoiser, host.taps
     if configuration.start.light is None:
+        if is_of_host(shape):
+            raise ValueError(
+                f"The preset {configuration.preset} has no light network: give --light auto, or another preset."
+            )
         (height, width), patch_size = host.image_size, shape["patch_size"]
         sides = [patch_size * 2**level for level in range(len(shape["level_channels"]))]
         sizes = [(height // side, width // side) for side in sides]
@@ -130,7 +148,8 @@ def _as_encoder(configuration: Configuration, model: DualRatePipeline, host: Hos
                 f"The levels of the preset's denoiser have maps of sizes {sizes}, and the {type(host.network).__name__} has "
                 f"{theirs}: give --light auto, or another preset."
             )
-    hands_over = getattr(configuration.recipe, "follow_encoder", False) or shape["prediction_hand_over"]
+    told = configuration.networks.context_encoder["prediction_hand_over"]
+    hands_over = getattr(configuration.recipe, "follow_encoder", False) or told
     with torch.device("meta"):
         blueprint = host.blueprint()
         return HostNetwork.from_denoiser(blueprint, taps, hands_over)
