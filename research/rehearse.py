@@ -194,11 +194,16 @@ def main(args: argparse.Namespace) -> dict:
     whole = ["--preset", args.preset, "--train_data_dir", "images", "--output_dir", str(args.output_dir / "run")]
     configuration = configure(train_dual_rate.parse_args(whole), "train_dual_rate")
     shapes = configuration.networks.denoiser
-    args.output_dir.mkdir(parents=True)
-    if not args.plan and (free := shutil.disk_usage(args.output_dir).free) < DISK:
+    if not args.plan and shapes["num_classes"] is None:
+        raise ValueError(
+            f"--preset {args.preset} has no num_classes, and the made-up images have classes: add --plan."
+        )
+    there = next(folder for folder in args.output_dir.resolve().parents if folder.is_dir())
+    if not args.plan and (free := shutil.disk_usage(there).free) < DISK:
         raise ValueError(
             f"--output_dir {args.output_dir} has {free / 1e9:.0f} GB of free disk, and {DISK / 1e9:.0f} are needed."
         )
+    args.output_dir.mkdir(parents=True)
     report = {"preset": args.preset}
     if not args.plan:
         make_shards(args.output_dir / "images", shapes["sample_size"], shapes["num_classes"])

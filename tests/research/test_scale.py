@@ -12,7 +12,7 @@ def test_a_run_through_kills_full_disks_and_a_jumping_clock_ends_as_one_without(
     assert "files that differ: none" in capsys.readouterr().out
 
 
-def test_what_a_whole_run_needs_follows_from_flops_and_parameters(tmp_path):
+def test_what_a_whole_run_needs_follows_from_flops_and_parameters(tmp_path, monkeypatch):
     args = rehearse.parse_args(["--preset", "tiny", "--plan", "--output_dir", str(tmp_path / "out")])
     planned = rehearse.main(args)["planned"]
     eight, many = planned["runs"]
@@ -27,3 +27,10 @@ def test_what_a_whole_run_needs_follows_from_flops_and_parameters(tmp_path):
     assert planned["checkpoint_bytes"] == 16 * weights
     with pytest.raises(ValueError, match="exists: give a new folder"):
         rehearse.main(args)
+    new = ["--output_dir", str(tmp_path / "new" / "out")]
+    with pytest.raises(ValueError, match="--preset digits8 has no num_classes"):
+        rehearse.main(rehearse.parse_args(["--preset", "digits8", *new]))
+    monkeypatch.setattr(rehearse, "DISK", 1e30)
+    with pytest.raises(ValueError, match="of free disk"):
+        rehearse.main(rehearse.parse_args(["--preset", "imagenet64", *new]))
+    assert not (tmp_path / "new").exists()
