@@ -4,8 +4,10 @@ The autoencoders are tiny real ones. What is expected comes from them directly, 
 """
 
 import json
+import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,8 +144,12 @@ def test_a_cache_is_made_once_goes_on_where_it_was_and_is_refused_where_it_is_no
 
     kept = files[1].read_bytes()
     files[1].unlink()  # a run that was killed in the middle
-    (files[1].parent / ".00001-7").write_bytes(kept[:100])
+    now = time.time()
+    for name, age in ((".00001-7", 7200), (".00001-8", 0)):  # the second may be of a run that still writes it
+        (files[1].parent / name).write_bytes(kept[:100])
+        os.utime(files[1].parent / name, (now - age, now - age))
     cached(folder, tmp_path)
+    assert [path.name for path in files[1].parent.glob(".*")] == [".00001-8"]
     remade = load_file(files[1])
     files[1].write_bytes(kept)
     assert encoded == [3, 3] and all(torch.equal(remade[name], tensor) for name, tensor in load_file(files[1]).items())
@@ -165,6 +171,15 @@ def test_a_cache_is_made_once_goes_on_where_it_was_and_is_refused_where_it_is_no
     ):
         cached(folder, tmp_path)
     assert cached(folder, tmp_path, augmentation=Augmentation()).folder not in (other.folder, files[0].parent)
+
+
+def test_a_cache_is_another_one_under_another_limit_of_pixels(folder, tmp_path):
+    """Where images above it are skipped, others stand in for them."""
+    limited = pixels_of(folder)
+    limited.max_image_pixels = 300
+    vae = make_vae(shift_factor=0.25)
+    other = LatentImages(limited, vae, tmp_path, augmentation=FLIPPED, seed=3)
+    assert other.folder != cached(folder, tmp_path, vae).folder
 
 
 def test_processes_encode_a_share_of_the_files_each_and_together_what_one_does(folder, tmp_path, monkeypatch):

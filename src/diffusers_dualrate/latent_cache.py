@@ -8,6 +8,7 @@ name and renamed when it is complete, so encoding that was interrupted goes on w
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from .latents import latent_shape, moments_of
 
 # Images that are encoded at a time, and bytes of a file.
 _BATCH, _FILE_BYTES = 16, 2**28
+# Seconds after which nobody still writes a file.
+_STALE = 3600
 
 
 class LatentImages(EncodedImages, torch.utils.data.Dataset):
@@ -64,6 +67,7 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         self._count, views = len(images), 2 if augmentation.flip else 1
         made = {"vae": fingerprint_of_vae(vae), "images": self.fingerprint, "size": [images.height, images.width]}
         told = made | {"count": self._count, "views": views, "on_corrupt": images.on_corrupt}
+        told["max_image_pixels"] = images.max_image_pixels  # another image stands in for one of more
         self.name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = Path(folder, self.name)
         latent_bytes = 4 * 2 * self.channels * self.height * self.width * views
@@ -119,6 +123,11 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         partial = self.folder / f".{number:05}-{os.getpid()}"
         save_file(tensors, partial, metadata={"cache": self.name, "digest": _digest(tensors)})
         partial.replace(self._path(number))
+        for left in self.folder.glob(
+            f".{number:05}-*"
+        ):  # by a run that was killed; a younger one may still be written
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink(missing_ok=True)
 
     def _check(self, number: int) -> None:
         """Refuse a file that is not as it was written, or was written for others."""
