@@ -1,12 +1,16 @@
 """Networks of diffusers that take text: the images of their own pipelines, and their maps as context."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
@@ -16,9 +20,13 @@ from diffusers import (
 from conftest import fill_with_noise, make_text_encoder, make_tokenizer
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser
 from diffusers_dualrate.conditions import Text
+from diffusers_dualrate.configuration import Data, Start
 from diffusers_dualrate.flops import network_flops
 from diffusers_dualrate.hosts import HostNetwork
+from diffusers_dualrate.inventory import draw_caption
+from diffusers_dualrate.metrics import measure_v_loss
 from diffusers_dualrate.noise_process import NoiseProcess
+from diffusers_dualrate.sources import open_captions
 
 PROMPTS, NEGATIVE = ["a red apple", "two fish"], "blue bird"
 ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 4}
@@ -45,34 +53,52 @@ def make_vae():
     return AutoencoderKL(**blocks, **kinds, latent_channels=4, sample_size=64).eval()
 
 
+class Captioned:
+    """Two images with one caption."""
+
+    has_captions, num_classes = True, None
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.ones(4, 8, 8), "caption": draw_caption(["two fish"], 0, *index)}
+
+
 def make_theirs(name):
     # The last timestep is not noise alone, so that the prediction of noise tells all.
     parts = {"vae": make_vae(), "tokenizer": make_tokenizer(), "scheduler": DDIMScheduler(clip_sample=False)}
-    if name == "pixart":
-        return PixArtAlphaPipeline(text_encoder=make_text_encoder("t5"), transformer=make_pixart(), **parts)
+    if name != "stable diffusion":
+        kind = PixArtSigmaPipeline if name == "pixart sigma" else PixArtAlphaPipeline
+        return kind(text_encoder=make_text_encoder("t5"), transformer=make_pixart(), **parts)
     options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(text_encoder=make_text_encoder(), unet=make_unet(), **parts, **options)
 
 
-@pytest.mark.parametrize("name", ["stable diffusion", "pixart"])
-def test_a_pipeline_of_text_draws_the_same_images_here(name, tmp_path):
+@pytest.mark.parametrize(("name", "length"), [("stable diffusion", 77), ("pixart alpha", 120), ("pixart sigma", 300)])
+def test_a_pipeline_of_text_draws_the_same_images_here(name, length, tmp_path):
     theirs = make_theirs(name)
     theirs.save_pretrained(tmp_path)
     ours = DualRatePipeline.from_pretrained(tmp_path)
+    is_pixart = name.startswith("pixart")
     for pipe in (theirs, ours):
         pipe.set_progress_bar_config(disable=True)
     noise, options = (
         torch.randn(2, 4, 8, 8),
         {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"},
     )
-    sizes = {"height": 64, "width": 64} | ({"use_resolution_binning": False} if name == "pixart" else {})
-    given = {"max_sequence_length": 6} if name == "pixart" else {}
-    negative = NEGATIVE if name == "pixart" else [NEGATIVE] * 2
-    expected = theirs(PROMPTS, negative_prompt=negative, latents=noise.clone(), **options, **sizes, **given).images
-    drawn = ours(PROMPTS, negative_prompt=NEGATIVE, latents=noise, **options).images
+    sizes = {"height": 64, "width": 64} | ({"use_resolution_binning": False} if is_pixart else {})
+    given = {"max_sequence_length": 6} if is_pixart else {}
+    negative = NEGATIVE if is_pixart else [NEGATIVE] * 2
+    prompts = [PROMPTS[0].title() + " ", PROMPTS[1]]  # which PixArt learned to read in lower case
+    expected = theirs(prompts, negative_prompt=negative, latents=noise.clone(), **options, **sizes, **given).images
+    drawn = ours(prompts, negative_prompt=NEGATIVE, latents=noise, **options).images
     torch.testing.assert_close(drawn, expected, atol=2e-3, rtol=2e-3)
-    assert not torch.allclose(ours(PROMPTS[::-1], latents=noise, **options).images, drawn, atol=0.05)
+    assert not torch.allclose(ours(prompts[::-1], latents=noise, **options).images, drawn, atol=0.05)
     assert network_flops(ours.denoiser) > 0
+    ours.denoiser.save_pretrained(tmp_path / "alone")
+    assert HostNetwork.from_pretrained(tmp_path / "alone").config.text_length == length
+    assert str(tmp_path) not in (tmp_path / "alone" / "config.json").read_text()
 
 
 def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
@@ -95,6 +121,17 @@ def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     ids = loaded.tokenizer(["two fish"], padding="max_length", max_length=6, return_tensors="pt").input_ids
     tokens = loaded.text_encoder(ids).last_hidden_state  # the heavy network learned from texts without a mask
     torch.testing.assert_close(loaded.encode_prompt("two fish")[0], tokens)
+    captions = open_captions(SimpleNamespace(start=Start(), data=Data(caption_column="text")), loaded)
+    torch.testing.assert_close(captions.embed(["two fish"], "cpu").tokens, tokens)
+    masks = []
+    told = loaded.text_encoder.register_forward_pre_hook(
+        lambda module, inputs, options: masks.append(options.get("attention_mask")), with_kwargs=True
+    )
+    assert measure_v_loss(loaded, Captioned(), 2, 2, 2, Accelerator(cpu=True)) > 0 and masks == [None]
+    told.remove()
+    loaded.text_encoder = loaded.tokenizer = None
+    with pytest.raises(ValueError, match="The model has no text_encoder"):
+        measure_v_loss(loaded, Captioned(), 2, 2, 2, Accelerator(cpu=True))
 
 
 def test_a_flow_of_sd3_gives_the_velocity_of_its_own_prediction():

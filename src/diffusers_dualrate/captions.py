@@ -19,7 +19,7 @@ _AT_ONCE = 32
 
 
 class CaptionEmbeddings:
-    """Embeddings of captions, each computed once and kept in memory without what fills it up.
+    """Embeddings of captions, each computed once and kept in memory, without what fills it up where networks leave that out.
 
     Args:
         encoding: Text encoder and tokenizer; the encoder is frozen.
@@ -29,7 +29,7 @@ class CaptionEmbeddings:
     def __init__(self, encoding: TextEncoding, length: int):
         self.encoding, self.length = encoding, length
         encoding.text_encoder.eval().requires_grad_(False)
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()  # and how many tokens are the caption's own
         self._num_bytes = 0
 
     @property
@@ -44,11 +44,12 @@ class CaptionEmbeddings:
             self._encode(missing[first : first + _AT_ONCE], device)
         rows = [self._kept[caption] for caption in captions]
         while self._num_bytes > _MOST_BYTES and len(self._kept) > len(rows):
-            self._num_bytes -= self._kept.popitem(last=False)[1].nbytes
-        tokens = rows[0].new_zeros(len(rows), self.length, rows[0].shape[1])
-        for i, row in enumerate(rows):
+            self._num_bytes -= self._kept.popitem(last=False)[1][0].nbytes
+        sample, _ = rows[0]
+        tokens = sample.new_zeros(len(rows), self.length, sample.shape[1])
+        for i, (row, _) in enumerate(rows):
             tokens[i, : len(row)] = row
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor([length for _, length in rows])
         return Text(tokens.to(device), (torch.arange(self.length) < lengths[:, None]).to(device))
 
     def _encode(self, captions: list[str], device: torch.device | str) -> None:
@@ -57,8 +58,9 @@ class CaptionEmbeddings:
         text = self.encoding.embed([*captions, *fillers], self.length, device)
         for caption, tokens, mask in zip([*captions, *fillers], text.tokens, text.mask, strict=True):
             if caption not in self._kept:
-                self._kept[caption] = tokens[mask].cpu()
-                self._num_bytes += self._kept[caption].nbytes
+                kept = (tokens[mask] if self.encoding.is_masked else tokens).cpu()
+                self._kept[caption] = kept, int(mask.sum())
+                self._num_bytes += kept.nbytes
 
 
 class TrainingConditions:

@@ -26,6 +26,7 @@ class Kind:
         text_dim: Width of a text's tokens; `None` for a network without text.
         text_length: Number of tokens of its texts.
         text_is_masked: Whether what fills a text up is left out, in the text encoder and here.
+        text_is_lowered: Whether it learned from texts in lower case, without spaces at their ends.
         refused: Options that would ask for more than a text.
     """
 
@@ -37,6 +38,7 @@ class Kind:
     text_dim: Callable[[Any], int | None] = lambda config: None
     text_length: int = 77
     text_is_masked: bool = True
+    text_is_lowered: bool = False
     refused: tuple[str, ...] = ()
 
 
@@ -98,6 +100,7 @@ KINDS = {
     "PixArtTransformer2DModel": Kind(
         text_dim=lambda config: config.caption_channels,
         text_length=120,
+        text_is_lowered=True,
         stride=lambda config: config.patch_size,
         taps=_last_transformer_block,
         call=_call_pixart,
@@ -113,7 +116,9 @@ KINDS = {
 }
 """Classes of diffusers that can be taken as they are; one more is one entry more."""
 
-# Of a pipeline of diffusers: the component that is its network, and its own defaults.
+# Of a pipeline of diffusers: the component that is its network, its own defaults, and the length of its texts where it differs
+# from that of its network's class.
+TEXT_LENGTHS = {"PixArtSigmaPipeline": 300}
 PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPMPipeline": ("unet", {"num_inference_steps": 1000}),
     "DDIMPipeline": ("unet", {"num_inference_steps": 50}),

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from . import diffusion
 from .conditions import Condition, ProjectedText, Text, blank_text
-from .host_kinds import KINDS, PIPELINES
+from .host_kinds import KINDS, PIPELINES, TEXT_LENGTHS
 from .network import ImageNetworkMixin, per_sample
 from .noise_process import NoiseProcess
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
-from .ranges import check_boolean
+from .ranges import check_boolean, check_integer
 from .repositories import RepositoryMixin, refuse_pickles
 
 # Two calls of one network at once must not take each other's feature maps.
@@ -36,6 +36,8 @@ _TAPPING = threading.Lock()
 _HOST = "_host_network"
 # Of its own configuration, what says how a network goes with others.
 _DESCRIBED = ("sample_size", "in_channels", "num_classes", "prediction_hand_over")
+# Of it, what its constructor was told.
+_SAID = ("prediction_hand_over", "text_length")
 # The variance of x given z that is handed over, in units of σ². The networks themselves predict none.
 _SHARE_OF_NOISE = 0.2
 
@@ -64,6 +66,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             those that suit its class. Tokens become maps.
         prediction_hand_over: Whether the context ends with z, the network's own prediction x̂ and its variance. The variance
             is assumed to be a fifth of the noise's.
+        text_length: Number of tokens of its texts; `None` for that of its class.
 
     Raises:
         ValueError: If the class is not known, its channels are neither those of an image nor twice as many, or there is
@@ -76,6 +79,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         process: NoiseProcess,
         taps: Sequence[str] | None = None,
         prediction_hand_over: bool = False,
+        text_length: int | None = None,
     ):
         super().__init__()
         name = type(network).__name__
@@ -117,8 +121,11 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             num_classes=self._kind.num_classes(config),
             has_null_class=self._kind.has_null_class,
             cross_attention_dim=self._kind.text_dim(config),
-            text_length=self._kind.text_length,
+            text_length=check_integer(
+                "text_length", self._kind.text_length if text_length is None else text_length, 1
+            ),
             text_is_masked=self._kind.text_is_masked,
+            text_is_lowered=self._kind.text_is_lowered,
             pooled_projection_dim=config.get("pooled_projection_dim"),
             context_channels=None,
             prediction_hand_over=check_boolean("prediction_hand_over", prediction_hand_over),
@@ -154,7 +161,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         """The same network without weights, on the meta device, for shapes and FLOPs."""
         with torch.device("meta"):
             network = type(self.network).from_config(self.network.config).eval()
-            return type(self)(network, self.process, self.taps, self.config.prediction_hand_over)
+            return type(self)(network, self.process, self.taps, **{key: self.config[key] for key in _SAID})
 
     def describe(self) -> dict:
         """All of the network but its weights, as JSON holds it: what `from_description` takes."""
@@ -187,7 +194,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         copied = copy.deepcopy(denoiser)
         for hook in copied._hooks:
             hook.remove()
-        encoder = cls(copied.network, copied.process, taps, prediction_hand_over)
+        encoder = cls(copied.network, copied.process, taps, prediction_hand_over, denoiser.config.text_length)
         encoder.origin = denoiser.origin
         return encoder
 
@@ -201,7 +208,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
             raise ValueError(f"{place} holds a {name}, which is none of {', '.join(KINDS)}.")
         if not isinstance(said, dict):
             raise ValueError(f"{place} lacks {_HOST} in its config.json, which says how the network was trained.")
-        own = {key: said[key] for key in ("taps", "prediction_hand_over") if key in said}
+        own = {key: said[key] for key in ("taps", *_SAID) if key in said}
         process = NoiseProcess(**{key: value for key, value in said.items() if key not in own})
         options = {**kwargs, "use_safetensors": True}
         origin = Origin.named_in(config, place)
@@ -231,7 +238,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
 
     def _to_json(self) -> dict:
         process = {key: value for key, value in self.process.config.items() if not key.startswith("_")}
-        return process | {"taps": list(self.taps), "prediction_hand_over": self.config.prediction_hand_over}
+        return process | {"taps": list(self.taps)} | {key: self.config[key] for key in _SAID}
 
     def project_condition(self, condition: Condition) -> Condition:
         """As the networks of this package have it: the condition as it is."""
@@ -369,7 +376,9 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
     process = NoiseProcess.of(pipeline.scheduler)
     scheduler = pipeline.scheduler if given is None else given
     parts: dict[str, Any] = {
-        "denoiser": HostNetwork(getattr(pipeline, component), process),
+        "denoiser": HostNetwork(
+            getattr(pipeline, component), process, text_length=TEXT_LENGTHS.get(type(pipeline).__name__)
+        ),
         "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
         **{name: pipeline.components.get(name) for name in ("vae", "text_encoder", "tokenizer")},
         "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place_of(kwargs)).get("id2label"),

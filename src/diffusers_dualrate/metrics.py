@@ -304,7 +304,12 @@ def measure_v_loss(
         scheduler = DualRateScheduler(**cut_schedule({"log_snr_min": -10.0, "log_snr_max": 10.0}, host.process))
     schedule, captions = schedule_of(scheduler), None
     if images.has_captions:
-        captions = CaptionEmbeddings(TextEncoding(pipe.text_encoder, pipe.tokenizer), pipe.denoiser.config.text_length)
+        encoding = TextEncoding.of(pipe.text_encoder, pipe.tokenizer, pipe.context_encoder, pipe.denoiser)
+        if encoding is None:
+            raise ValueError(
+                "The model has no text_encoder, which embeds the captions that its v-loss is measured on."
+            )
+        captions = CaptionEmbeddings(encoding, pipe.denoiser.config.text_length)
     conditions = TrainingConditions(images, captions, accelerator.device)
     pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()

@@ -223,6 +223,7 @@ def write_into_config(folder: str | os.PathLike, **entries: Any) -> None:
     """Put entries into the config.json of a network that was just saved."""
     path = Path(folder, CONFIG)
     config = json.loads(path.read_text(encoding="utf-8")) | entries
+    config.pop("_name_or_path", None)  # where a machine keeps its files is nobody's business
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -126,8 +126,10 @@ def open_captions(configuration: Configuration, trained: DualRatePipeline | None
     if trained is not None and trained.text_encoder is not None:
         if name is not None:
             raise ValueError(f"--text_encoder {name} and the trained model are two text encoders: give one of them.")
-        encoding = TextEncoding(trained.text_encoder, trained.tokenizer)
-        return CaptionEmbeddings(encoding, trained.denoiser.config.text_length)
+        networks = trained.context_encoder, trained.denoiser
+        embeds = TextEncoding.of(trained.text_encoder, trained.tokenizer, *networks)
+        assert embeds is not None  # there is an encoder
+        return CaptionEmbeddings(embeds, trained.denoiser.config.text_length)
     if name is None:
         raise ValueError("--caption_column needs --text_encoder, which embeds the captions.")
     encoding = load_text_encoding(name)

@@ -65,11 +65,13 @@ class TextEncoding:
         text_encoder: Any model of transformers that takes `input_ids` and `attention_mask` and has a `last_hidden_state`.
         tokenizer: Its tokenizer.
         is_masked: Whether the encoder is told which tokens fill a text up.
+        is_lowered: Whether texts are put in lower case first, without spaces at their ends.
     """
 
     text_encoder: Any
     tokenizer: Any
     is_masked: bool = True
+    is_lowered: bool = False
 
     @classmethod
     def of(cls, text_encoder: Any, tokenizer: Any, *networks: Any) -> "TextEncoding | None":
@@ -99,7 +101,7 @@ class TextEncoding:
             raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
         configs = [network.config for network in networks if network is not None]
         told: dict[str, Any] = next((dict(config) for config in configs if "text_is_masked" in config), {})
-        return cls(text_encoder, tokenizer, told.get("text_is_masked", True))
+        return cls(text_encoder, tokenizer, told.get("text_is_masked", True), told.get("text_is_lowered", False))
 
     @property
     def most_tokens(self) -> int:
@@ -119,6 +121,7 @@ class TextEncoding:
             length: Number of tokens that each is filled up or cut to.
             device: Where the encoder computes.
         """
+        prompts = self._as_learned(prompts)
         known = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         self._warn_of_cuts(list(known), length)
         rows = torch.tensor([known[prompt] for prompt in prompts], device=device)
@@ -128,11 +131,15 @@ class TextEncoding:
     def embed(self, prompts: list[str], length: int, device: torch.device | str) -> Text:
         """The same of a batch as it is, without a word of what is cut."""
         options = {"return_tensors": "pt", "return_attention_mask": True}
+        prompts = self._as_learned(prompts)
         inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, **options)
         mask = inputs.attention_mask.to(device)
         options = {"attention_mask": mask} if self.is_masked else {}
         tokens = self.text_encoder(inputs.input_ids.to(device), **options).last_hidden_state
         return Text(tokens, mask.bool())
+
+    def _as_learned(self, prompts: Sequence[str]) -> list[str]:
+        return [prompt.lower().strip() if self.is_lowered else prompt for prompt in prompts]
 
     def _warn_of_cuts(self, prompts: list[str], length: int) -> None:
         whole = self.tokenizer(prompts, verbose=False).input_ids
