@@ -117,15 +117,16 @@ def watch():
 WORDS = "a an red green blue small apple bird fish star with two on ground flat style".split()
 
 
-def make_tokenizer(length=6):
-    """A tokenizer of whole words that ends each text, filled up to `length`."""
+def make_tokenizer(length=6, ends=True):
+    """A tokenizer of whole words that ends each text with a token, or with none, filled up to `length`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("$0 <end>", special_tokens=[("<end>", 1)])
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing("$0 <end>", special_tokens=[("<end>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **special)
 

@@ -72,6 +72,13 @@ def test_tensors_that_a_callback_returns_replace_the_loops(make_pipe, watch):
         assert (after.context[0] is context[0] and after.context[1] is context[1]) == (name == "context")
         assert calls.encoder[1].condition.tolist() == after.condition.tolist()  # still so at the next refresh
         assert before.condition.tolist() == [0, 3]
+
+    def relabel(_, i, t, tensors):
+        tensors["class_labels"].copy_(labels)
+
+    relabelled = run(pipe, lambda _, i, t, tensors: {"class_labels": labels} if i == 0 else None)
+    in_place = run(pipe, relabel, ["class_labels"])
+    assert torch.equal(in_place, relabelled)
     last = run(pipe, lambda _, i, t, tensors: {"latents": torch.zeros_like(tensors["latents"])} if i == 5 else {})
     assert torch.equal(last, torch.zeros(2, 3, 8, 8))
 

@@ -1,14 +1,18 @@
 """Prompts: what a pipeline of text makes of them, with tiny real encoders of transformers."""
 
 import logging
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from conftest import make_text_encoder
+from conftest import make_text_encoder, make_tokenizer
 from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.conditions import Text
 from diffusers_dualrate.modular import DualRateBlocks
+from diffusers_dualrate.text_encoding import TextEncoding
 
 PROMPTS = ["a red apple", "two green fish"]
 
@@ -125,6 +129,20 @@ def test_callbacks_see_and_replace_the_embeddings(make_text_pipe):
     assert seen[2]["prompt_embeds"] is other and seen[2]["negative_prompt_embeds"] is null
     assert not torch.allclose(changed, plain, atol=1e-3)
 
+    def edit(own, i, t, tensors):
+        if i == 1:
+            tensors["prompt_embeds"].copy_(other), tensors["negative_prompt_embeds"].copy_(null)
+
+    assert torch.equal(draw(pipe, PROMPTS, callback_on_step_end=edit, **options), changed)
+    for name, value in (("negative_prompt_embeds", null), ("class_labels", torch.tensor([0, 1]))):
+        with pytest.raises(ValueError, match=f"returned {name}, but there is none to replace"):
+            draw(
+                pipe,
+                PROMPTS,
+                callback_on_step_end=lambda *_, name=name, value=value: {name: value},
+                guidance_scale=1.0,
+            )
+
     def begin(own, i, t, tensors):
         own._guidance_scale = 3.0
 
@@ -165,8 +183,22 @@ GOOD = torch.ones(2, 6, 8)
         ({"prompt_embeds": GOOD * float("nan")}, "finite"),
         ({"prompt_embeds": GOOD, "negative_prompt_embeds": GOOD[:1]}, r"shape \[2, 6, 8\], got \[1, 6, 8\]"),
         ({"prompt": "a", "negative_prompt_embeds": GOOD}, r"shape \[1, 6, 8\], got \[2, 6, 8\]"),
-        ({"prompt_embeds": GOOD, "prompt_attention_mask": torch.ones(2, 5)}, r"shape \[2, 6\], got \[2, 5\]"),
-        ({"prompt_embeds": GOOD, "prompt_attention_mask": torch.zeros(2, 6)}, "leaves one of them none"),
+        (
+            {"prompt_embeds": GOOD, "prompt_attention_mask": torch.ones(2, 5, dtype=torch.bool)},
+            r"shape \[2, 6\], got \[2, 5\]",
+        ),
+        ({"prompt_embeds": GOOD, "prompt_attention_mask": torch.zeros(2, 6).long()}, "leaves one of them none"),
+        (
+            {"prompt_embeds": GOOD, "prompt_attention_mask": torch.zeros(2, 6)},
+            "booleans or integers, got torch.float32",
+        ),
+        ({"prompt": "a", "prompt_attention_mask": torch.ones(1, 6).bool()}, "belongs to prompt_embeds"),
+        (
+            {"prompt": "a", "negative_prompt_attention_mask": torch.ones(1, 6).bool()},
+            "belongs to negative_prompt_embeds",
+        ),
+        ({"prompt_embeds": GOOD, "max_sequence_length": 6}, "max_sequence_length belongs to prompt,"),
+        ({"prompt_embeds": GOOD.repeat(1, 2, 1), "guidance_scale": 2.0}, "have 12 tokens, .* in at most 6"),
         ({"prompt": "a", "max_sequence_length": 7}, "max_sequence_length .*got 7"),
         ({"prompt": "a", "max_sequence_length": 0}, "max_sequence_length .*got 0"),
     ],
@@ -225,5 +257,43 @@ def test_a_model_of_text_is_saved_and_loaded_with_its_encoder_and_tokenizer(make
     assert torch.equal(draw(loaded, PROMPTS), expected)
     blocks = DualRateBlocks().init_pipeline(str(tmp_path))
     blocks.load_components()
-    state = blocks(prompt=PROMPTS, generator=seeds(1, 2))
-    torch.testing.assert_close(state.get("latents"), expected, atol=1e-5, rtol=1e-5)
+    text, mask, null, null_mask = pipe.encode_prompt(["a star", "red bird"], negative_prompt="two fish")
+    own = {"prompt_embeds": text, "prompt_attention_mask": mask}
+    negative = {"negative_prompt_embeds": null, "negative_prompt_attention_mask": null_mask}
+    for call in (
+        {"prompt": PROMPTS},
+        {"prompt": PROMPTS, **negative},
+        {"prompt": PROMPTS, "guidance_scale": 1.0},
+        {**own, "guidance_scale": 2.0},
+        {**own, "negative_prompt": "two fish"},
+    ):
+        encoded = count_calls(blocks.text_encoder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            state = blocks(**call, generator=seeds(1, 2))
+        assert len(encoded) == 1
+        if "guidance_scale" in call and "prompt" in call:
+            assert len(encoded[0][0][0]) == 2  # not the empty prompt, too
+        assert torch.equal(state.get("latents"), draw(pipe, **call))
+
+
+def test_prompts_of_several_threads_are_encoded_as_each_is_alone():
+    encoding = TextEncoding(make_text_encoder(), make_tokenizer())
+    jobs = [(["a red apple with two green fish", "a"], 6), (["two fish"], 3), (["a star"], 5)] * 60
+    alone = [encoding.encode(*job, "cpu") for job in jobs[:3]] * 60
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda job: encoding.encode(*job, "cpu"), jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    for text, expected in zip(texts, alone, strict=True):
+        assert torch.equal(text.tokens, expected.tokens) and torch.equal(text.mask, expected.mask)
+
+
+def test_a_text_without_a_token_draws_finite_images(make_text_pipe):
+    pipe = make_text_pipe()
+    pipe.tokenizer = make_tokenizer(ends=False)
+    assert not pipe.tokenizer("").input_ids
+    assert draw(pipe, PROMPTS, guidance_scale=2.0).isfinite().all()

@@ -93,7 +93,7 @@ def call_back(
     returned = returned or {}
     check_returned(returned, tensors)
     state.z = returned.pop("latents", state.z)
-    if returned.keys() & CONDITIONS:
+    if returned.keys() & CONDITIONS or set(tensor_inputs) & set(CONDITIONS):  # it may have changed one in place
         labels, prompt, negative = (returned.pop(name, tensors[name]) for name in CONDITIONS)
         condition, null = chain.condition, chain.null
         chain.change_condition(
@@ -102,8 +102,7 @@ def call_back(
         )
     maps = returned.pop("context", context)
     if maps is not context:
-        if state.context is None:
-            raise ValueError("callback_on_step_end returned a context, but there is none to replace.")
+        assert state.context is not None
         state.context = state.context._replace(maps=maps)
 
 

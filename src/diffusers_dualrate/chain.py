@@ -1,7 +1,8 @@
 """The two networks as one chain calls them: with guidance, caches, conditions and precision.
 
 With guidance, the branches without and with the condition are evaluated in one batch. The null branch comes first, and
-each branch has its own context. A text is projected once for each network. Two chains may use the same networks at once: they share nothing else.
+each branch has its own context. A text is projected once for each network. Two chains may use the same networks at once:
+they share nothing else.
 """
 
 import contextlib

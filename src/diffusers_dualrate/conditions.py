@@ -125,7 +125,7 @@ class TextProjection(nn.Module):
     def forward(self, text: Text) -> ProjectedText:
         """Project texts; the tokens have the type that the network computes in."""
         tokens, share = self.norm(text.tokens), text.mask.to(text.tokens.dtype)
-        share = share / share.sum(1, keepdim=True)
+        share = share / share.sum(1, keepdim=True).clamp(min=1)  # some tokenizers make no token of an empty text
         whole = (silu(self.embed_1(tokens)) * share[:, :, None]).sum(1)
         keys_values = tuple(
             tuple(self._attend(tokens, to_kv, norm_k) for to_kv, norm_k in zip(projections, norms, strict=True))

@@ -161,6 +161,8 @@ def check_returned(returned: Mapping, given: Mapping[str, Tensor | Sequence[Tens
     """
     for name in given.keys() & returned.keys():
         value, before = returned[name], given[name]
+        if before is None and value is not None:
+            raise ValueError(f"callback_on_step_end returned {name}, but there is none to replace.")
         if isinstance(before, Tensor):
             if not (isinstance(value, Tensor) and value.shape == before.shape):
                 got = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -19,6 +19,7 @@ from .inputs import check_components, make_chain
 from .latents import compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .prompts import Wanted
+from .ranges import check_number
 from .sampling import sample_at_two_rates
 from .steps import plan_steps
 from .text_encoding import TextEncoding
@@ -53,11 +54,13 @@ _PROMPTS = {
     "negative_prompt": "What guidance leads away from; default: the empty prompt.",
     "max_sequence_length": "Number of tokens that a prompt is filled up or cut to.",
 }
+# What travels with a model in its model_index.json.
+_CONFIGS = [ConfigSpec(name, None) for name in NAMES]
 _STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
 
 
 class DualRateTextBlock(ModularPipelineBlocks):
-    """From prompts to their embeddings, for a model of text. Without a prompt embeddings stay as they are given."""
+    """From prompts to their embeddings, for a model of text. A model without a text encoder goes on with those given."""
 
     model_name = "dual-rate"
     description = "Embeds prompts, and what guidance leads away from."
@@ -67,23 +70,28 @@ class DualRateTextBlock(ModularPipelineBlocks):
         ComponentSpec("denoiser", UViTDenoiser),
         ComponentSpec("context_encoder", UViTContextEncoder),
     ]
+    expected_configs = _CONFIGS
     inputs = [
         *(InputParam(name, description=text) for name, text in _PROMPTS.items()),
-        *(InputParam(name, description=_INPUTS[name]) for name in _CONDITIONS[1:]),
+        *(InputParam(name, description=_INPUTS[name]) for name in (*_CONDITIONS, "guidance_scale")),
     ]
     intermediate_outputs = [OutputParam(name, description=_INPUTS[name]) for name in _CONDITIONS[1:]]
 
     def __call__(self, components, state):
-        """Put the embeddings of `prompt` into the state."""
+        """Put the embeddings of what the call asks for into the state."""
         block_state = self.get_block_state(state)
-        arguments = {name: getattr(block_state, name) for name in _PROMPTS}
-        if arguments["prompt"] is not None:
-            networks = (getattr(components, "context_encoder", None), components.denoiser)
-            encoding = TextEncoding.of(components.text_encoder, components.tokenizer, *networks)
-            config, device = components.denoiser.config, components._execution_device
-            text, null = Wanted(**arguments).encode(config, encoding, device, 1, True)
-            assert null is not None  # the encoder embeds the empty prompt where no other is given
-            embeds = (text.tokens, null.tokens, text.mask, null.mask)
+        config, device = components.denoiser.config, components._execution_device
+        networks = (getattr(components, "context_encoder", None), components.denoiser)
+        encoding = TextEncoding.of(components.text_encoder, components.tokenizer, *networks)
+        given = {name: getattr(block_state, name) for name in (*_PROMPTS, *_CONDITIONS)}
+        needs_encoder = any(given[name] is not None for name in _PROMPTS)
+        if needs_encoder or (encoding is not None and config.cross_attention_dim is not None):
+            wanted, defaults = Wanted(**given), SamplingDefaults.of(components.config)
+            scale, _ = defaults.choose_guidance(block_state.guidance_scale, None, wanted.has_condition)
+            guides = check_number("guidance_scale", scale, least=1) > 1
+            text, null = wanted.encode(config, encoding, device, 1, guides)
+            negative = (None, None) if null is None else (null.tokens, null.mask)
+            embeds = (text.tokens, negative[0], text.mask, negative[1])
             for name, tensor in zip(_CONDITIONS[1:], embeds, strict=True):
                 setattr(block_state, name, tensor)
         self.set_block_state(state, block_state)
@@ -101,8 +109,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         ComponentSpec("context_encoder", UViTContextEncoder),
         ComponentSpec("vae", ModelMixin),
     ]
-    # What travels with a model in its model_index.json.
-    expected_configs = [ConfigSpec(name, None) for name in NAMES]
+    expected_configs = _CONFIGS
     inputs = [InputParam(name, description=text) for name, text in _INPUTS.items()]
     intermediate_outputs = [OutputParam("latents", type_hint=torch.Tensor, description="Images before decoding.")]
 

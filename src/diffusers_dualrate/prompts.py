@@ -86,12 +86,12 @@ class Wanted:
             raise ValueError(
                 "This model has no text_encoder and no tokenizer: give prompt_embeds, and no prompt or negative_prompt."
             )
-        length = config.text_length if self.max_sequence_length is None else self.max_sequence_length
-        if encoding is not None:
-            length = min(length, encoding.most_tokens) if self.max_sequence_length is None else length
-            encoding.check_length(length)
+        self._check_company()
         prompts = text = negatives = null = None
         if self.prompt is not None:
+            assert encoding is not None
+            length = self.max_sequence_length
+            length = encoding.check_length(min(config.text_length, encoding.most_tokens) if length is None else length)
             prompts = check_prompts("prompt", self.prompt)
             shape: tuple[int, ...] = (len(prompts), length, config.cross_attention_dim)
         else:
@@ -111,6 +111,16 @@ class Wanted:
                 )
         negates = self.negative_prompt is not None or self.negative_prompt_embeds is not None
         return Asked(None, prompts, text, negatives, null, length=shape[1], negates=negates)
+
+    def _check_company(self) -> None:
+        """Refuse what would have no effect for want of what it belongs to."""
+        for name, owner in (
+            ("prompt_attention_mask", "prompt_embeds"),
+            ("negative_prompt_attention_mask", "negative_prompt_embeds"),
+            ("max_sequence_length", "prompt"),
+        ):
+            if getattr(self, name) is not None and getattr(self, owner) is None:
+                raise ValueError(f"{name} belongs to {owner}, which is not given: leave it out.")
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,11 @@ class Asked:
         encoded = None
         if asked:
             assert encoding is not None  # prompts are taken only where they can be encoded
+            if self.length > encoding.most_tokens:  # of embeddings that came from elsewhere
+                raise ValueError(
+                    f"prompt_embeds have {self.length} tokens, and the text_encoder embeds a negative prompt in at most "
+                    f"{encoding.most_tokens}: give negative_prompt_embeds."
+                )
             encoded = encoding.encode(asked, self.length, device)  # all at once, and each only once
         conditions, first = [], 0
         for prompts, text in texts:
@@ -282,6 +297,8 @@ def _check_embeds(name: str, tokens: object, mask: object, shape: tuple[int, ...
     if not (isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name} must be a tensor of shape {list(tokens.shape[:2])}, got {got}.")
+    if mask.is_floating_point() or mask.is_complex():  # one that is added to attention has 0 where a token counts
+        raise ValueError(f"{name} must be of booleans or integers, got {mask.dtype}.")
     mask = mask.to(tokens.device).bool()
     if not mask.any(1).all():
         raise ValueError(f"{name} must leave each prompt a token, and leaves one of them none.")

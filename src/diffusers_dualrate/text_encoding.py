@@ -1,6 +1,7 @@
 """Prompts and captions as embeddings: a text encoder of transformers with its tokenizer."""
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from .ranges import check_integer
 
 logger = logging.get_logger(__name__)
 
+# A fast tokenizer keeps on itself how it fills up and cuts, and one may serve several threads.
+_TOKENIZING = threading.Lock()
 # A tokenizer that knows no limit has a number far beyond this one.
 _UNLIMITED = 2**20
 
@@ -132,7 +135,8 @@ class TextEncoding:
         """The same of a batch as it is, without a word of what is cut."""
         options = {"return_tensors": "pt", "return_attention_mask": True}
         prompts = self._as_learned(prompts)
-        inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, **options)
+        with _TOKENIZING:
+            inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, **options)
         mask = inputs.attention_mask.to(device)
         options = {"attention_mask": mask} if self.is_masked else {}
         tokens = self.text_encoder(inputs.input_ids.to(device), **options).last_hidden_state
@@ -142,7 +146,8 @@ class TextEncoding:
         return [prompt.lower().strip() if self.is_lowered else prompt for prompt in prompts]
 
     def _warn_of_cuts(self, prompts: list[str], length: int) -> None:
-        whole = self.tokenizer(prompts, verbose=False).input_ids
+        with _TOKENIZING:
+            whole = self.tokenizer(prompts, verbose=False).input_ids
         removed = [self.tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]
         if removed:
             logger.warning(
