@@ -8,7 +8,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig
 from peft import LoraConfig
 
-from diffusers_dualrate.graphs import Recordings
+from diffusers_dualrate.graphs import Recordings, find_obstacle
 from diffusers_dualrate.steps import make_dpm_solver
 
 CALLS = [
@@ -92,6 +92,15 @@ def test_prompts_in_turns_are_what_each_is_alone(make_text_pipe):
     for i in (0, 1, 2, 1, 0):
         assert torch.equal(draw(*calls[i]), alone[i]), i
     assert pipe.cuda_graphs.num_replays == 5 * (3 + 2)
+
+
+def test_a_call_in_inference_mode_leaves_the_ordinary_call_after_it_alone(make_pipe):
+    pipe = make_pipe()
+    alone = sample(pipe, **CALLS[1])
+    record_on_cpu(pipe)
+    with torch.inference_mode():
+        assert torch.equal(sample(pipe, **CALLS[1]), alone)
+    assert torch.equal(sample(pipe, **CALLS[1]), alone)
 
 
 def test_a_callback_keeps_what_it_was_given_and_changes_what_it_likes(make_pipe):
@@ -195,6 +204,12 @@ def test_what_a_graph_cannot_hold_turns_them_off_with_one_warning_and_the_same_i
         warnings.simplefilter("error")
         expected = sample(pipe, **CALLS[1])
     assert all(torch.equal(image, expected) for image in images)
+
+
+def test_a_network_that_was_compiled_from_outside_is_named_with_what_to_do_instead(make_pipe):
+    wrapped = torch.compile(make_pipe().denoiser)
+    expected = "UViTDenoiser is wrapped by torch.compile: call its compile() instead"
+    assert find_obstacle([wrapped], "cpu") == expected
 
 
 def test_a_hook_that_comes_on_the_way_is_called(make_pipe):

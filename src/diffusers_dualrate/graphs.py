@@ -134,11 +134,13 @@ class Recordings:
             return function(*arguments)
         leaves, structure = tree_flatten(arguments)
         device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        # Two streams must not meet in one buffer, and the user may change how float32 is multiplied.
+        # Two streams must not meet in one buffer, one of inference mode is not written outside it, and the user may
+        # change how float32 is multiplied.
         settings = (
             _find_stream(device),
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
+            torch.is_inference_mode_enabled(),
         )
         key = (function.__name__, str(structure), tuple(_describe_leaf(leaf) for leaf in leaves), settings)
         recording = self._kept.pop(key, None)
@@ -188,6 +190,9 @@ def find_obstacle(networks: list[nn.Module], device_type: str) -> str | None:
     if torch.is_autocast_enabled(device_type):
         return "autocast keeps weights that a graph cannot see"
     for network in networks:
+        compiled = getattr(network, "_orig_mod", None)
+        if compiled is not None:
+            return f"{type(compiled).__name__} is wrapped by torch.compile: call its compile() instead"
         name = type(network).__name__
         if not isinstance(network, UViTNetwork):
             return f"{name} is a network of diffusers, which may wait for its device"
