@@ -133,6 +133,9 @@ class ConditionsAlone(torch.utils.data.Dataset):
     corrupt = ()  # nothing is decoded
 
     def __init__(self, teacher: DualRatePipeline, prompts: list[str] | None):
+        if (teacher.denoiser.config.cross_attention_dim is None) != (prompts is None):
+            mend = "text: give its prompts by" if prompts is None else "no text: leave out"
+            raise ValueError(f"The teacher takes {mend} --prompt_list.")
         self.num_classes, self.id2label = teacher.denoiser.config.num_classes, teacher.id2label
         self.captions, self.has_captions = prompts and [[prompt] for prompt in prompts], prompts is not None
         self.class_labels = torch.arange(self.num_classes) if self.num_classes else None
@@ -350,7 +353,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         else ConditionsAlone(teacher, prompts)
     )
     check_fit(args.teacher, teacher, images)
-    captions = open_captions(configuration, teacher)
+    captions = open_captions(configuration, images, teacher)
     configuration = configuration.with_conditions(images.num_classes, captions)
     check_teacher(teacher, preset={**configuration.networks.denoiser, **configuration.networks.scheduler})
     recipe = configuration.recipe

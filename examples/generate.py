@@ -195,6 +195,8 @@ def open_beside(flag, args, pipe):
         raise ValueError(
             f"{path} is of text and the pair is not, or the other way round, or their texts differ in width."
         )
+    if theirs["cross_attention_dim"] is not None and other.text_encoder is None:
+        raise ValueError(f"{path} has no text_encoder to embed --prompt.")
     if other.denoiser.config.num_classes != pipe.denoiser.config.num_classes:
         raise ValueError(f"{path} has {other.denoiser.config.num_classes or 'no'} classes, not those of the pair.")
     if any(other.id2label[i] != pipe.id2label[i] for i in other.id2label.keys() & pipe.id2label.keys()):

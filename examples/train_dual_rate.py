@@ -139,7 +139,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     check(configuration)
     images = open_images(configuration.data, **configuration.image_options)
     check_start(name, start, images)
-    captions = open_captions(configuration, start)
+    captions = open_captions(configuration, images, start)
     configuration = configuration.with_conditions(images.num_classes, captions)
     recipe, sampling = configuration.recipe, configuration.sampling
 

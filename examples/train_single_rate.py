@@ -78,7 +78,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     configuration = follow_host(configuration, start, args, accelerator.print, as_pair=False)
     images = open_images(configuration.data, **configuration.image_options)
     check_start(name, start, images)
-    captions = open_captions(configuration, start)
+    captions = open_captions(configuration, images, start)
     configuration = configuration.with_conditions(images.num_classes, captions)
     sampling = configuration.sampling
 

@@ -19,6 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -396,6 +397,22 @@ def make_pair(**options):
         nn.init.normal_(projection.weight, std=0.2)
     nn.init.normal_(denoiser.proj_out.weight, std=0.2)
     return DualRatePipeline(denoiser.eval(), DualRateScheduler(), encoder, num_inference_steps=6, num_context_steps=2)
+
+
+def test_an_adapter_goes_into_the_light_network_beside_one_of_diffusers_which_has_none(tmp_path):
+    pipe, adapted = make_pair(), make_pair().denoiser
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["linear_1"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(adapted)
+    names = {"denoiser_lora_layers": layers}
+    DualRatePipeline.save_lora_weights(tmp_path / "both", **names, context_encoder_lora_layers=copy.deepcopy(layers))
+    with pytest.raises(ValueError, match="weights for the context_encoder, which is a network of diffusers"):
+        pipe.load_lora_weights(tmp_path / "both")
+    assert not hasattr(pipe.denoiser, "peft_config")
+    DualRatePipeline.save_lora_weights(tmp_path / "one", **names)
+    pipe.load_lora_weights(tmp_path / "one")
+    assert pipe.get_list_adapters() == {"denoiser": ["default_0"]}
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {}
 
 
 @pytest.mark.parametrize("hands_over", [False, True])

@@ -84,6 +84,7 @@ def test_a_pair_learns_from_captions_draws_prompts_and_goes_on_bit_for_bit(root)
 def test_a_picture_of_prompts_is_drawn_by_their_model_alone(make_text_pipe, make_pipe, tmp_path):
     make_text_pipe(num_context_steps=2).save_pretrained(tmp_path / "text")
     make_pipe(num_inference_steps=2).save_pretrained(tmp_path / "classes")
+    make_text_pipe(text_encoder=None, tokenizer=None).save_pretrained(tmp_path / "bare")
     flags = ["--num_images_per_class", "1", "--output", str(tmp_path / "picture.png"), "--model"]
     generate.main(generate.parse_args([*flags, str(tmp_path / "text"), "--prompt", "a red apple", "two fish"]))
     assert Image.open(tmp_path / "picture.png").width == 2 * (24 + generate.GAP) + generate.GAP
@@ -91,6 +92,11 @@ def test_a_picture_of_prompts_is_drawn_by_their_model_alone(make_text_pipe, make
         ("text", [], "is a model of text: give --prompt"),
         ("text", ["--prompt", "a", "--class_labels", "1"], "no --class_labels"),
         ("classes", ["--prompt", "a"], "takes no text"),
+        (
+            "text",
+            ["--prompt", "a", "--distilled", str(tmp_path / "bare")],
+            "bare has no text_encoder to embed --prompt",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             generate.main(generate.parse_args([*flags, str(tmp_path / model), *more]))
@@ -161,6 +167,13 @@ def test_a_single_rate_model_of_text_is_distilled_under_its_own_encoder(root):
     for path, said in (("empty.txt", "holds no prompt"), ("absent.txt", "cannot be read")):
         with pytest.raises(ValueError, match=said):
             distill.main(distill.parse_args([*alone, "--prompt_list", str(root / path)]))
+    with pytest.raises(ValueError, match="The teacher takes text: give its prompts by --prompt_list"):
+        distill.main(distill.parse_args(alone))
+    bare = DualRatePipeline(heavy.denoiser, heavy.scheduler, num_inference_steps=4)
+    bare.save_pretrained(root / "bare")
+    without = ["--teacher", str(root / "bare"), "--prompt_list", str(root / "prompts.txt")]
+    with pytest.raises(ValueError, match="Captions need --text_encoder, which embeds them, or a trained model"):
+        distill.main(distill.parse_args([*alone, *without]))
     start = ("--pretrained_model_name_or_path", str(root / "heavy"))
     followed = train(train_dual_rate, root, "followed", *start, "--freeze_encoder", encoder=False)
     kept = followed.context_encoder.state_dict()
@@ -211,7 +224,7 @@ def test_a_text_encoder_is_found_alone_or_in_a_pipeline_and_named_where_it_is_mi
     ):
         with pytest.raises(ValueError, match=said):
             train(train_single_rate, root, "none", "--network", "light", *flags)
-    with pytest.raises(ValueError, match="--caption_column needs --text_encoder"):
+    with pytest.raises(ValueError, match="Captions need --text_encoder"):
         train(train_single_rate, root, "none", "--network", "light", encoder=False)
     with pytest.raises(ValueError, match="two text encoders"):
         train(

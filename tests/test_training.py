@@ -529,6 +529,8 @@ def test_classes_without_names_on_one_side_are_compared_by_their_number(make_pip
     sources.check_classes(
         "teacher", pipe, SimpleNamespace(num_classes=3, has_captions=False, id2label={0: "a", 1: "b", 2: "c"})
     )
+    with pytest.raises(ValueError, match="teacher takes no text, and the data has captions: see --caption_column"):
+        sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=None, has_captions=True, id2label={}))
     with pytest.raises(ValueError, match="3 classes, and the data has 4"):
         sources.check_classes("teacher", pipe, SimpleNamespace(num_classes=4, has_captions=False, id2label={}))
 

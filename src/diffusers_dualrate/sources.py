@@ -108,18 +108,21 @@ def check_space(name: str, pipe: DualRatePipeline, images: Images) -> None:
         raise ValueError(f"{name} draws latents of another vae than the one that --vae names: leave it out.")
 
 
-def open_captions(configuration: Configuration, trained: DualRatePipeline | None = None) -> CaptionEmbeddings | None:
+def open_captions(
+    configuration: Configuration, images: Any, trained: DualRatePipeline | None = None
+) -> CaptionEmbeddings | None:
     """What embeds the captions that a run learns from; `None` where it learns from none.
 
     Args:
         configuration: What the run is told.
+        images: What it learns from.
         trained: The model that it starts or learns from, whose text encoder it keeps.
 
     Raises:
         ValueError: If there is no text encoder, or there are two.
     """
     name = configuration.start.text_encoder
-    if configuration.data.caption_column is None and (trained is None or trained.text_encoder is None):
+    if not images.has_captions:
         if name is not None:
             raise ValueError(f"--text_encoder {name} has no effect without --caption_column.")
         return None
@@ -131,7 +134,7 @@ def open_captions(configuration: Configuration, trained: DualRatePipeline | None
         assert embeds is not None  # there is an encoder
         return CaptionEmbeddings(embeds, trained.denoiser.config.text_length)
     if name is None:
-        raise ValueError("--caption_column needs --text_encoder, which embeds the captions.")
+        raise ValueError("Captions need --text_encoder, which embeds them, or a trained model that has one.")
     encoding = load_text_encoding(name)
     return CaptionEmbeddings(encoding, min(configuration.networks.denoiser["text_length"], encoding.most_tokens))
 
@@ -147,8 +150,8 @@ def check_classes(name: str, pipe: DualRatePipeline, images: LabelledImages | St
     """Refuse a model whose classes differ from those of the images in number, name or order, or one of text without it."""
     takes_text, has_captions = pipe.denoiser.config.cross_attention_dim is not None, images.has_captions
     if takes_text != has_captions:
-        takes, has = "text" if takes_text else "no text", "captions" if has_captions else "none"
-        raise ValueError(f"{name} takes {takes}, and of captions the data has {has}: see --caption_column.")
+        takes, has = "text" if takes_text else "no text", "captions" if has_captions else "no captions"
+        raise ValueError(f"{name} takes {takes}, and the data has {has}: see --caption_column.")
     ours, theirs = images.num_classes, pipe.denoiser.config.num_classes
     if ours != theirs:
         raise ValueError(
