@@ -20,7 +20,7 @@ from diffusers import (
 from conftest import fill_with_noise, make_text_encoder, make_tokenizer
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser
 from diffusers_dualrate.conditions import Text
-from diffusers_dualrate.configuration import Data, Start
+from diffusers_dualrate.configuration import Start
 from diffusers_dualrate.flops import network_flops
 from diffusers_dualrate.hosts import HostNetwork
 from diffusers_dualrate.inventory import draw_caption
@@ -121,7 +121,8 @@ def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     ids = loaded.tokenizer(["two fish"], padding="max_length", max_length=6, return_tensors="pt").input_ids
     tokens = loaded.text_encoder(ids).last_hidden_state  # the heavy network learned from texts without a mask
     torch.testing.assert_close(loaded.encode_prompt("two fish")[0], tokens)
-    captions = open_captions(SimpleNamespace(start=Start(), data=Data(caption_column="text")), loaded)
+    images = SimpleNamespace(has_captions=True)
+    captions = open_captions(SimpleNamespace(start=Start()), images, loaded)
     torch.testing.assert_close(captions.embed(["two fish"], "cpu").tokens, tokens)
     masks = []
     told = loaded.text_encoder.register_forward_pre_hook(
