@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor
 
@@ -70,7 +70,9 @@ class LoraMixin(LoraBaseMixin):
         foreign = [name for name in others if getattr(self, name) is not None]
         keys = place
         if foreign and not isinstance(place, Mapping):
-            # One of the host's readers that takes names as they are.
+            # One of the host's readers that takes names as they are. The host has it only where transformers is installed.
+            from diffusers.loaders import SanaLoraLoaderMixin
+
             keys = SanaLoraLoaderMixin.lora_state_dict(place, **{**options, "use_safetensors": True})
         for name in foreign:
             if any(key.startswith(f"{name}.") for key in keys):

@@ -1,9 +1,8 @@
 """What a run is told: networks, recipe, sampling, data and options, checked as a whole before anything is touched.
 
 A `Configuration` is made once, of a preset, overrides and flags (`arguments.py`). It is written beside the model as
-configuration.json, together with what the run found at its start. Resuming, evaluation and card read it there. Its
-sections are those of a preset, so `--preset configuration.json` repeats a run. What happened in a run is another record,
-training.json.
+configuration.json, with what the run found at its start. Resuming, evaluation and card read it there. Its sections are
+those of a preset, so `--preset configuration.json` repeats a run. What happened in a run is in training.json.
 """
 
 import dataclasses
