@@ -18,9 +18,11 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -28,6 +30,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def draw_classes(root, count, size):
+    """A folder of images with two classes, of noise, `count` in each; `size` is (height, width)."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
 
 
 def reset_accelerate():

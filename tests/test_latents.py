@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel
@@ -22,7 +21,7 @@ import evaluate
 import train_classifier
 import train_dual_rate
 import train_single_rate
-from conftest import fill_with_noise, reset_accelerate
+from conftest import draw_classes, fill_with_noise, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, latent_cache
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.augmentation import Augmentation
@@ -55,13 +54,7 @@ def make_vae(kind=AutoencoderKL, **options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of images with two classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / name).mkdir()
-        for i in range(5):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
-    return root
+    return draw_classes(tmp_path_factory.mktemp("images"), 5, (16, 16))
 
 
 @pytest.fixture(scope="module")

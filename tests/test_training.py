@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import train_dual_rate
 import train_single_rate
-from conftest import reset_accelerate
+from conftest import draw_classes, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, data, optimization, pair, run_folder, sources
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.cards import UNMEASURED
@@ -39,13 +39,7 @@ SCRIPTS = {"dual": train_dual_rate, "single": train_single_rate}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of images with two classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / name).mkdir()
-        for i in range(6):
-            Image.fromarray(rng.integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
-    return root
+    return draw_classes(tmp_path_factory.mktemp("images"), 6, (20, 18))
 
 
 def arguments(folder, output_dir, *more):

@@ -67,12 +67,12 @@ def blank_text(config: Any) -> Text:
 
 def take_rows(condition: AnyCondition, rows: Tensor | slice) -> AnyCondition:
     """The condition of some rows of a batch."""
-    return condition if condition is None else _map(lambda part: part[rows], condition)
+    return _map(lambda part: part[rows], condition)
 
 
 def repeat_rows(condition: AnyCondition, times: int) -> AnyCondition:
     """Each row several times, one behind the other."""
-    return condition if condition is None else _map(lambda part: part.repeat_interleave(times, 0), condition)
+    return _map(lambda part: part.repeat_interleave(times, 0), condition)
 
 
 def join(first: AnyCondition, second: AnyCondition) -> AnyCondition:

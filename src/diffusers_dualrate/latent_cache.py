@@ -26,6 +26,7 @@ from .autoencoders import EncodedImages, fingerprint_of_vae
 from .data import LabelledImages
 from .inventory import draw_caption, spread_captions
 from .latents import latent_shape, moments_of
+from .origins import digest
 
 # Images that are encoded at a time, and bytes of a file.
 _BATCH, _FILE_BYTES = 16, 2**28
@@ -121,7 +122,7 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
                 f"The vae makes latents of the images {rows.start} to {rows.stop - 1} that are not finite."
             )
         partial = self.folder / f".{number:05}-{os.getpid()}"
-        save_file(tensors, partial, metadata={"cache": self.name, "digest": _digest(tensors)})
+        save_file(tensors, partial, metadata={"cache": self.name, "digest": digest(tensors)})
         partial.replace(self._path(number))
         for left in self.folder.glob(
             f".{number:05}-*"
@@ -135,7 +136,7 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         try:
             with safe_open(path, "pt") as file:
                 said = file.metadata() or {}
-            is_whole = said.get("digest") == _digest(load_file(path))
+            is_whole = said.get("digest") == digest(load_file(path))
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"The latent cache {self.folder} is damaged, in {path.name}: {error}; {_REMEDY}"
@@ -191,10 +192,3 @@ def cache_folder(cache_dir: str | None) -> Path:
     from datasets import config
 
     return Path(cache_dir or config.HF_DATASETS_CACHE) / "latents"
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    made = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        made.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return made.hexdigest()

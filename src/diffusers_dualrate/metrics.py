@@ -219,10 +219,11 @@ def make_text_judges(
     for row, captions in enumerate(images.captions):
         for text in captions:
             owners.setdefault(text, set()).add(row)
-    known = {text: place for place, text in enumerate(owners)}
+    texts = list(owners)
+    known = {text: place for place, text in enumerate(texts)}
     text_encoder, embedded = encoding.text_encoder.to(device), []
-    for first in range(0, len(known), _TEXTS_AT_ONCE):
-        part = list(known)[first : first + _TEXTS_AT_ONCE]
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = texts[first : first + _TEXTS_AT_ONCE]
         inputs = encoding.tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device)
         with torch.no_grad():
             embedded.append(normalize(text_encoder(**inputs).pooler_output, dim=1))
@@ -232,7 +233,7 @@ def make_text_judges(
         return normalize(image_encoder(x.to(device)), dim=1) @ directions.T
 
     def find(x: Tensor, shown: list[str]) -> Tensor:
-        nearest = [list(known)[place] for place in compare(x).argmax(1).tolist()]
+        nearest = [texts[place] for place in compare(x).argmax(1).tolist()]
         return torch.tensor([bool(owners[ours] & owners[text]) for ours, text in zip(nearest, shown, strict=True)])
 
     def score(x: Tensor, shown: list[str]) -> Tensor:

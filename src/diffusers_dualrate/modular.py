@@ -21,7 +21,7 @@ from .models import UViTContextEncoder, UViTDenoiser
 from .prompts import Wanted
 from .ranges import check_number
 from .sampling import sample_at_two_rates
-from .steps import plan_steps
+from .steps import ASKED, plan_steps
 from .text_encoding import TextEncoding
 
 _INPUTS = {
@@ -56,7 +56,6 @@ _PROMPTS = {
 }
 # What travels with a model in its model_index.json.
 _CONFIGS = [ConfigSpec(name, None) for name in NAMES]
-_STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
 
 
 class DualRateTextBlock(ModularPipelineBlocks):
@@ -123,7 +122,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         steps = plan_steps(
             components.scheduler,
             defaults,
-            **{name: arguments.pop(name) for name in _STEPS},
+            **{name: arguments.pop(name) for name in ASKED},
             is_pair=context_encoder is not None,
             device=device,
         )

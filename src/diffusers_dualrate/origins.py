@@ -7,6 +7,7 @@ the config.json of the folder `context_encoder` then names the origin, and weigh
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -197,10 +198,10 @@ def access(options: Mapping[str, Any]) -> Iterator[None]:
         _ACCESS.reset(before)
 
 
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """A digest of names and values in single precision."""
+def digest(*weights: Mapping[str, Tensor]) -> str:
+    """A digest of names and values in single precision, of one network or of several in their order."""
     made = hashlib.blake2b(digest_size=16)
-    for name, weight in sorted(weights.items()):
+    for name, weight in itertools.chain.from_iterable(sorted(each.items()) for each in weights):
         weight = weight.detach().float() if weight.is_floating_point() else weight.detach()
         made.update(name.encode())
         made.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

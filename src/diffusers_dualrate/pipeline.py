@@ -34,11 +34,10 @@ from .prompts import WANTED, ClassLabels, PromptMixin, Wanted
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
 from .sampling import sample_at_two_rates
-from .steps import plan_steps
+from .steps import ASKED, plan_steps
 from .text_encoding import TextEncoding
 
 _REQUIRED = ("denoiser", "scheduler")
-_STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
 # What a single-rate model has no use for.
 _OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
 
@@ -325,7 +324,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         callback, known = callback_on_step_end, self._callback_tensor_inputs
         tensor_inputs = check_delivery(output_type, callback, callback_on_step_end_tensor_inputs, known)
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
-        given, is_pair = {name: asked.pop(name) for name in _STEPS}, self.context_encoder is not None
+        given, is_pair = {name: asked.pop(name) for name in ASKED}, self.context_encoder is not None
         steps = plan_steps(self.scheduler, defaults, **given, is_pair=is_pair, device=device)
         chain, noise = make_chain(
             self.denoiser,

@@ -1,6 +1,5 @@
 """What a run learns from: images and trained models, opened and held against each other."""
 
-import hashlib
 import json
 from typing import Any
 
@@ -17,6 +16,7 @@ from .data import LabelledImages, load_images
 from .hosts import HostNetwork
 from .latent_cache import LatentImages, cache_folder
 from .latents import compression_of
+from .origins import digest
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
 from .text_encoding import TextEncoding, load_text_encoding
@@ -234,9 +234,4 @@ def fingerprint_of(model: DualRatePipeline) -> str:
 
 def fingerprint_weights(*networks: nn.Module | None) -> str:
     """The same of networks by themselves; `None` is passed over."""
-    digest = hashlib.blake2b(digest_size=16)
-    for network in filter(None, networks):
-        for name, weight in sorted(network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest(*(network.state_dict() for network in networks if network is not None))

@@ -15,6 +15,9 @@ from .ranges import check_integer
 from .refreshes import MOST_STEPS, RefreshPlan, count_steps_above, plan_refreshes
 from .scheduler import DualRateScheduler
 
+ASKED = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
+"""Names of what a call may say of its steps."""
+
 
 class ChainSteps(NamedTuple):
     """The steps of one chain.

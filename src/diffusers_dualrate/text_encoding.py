@@ -124,7 +124,6 @@ class TextEncoding:
             length: Number of tokens that each is filled up or cut to.
             device: Where the encoder computes.
         """
-        prompts = self._as_learned(prompts)
         known = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         self._warn_of_cuts(list(known), length)
         rows = torch.tensor([known[prompt] for prompt in prompts], device=device)
@@ -134,20 +133,19 @@ class TextEncoding:
     def embed(self, prompts: list[str], length: int, device: torch.device | str) -> Text:
         """The same of a batch as it is, without a word of what is cut."""
         options = {"return_tensors": "pt", "return_attention_mask": True}
-        prompts = self._as_learned(prompts)
-        with _TOKENIZING:
-            inputs = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, **options)
+        inputs = self._tokenize(prompts, padding="max_length", max_length=length, truncation=True, **options)
         mask = inputs.attention_mask.to(device)
         options = {"attention_mask": mask} if self.is_masked else {}
         tokens = self.text_encoder(inputs.input_ids.to(device), **options).last_hidden_state
         return Text(tokens, mask.bool())
 
-    def _as_learned(self, prompts: Sequence[str]) -> list[str]:
-        return [prompt.lower().strip() if self.is_lowered else prompt for prompt in prompts]
+    def _tokenize(self, prompts: list[str], **options: Any) -> Any:
+        """Numbers of the tokens of prompts, as the networks learned them."""
+        with _TOKENIZING:
+            return self.tokenizer([p.lower().strip() for p in prompts] if self.is_lowered else prompts, **options)
 
     def _warn_of_cuts(self, prompts: list[str], length: int) -> None:
-        with _TOKENIZING:
-            whole = self.tokenizer(prompts, verbose=False).input_ids
+        whole = self._tokenize(prompts, verbose=False).input_ids
         removed = [self.tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]
         if removed:
             logger.warning(
