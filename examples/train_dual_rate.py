@@ -180,6 +180,7 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
 
     schedule = schedule_of(pipeline.scheduler, recipe.bias)
     loss_function = following_loss if recipe.follow_encoder else denoising_loss
+    contexts = [context_times(run, part) for part in range(accelerator.gradient_accumulation_steps)]
 
     with run.watch(ema, averaged, pipeline):
         for step, part, batch in run.batches(loader):
@@ -189,8 +190,7 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 
             with accelerator.accumulate(networks):
-                contexts = context_times(run, part)
-                result = networks(loss_function, x, condition, draws, schedule=schedule, contexts=contexts)
+                result = networks(loss_function, x, condition, draws, schedule=schedule, contexts=contexts[part])
                 accelerator.backward(result.loss)
                 run.note(loss=result.loss, v_loss=result.v_loss.mean())
                 if accelerator.sync_gradients:

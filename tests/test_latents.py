@@ -72,7 +72,9 @@ def pixels_of(folder, augmentation=Augmentation()):  # noqa: B008 (it is frozen)
 
 def cached(folder, cache, vae=None, augmentation=FLIPPED):
     vae = make_vae(shift_factor=0.25) if vae is None else vae
-    return LatentImages(pixels_of(folder), vae, cache, augmentation=augmentation, seed=3)
+    latents = LatentImages(pixels_of(folder), vae, cache, augmentation=augmentation, seed=3)
+    latents.encode_all()
+    return latents
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.5, 0.25), (3.0, None), (None, None)])
@@ -352,6 +354,19 @@ def test_what_is_no_autoencoder_or_another_one_is_refused(trained, folder, vae, 
     with pytest.raises(ValueError, match="draws latents of another vae than the one that --vae names"):
         images = open_images(data, 8, channels=4, vae=str(tmp_path / "other"), is_cached=False)
         check_start("trained", open_start(str(trained)), images)
+    assert not (tmp_path / "cache/latents").exists(), "no image was encoded"
+
+
+def test_no_image_is_encoded_for_a_run_that_is_refused(trained, folder, vae, tmp_path):
+    """In the folder of another run, and with a share of the batch that is no image; neither keeps its folder."""
+    options = ("--vae", vae, "--cache_dir", tmp_path / "cache")
+    with pytest.raises(ValueError, match="single already holds a run: give --resume_from_checkpoint latest"):
+        run(train_single_rate, folder, trained, *options)
+    with pytest.raises(ValueError, match="A share of 0.01 of 8 images is none: use larger batches, or 0"):
+        run(train_dual_rate, folder, tmp_path / "run", *options, "--context_dropout", 0.01)
+    assert not (tmp_path / "cache/latents").exists()
+    assert run(train_dual_rate, folder, tmp_path / "run", *options, "--max_train_steps", 1) == 0
+    assert len(files_of(tmp_path / "cache/latents")) == 1
 
 
 def test_streamed_images_are_encoded_as_they_come(folder, vae, tmp_path):

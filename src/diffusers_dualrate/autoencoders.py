@@ -37,7 +37,11 @@ class Images(Protocol):
 
 
 class EncodedImages:
-    """Images whose items are what `moments_of` gives."""
+    """Images whose items are what `moments_of` gives, once `encode_all` has made it."""
+
+    def encode_all(self) -> None:
+        """Encode what was not encoded yet."""
+        raise NotImplementedError
 
 
 def encode_batch(images: Images, batch: dict[str, Tensor], seed: int, step: int, rows: Sequence[int]) -> None:

@@ -37,6 +37,8 @@ _STALE = 3600
 class LatentImages(EncodedImages, torch.utils.data.Dataset):
     """The images of a data set as mean and deviation of their latents, with their class labels, from a cache.
 
+    What is in the cache can be had after `encode_all`.
+
     Args:
         images: The images in pixels, not augmented.
         vae: The autoencoder.
@@ -49,7 +51,7 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         height: Of the latents, like `width` and `channels`.
 
     Raises:
-        ValueError: If the augmentation needs pixels, or the cache is damaged or another's.
+        ValueError: If the augmentation needs pixels, or images that may be left out have captions.
     """
 
     def __init__(
@@ -65,23 +67,27 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         self.num_classes, self.id2label, self.class_labels = images.num_classes, images.id2label, images.class_labels
         self.captions, self.has_captions = images.captions, images.has_captions
         self.fingerprint, self.description = images.fingerprint, images.description
-        self._count, views = len(images), 2 if augmentation.flip else 1
+        self._count, self._views = len(images), 2 if augmentation.flip else 1
         made = {"vae": fingerprint_of_vae(vae), "images": self.fingerprint, "size": [images.height, images.width]}
-        told = made | {"count": self._count, "views": views, "on_corrupt": images.on_corrupt}
+        told = made | {"count": self._count, "views": self._views, "on_corrupt": images.on_corrupt}
         told["max_image_pixels"] = images.max_image_pixels  # another image stands in for one of more
         self.name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = Path(folder, self.name)
-        latent_bytes = 4 * 2 * self.channels * self.height * self.width * views
+        latent_bytes = 4 * 2 * self.channels * self.height * self.width * self._views
         self._per_file = max(1, min(self._count, _FILE_BYTES // latent_bytes))
-        self._encode_all(images, views)
+        self._images: LabelledImages | None = images  # until they are encoded
         self.corrupt = images.corrupt
         self._open: dict[int, Any] = {}
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05}.safetensors"
 
-    def _encode_all(self, images: LabelledImages, views: int) -> None:
-        """Make what files are missing, each process some of them, and check all."""
+    def encode_all(self) -> None:
+        """Make what files are missing, each process some of them, and check all. It may take minutes.
+
+        Raises:
+            ValueError: If the cache is damaged or another's, an image is corrupt, or the latents are not finite.
+        """
         state, files = PartialState(), range(-(-self._count // self._per_file))
         missing = [number for number in files if not self._path(number).is_file()]
         state.wait_for_everyone()  # so all processes find the same ones missing
@@ -93,29 +99,32 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
             total = sum(len(self._rows(number)) for number in mine)
             with tqdm(total=total, desc="encoding", unit="image", disable=not state.is_main_process) as bar:
                 for number in mine:
-                    self._encode(number, images, views, device, bar)
+                    self._encode(number, device, bar)
             self.vae.to(before)
         state.wait_for_everyone()
         if state.is_main_process:
             for number in tqdm(files, desc="checking the latents", unit="file", delay=5, leave=False):
                 self._check(number)
         state.wait_for_everyone()
+        self._images = None
 
     def _rows(self, number: int) -> range:
         return range(number * self._per_file, min(self._count, (number + 1) * self._per_file))
 
-    def _encode(self, number: int, images: LabelledImages, views: int, device: torch.device, bar: tqdm) -> None:
+    def _encode(self, number: int, device: torch.device, bar: tqdm) -> None:
         """Make one file."""
+        assert self._images is not None  # else nothing is missing
         parts: list[Tensor] = []
         labels: list[Tensor] = []
         rows = self._rows(number)
         for first in range(0, len(rows), _BATCH):
-            items = [images[row] for row in rows[first : first + _BATCH]]
+            items = [self._images[row] for row in rows[first : first + _BATCH]]
             pixels = torch.stack([item["pixel_values"] for item in items]).to(device)
-            sides = [moments_of(self.vae, side) for side in (pixels, pixels.flip(-1))[:views]]
+            sides = [moments_of(self.vae, side) for side in (pixels, pixels.flip(-1))[: self._views]]
             parts.append(torch.stack(sides, dim=1).cpu())
             labels += [item["class_labels"] for item in items if "class_labels" in item]
             bar.update(len(items))
+        self.corrupt = self._images.corrupt
         tensors = {"moments": torch.cat(parts)} | ({"class_labels": torch.stack(labels)} if labels else {})
         if not tensors["moments"].isfinite().all():
             raise ValueError(
@@ -147,7 +156,8 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
             raise ValueError(f"The latent cache {self.folder} is damaged, in {path.name}; {_REMEDY}")
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}, "vae": None}  # each data worker opens the files for itself
+        # Each data worker opens the files for itself, and needs no pixels.
+        return self.__dict__ | {"_open": {}, "vae": None, "_images": None}
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -4,7 +4,9 @@ The folder's configuration.json says which run it holds. A lock keeps out a seco
 frees the lock however the run ends.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -77,6 +79,15 @@ class RunFolder:
             for newer in list_checkpoints(self.output_dir):
                 if step_of(newer) > step_of(chosen):
                     set_aside(newer, "abandoned")
+
+    @contextlib.contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """Let others have the folder if what is done within fails."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let others have the folder: the run has ended."""

@@ -44,7 +44,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .autoencoders import encode_batch, fingerprint_of_images
+from .autoencoders import EncodedImages, encode_batch, fingerprint_of_images
 from .captions import CaptionEmbeddings, TrainingConditions
 from .cards import write_first_card
 from .checkpoints import (
@@ -161,11 +161,8 @@ class Run:
         if self.accelerator.is_fsdp2:
             begin_states(optimizer)  # whose checkpoints load only where every weight that is trained has one
         if self.checkpoint is not None:
-            try:
+            with self._folder.released_on_error():
                 load_checkpoint(self.accelerator, ema, self.checkpoint)
-            except ValueError:
-                self._folder.release()
-                raise
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             keep_newest(self.output_dir, self.options.checkpoints_total_limit)
@@ -183,15 +180,15 @@ class Run:
         Raises:
             ValueError: If a share above 0 comes to no row.
         """
-        size = self.recipe.train_batch_size
-        first = round(share * size)
+        first = round(share * (size := self.recipe.train_batch_size))
         if first == 0 < share:
+            self._folder.release()
             raise ValueError(f"A share of {share} of {size} images is none: use larger batches, or 0.")
         return sum(row < first for row in self.rows(part))
 
     @contextlib.contextmanager
     def watch(self, ema: EMAModel, averaged: TrainablePair, pipeline: DualRatePipeline) -> Iterator[None]:
-        """Announce the run, start trackers and progress bar, and let signals end the loop at a step's boundary.
+        """Encode and announce, start trackers and progress bar, and let signals end the loop at a step's boundary.
 
         Args:
             ema: Its weights go into checkpoints and, at each sampling, into `averaged`.
@@ -201,6 +198,9 @@ class Run:
         """
         self.ema, self.averaged, self.pipeline = ema, averaged, pipeline
         self.pipeline.set_progress_bar_config(disable=True)
+        if isinstance(self.images, EncodedImages):  # it may take minutes, so whatever refuses the run came before
+            with self._folder.released_on_error():
+                self.images.encode_all()
         self._announce()
         self._seconds, self._started, self._logged_step = 0.0, time.perf_counter(), self.step
         self._first_step = self.step
