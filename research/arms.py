@@ -325,4 +325,24 @@ ARMS = {
     "dual-rate-mmd-2-steps": Arm("pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
     "dual-rate-late-mmd": Arm("late-pair-mmd", sample_as_trained, {"ancestral": ((4, 2),)}),
     "dual-rate-late-mmd-2-steps": Arm("late-pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
+    # A `UNet2DModel`, taken as it is.
+    "single-rate-unet": Arm(
+        "unet",
+        sample_as_trained,
+        {
+            "ancestral": _single(2, 3, 4, 5, 6, 8, 12, 16, 32),
+            "dpmsolver++": _single(3, 4),
+            "sde-dpmsolver++": _single(2, 3, 4),
+        },
+    ),
+    "single-rate-unet-mmd": Arm("unet-mmd", sample_as_trained, {"ancestral": _single(8)}),
+    "single-rate-unet-mmd-4-steps": Arm("unet-mmd-4-steps", sample_as_trained, {"ancestral": _single(4)}),
+    "single-rate-unet-mmd-2-steps": Arm("unet-mmd-2-steps", sample_as_trained, {"ancestral": _single(2)}),
+    "dual-rate-unet-converted-spared": Arm("unet-converted", sample_spared, _SHARED),
+    "dual-rate-unet-mmd": Arm("unet-pair-mmd", sample_as_trained, {"ancestral": ((8, 2),)}),
+    "dual-rate-unet-mmd-4-steps": Arm("unet-pair-mmd-4-steps", sample_as_trained, {"ancestral": ((4, 2),)}),
+    "dual-rate-unet-mmd-4-steps-1-context": Arm(
+        "unet-pair-mmd-4-steps-1-context", sample_as_trained, {"ancestral": ((4, 1),)}
+    ),
+    "dual-rate-unet-mmd-2-steps": Arm("unet-pair-mmd-2-steps", sample_as_trained, {"ancestral": ((2, 1),)}),
 }

@@ -128,8 +128,8 @@ def _train_pair(context_ages, context_dropout=0.0, **recipe):
     )
 
 
-def _convert(**recipe):
-    """The trained heavy network becomes the encoder, frozen, and hands over its prediction: only the light one learns.
+def _convert(heavy="heavy", **recipe):
+    """A trained network becomes the encoder, frozen, and hands over its prediction: only the light one learns.
 
     It learns to predict what the heavy one would.
     """
@@ -139,13 +139,13 @@ def _convert(**recipe):
         train_dual_rate,
         ("--follow_encoder",),
         changes={"context_encoder": hands_over, "denoiser": hands_over, "training": recipe},
-        starts={"--pretrained_model_name_or_path": "heavy"},
+        starts={"--pretrained_model_name_or_path": heavy},
     )
 
 
-def _distil_pair(pair="converted", **recipe):
-    """A pair distilled from the heavy network."""
-    return Training(distill, changes={"distillation": recipe}, starts={"--teacher": "heavy", "--student": pair})
+def _distil(student="converted", teacher="heavy", **recipe):
+    """A student, a pair or the teacher itself, distilled from a trained network."""
+    return Training(distill, changes={"distillation": recipe}, starts={"--teacher": teacher, "--student": student})
 
 
 TRAININGS = {
@@ -164,15 +164,24 @@ TRAININGS = {
     "sized": Training(train_single_rate, ("--network", "light"), shape=("sized", "denoiser")),
     "light": Training(train_single_rate, ("--network", "light")),
     "unet": Training(train_unet, shape=("unet", "unet")),
-    "heavy-mmd": Training(distill, starts={"--teacher": "heavy", "--student": "heavy"}),
-    "pair-mmd": _distil_pair(),
-    "half-fresh-pair-mmd": _distil_pair("half-fresh-pair"),
-    "pair-mmd-full-rollout": _distil_pair(full_rollout=True),
-    "pair-mmd-4-steps": _distil_pair(num_inference_steps=4, num_context_steps=2),
-    "pair-mmd-2-steps": _distil_pair(num_inference_steps=2, num_context_steps=1),
+    "heavy-mmd": _distil("heavy"),
+    "pair-mmd": _distil(),
+    "half-fresh-pair-mmd": _distil("half-fresh-pair"),
+    "pair-mmd-full-rollout": _distil(full_rollout=True),
+    "pair-mmd-4-steps": _distil(num_inference_steps=4, num_context_steps=2),
+    "pair-mmd-2-steps": _distil(num_inference_steps=2, num_context_steps=1),
     # Their pair brings the time of the first context: half of the steps go without.
-    "late-pair-mmd": _distil_pair("late-pair", num_inference_steps=4, num_context_steps=2),
-    "late-pair-mmd-2-steps": _distil_pair("late-pair", num_inference_steps=2, num_context_steps=1),
+    "late-pair-mmd": _distil("late-pair", num_inference_steps=4, num_context_steps=2),
+    "late-pair-mmd-2-steps": _distil("late-pair", num_inference_steps=2, num_context_steps=1),
+    # A network of diffusers as encoder and teacher, as it is.
+    "unet-converted": _convert("unet"),
+    "unet-mmd": _distil("unet", "unet"),
+    "unet-mmd-4-steps": _distil("unet", "unet", num_inference_steps=4),
+    "unet-mmd-2-steps": _distil("unet", "unet", num_inference_steps=2),
+    "unet-pair-mmd": _distil("unet-converted", "unet"),
+    "unet-pair-mmd-4-steps": _distil("unet-converted", "unet", num_inference_steps=4, num_context_steps=2),
+    "unet-pair-mmd-4-steps-1-context": _distil("unet-converted", "unet", num_inference_steps=4, num_context_steps=1),
+    "unet-pair-mmd-2-steps": _distil("unet-converted", "unet", num_inference_steps=2, num_context_steps=1),
 }
 
 

@@ -4,7 +4,7 @@
 
 `--unet` holds the arguments of `UNet2DModel`. Process, loss and recipe are the preset's, as `train_single_rate.py` has
 them, so that the study can compare; without its checkpoints and trackers, on one process. The result is a folder that
-`DDIMPipeline.from_pretrained` loads, holding the EMA weights.
+`DDIMPipeline.from_pretrained` loads, holding the EMA weights. The scripts of `examples/` take it as any model of diffusers.
 """
 
 import math
@@ -52,6 +52,16 @@ def timesteps_of(log_snr, scheduler):
     return (torch.atan(torch.exp(-log_snr / 2)) - low) / (high - low) * len(scheduler) - 1
 
 
+def without_null_label(unet: UNet2DModel) -> UNet2DModel:
+    """The same network without its last class, for images whose labels were never dropped: nothing was learned of it."""
+    rows = unet.config.num_class_embeds - 1
+    fewer = UNet2DModel.from_config(unet.config, num_class_embeds=rows)
+    name = "class_embedding.weight"
+    weights = unet.state_dict()
+    fewer.load_state_dict(weights | {name: weights[name][:rows]})
+    return fewer
+
+
 def main(args, open_images=open_any):
     shape = read_json(args.unet)
     configuration = configure(args, "train_single_rate")
@@ -91,6 +101,8 @@ def main(args, open_images=open_any):
         ema.step(unet.parameters())
 
     ema.copy_to(unet.parameters())
+    if images.num_classes is not None and recipe.label_dropout == 0:
+        unet = without_null_label(unet)
     process = DDIMScheduler(
         trained_betas=scheduler.betas.tolist(), prediction_type="v_prediction", timestep_spacing="trailing"
     )
