@@ -96,6 +96,11 @@ def sample_as_trained(folder: Path, solver: str, n: int, k: int | None) -> Sampl
     return make_sampler(open_pipeline(folder, solver), n, k)
 
 
+def sample_host(folder: Path, solver: str, n: int, k: None) -> Sampler:
+    """A model of diffusers, as it is, in our own process."""
+    return make_sampler(open_pipeline(folder, solver, scheduler=DualRateScheduler()), n)
+
+
 def sample_late(folder: Path, solver: str, n: int, k: int) -> Sampler:
     """A pair whose denoiser goes without context until the last K steps, which have a fresh one each."""
     return make_sampler(open_pipeline(folder, solver), n, k, late=True)
@@ -328,7 +333,7 @@ ARMS = {
     # A `UNet2DModel`, taken as it is.
     "single-rate-unet": Arm(
         "unet",
-        sample_as_trained,
+        sample_host,
         {
             "ancestral": _single(2, 3, 4, 5, 6, 8, 12, 16, 32),
             "dpmsolver++": _single(3, 4),

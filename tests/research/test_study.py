@@ -98,7 +98,7 @@ def test_the_unet_refuses_the_flags_that_it_would_ignore(capsys):
 @pytest.mark.slow
 def test_a_trained_unet_loads_as_its_pipeline_and_predicts_velocities(unet):
     pipe = DDIMPipeline.from_pretrained(unet)
-    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.config.num_class_embeds == 11
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.unet.config.num_class_embeds == 10
     z = torch.randn(1, 1, 8, 8)
     assert pipe.unet(z, 999, class_labels=torch.tensor([3])).sample.abs().max() > 0
 
@@ -272,14 +272,56 @@ def test_stitched_to_all_of_a_pair_the_end_is_the_pair_with_a_refresh_at_every_s
     assert not torch.equal(study.draw_checked(sampler, [0], [5]), alone)
 
 
+def make_unet(folder, channels, num_class_embeds):
+    """An untrained U-Net of the study, saved as its training saves it."""
+    unet = UNet2DModel(**networks._unet(8, channels, 4, 8), num_class_embeds=num_class_embeds).eval()
+    process = {"trained_betas": DualRateScheduler().betas.tolist(), "prediction_type": "v_prediction"}
+    DDIMPipeline(unet, DDIMScheduler(**process)).save_pretrained(folder)
+    return unet, process
+
+
+def test_a_unet_taken_as_it_is_samples_as_with_its_own_class(tmp_path):
+    """Kills: the scheduler of its folder for the ancestral chain; the last of its classes kept, or another one left out."""
+    unet, process = make_unet(tmp_path / "whole", 1, 5)
+    DDIMPipeline(train_unet.without_null_label(unet), DDIMScheduler(**process)).save_pretrained(tmp_path / "hosted")
+    assert DDIMPipeline.from_pretrained(tmp_path / "hosted").unet.config.num_class_embeds == 4
+    for solver in ("ancestral", "sde-dpmsolver++"):
+        sampler = arms.sample_host(tmp_path / "hosted", solver, 4, None)
+        assert sampler.evaluations["denoiser"][1] == 4
+        found = study.draw_checked(sampler, [3, 0], [5, 6])
+        scheduler, generators = arms.make_scheduler(solver, DualRateScheduler()), [torch.Generator() for _ in range(2)]
+        for seed, generator in zip((5, 6), generators, strict=True):
+            generator.manual_seed(seed)
+        scheduler.set_timesteps(4)
+        z = randn_tensor((2, 1, 8, 8), generators)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                own = t - 1 if solver == "ancestral" else t  # counted from 1, and from 0
+                v = unet(z, own, class_labels=torch.tensor([3, 0])).sample
+                z = scheduler.step(v, t, z, generator=generators, return_dict=False)[0]
+        torch.testing.assert_close(found, z, atol=1e-3, rtol=1e-3)
+
+
+def test_the_pair_and_students_start_from_the_unet_alone():
+    """Kills: the U-ViT as teacher or encoder; steps of another student."""
+    expected = {"unet-mmd": 8, "unet-mmd-4-steps": 4, "unet-mmd-2-steps": 2}
+    for training, n in expected.items():
+        assert networks.make_preset("letters", training)["distillation"]["num_inference_steps"] == n
+        assert networks.lineage(training) == {training, "unet"}
+    expected = {"": (8, 2), "-4-steps": (4, 2), "-4-steps-1-context": (4, 1), "-2-steps": (2, 1)}
+    for name, (n, k) in expected.items():
+        recipe = networks.make_preset("letters", f"unet-pair-mmd{name}")["distillation"]
+        assert (recipe["num_inference_steps"], recipe["num_context_steps"]) == (n, k)
+        assert networks.lineage(f"unet-pair-mmd{name}") == {f"unet-pair-mmd{name}", "unet-converted", "unet"}
+        assert arms.ARMS[f"dual-rate-unet-mmd{name}"].steps == {"ancestral": ((n, k),)}
+
+
 def test_stitched_to_a_unet_the_end_is_the_unet_under_its_own_timesteps(make_pipe, tmp_path):
     """Kills: log-SNRs given as timesteps; timesteps counted from 1; a step more of the light network."""
     make_pipe(single_rate=True).save_pretrained(tmp_path / "light")
     ours = arms.open_pipeline(tmp_path / "light", "ancestral").scheduler
     channels = make_pipe().denoiser.config.in_channels
-    unet = UNet2DModel(**networks._unet(8, channels, 4, 8), num_class_embeds=5).eval()
-    process = {"trained_betas": ours.betas.tolist(), "prediction_type": "v_prediction"}
-    DDIMPipeline(unet, DDIMScheduler(**process)).save_pretrained(tmp_path / "unet")
+    unet, process = make_unet(tmp_path / "unet", channels, 5)
     folders = (tmp_path / "unet", tmp_path / "light")
     found = study.draw_checked(arms.sample_stitched_to_unet(*folders, "sde-dpmsolver++", 4, 4), [3], [5])
     scheduler, generator = arms.make_scheduler("sde-dpmsolver++", ours), [torch.Generator().manual_seed(5)]
