@@ -108,7 +108,7 @@ def test_a_model_of_diffusers_is_the_encoder_of_a_pair_as_it_is(way, models, fol
         float(torch.logit(DDPMScheduler().alphas_cumprod[0])), abs=1e-2
     )
     said = capsys.readouterr().out
-    assert "noise levels: log-SNR -10 to 9.21, those that the UNet2DModel of " in said and "\nlight network: " in said
+    assert "noise levels: log-SNR -5 to 9.21, those that the UNet2DModel of " in said and "\nlight network: " in said
     assert ("no label dropout and no guidance: " in said) == (name == "classes")
     assert told_in(tmp_path)["training"]["label_dropout"] == (0.0 if name == "classes" else 0.1)
 
@@ -239,7 +239,9 @@ def test_a_heavy_network_of_which_no_network_is_light_enough_is_named():
 @pytest.mark.parametrize("image_size", [None, 64])
 def test_a_schedule_keeps_to_the_noise_levels_that_a_network_knows(image_size):
     """Mutants: the shift left out or of the other end, minimum and maximum exchanged, a sign."""
-    narrow = NoiseProcess.of(DDIMScheduler(beta_start=0.01, beta_end=0.015, num_train_timesteps=500))
+    narrow = NoiseProcess.of(
+        DDIMScheduler(beta_start=0.01, beta_end=0.015, num_train_timesteps=500, prediction_type="v_prediction")
+    )
     lowest, highest = narrow.log_snrs[-1].item(), narrow.log_snrs[0].item()
     wide = {"log_snr_min": -10.0, "log_snr_max": 10.0, "image_size": image_size, "noise_high": 48}
     cut = DualRateScheduler(**cut_schedule(wide, narrow))
@@ -258,6 +260,13 @@ def test_a_schedule_keeps_to_the_noise_levels_that_a_network_knows(image_size):
     knows = NoiseProcess.of(DDIMScheduler())
     counts += [cut_schedule(own | {"num_train_timesteps": n}, knows)["log_snr_max"] for n in (10, 1000)]
     assert len(set(counts[:4])) == len(set(counts[4:])) == 1
+    # What predicts noise tells of the image too little near noise alone to be learned from, and may learn there itself.
+    cut = DualRateScheduler(**cut_schedule(wide, knows))
+    assert float(cut.log_snr_at(1.0)) == pytest.approx(-5, abs=1e-3)
+    assert cut_schedule(own, knows, is_tuned=True) == own | {"log_snr_max": counts[-1]}
+    latent = NoiseProcess(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=900)
+    ends = [cut_schedule(own, process)["log_snr_min"] for process in (latent, NoiseProcess(prediction_type="sample"))]
+    assert ends == [pytest.approx(latent.log_snrs[-1].item(), abs=1e-3), -10] and ends[0] > -5
 
 
 @pytest.mark.parametrize("hands_over", [False, True])

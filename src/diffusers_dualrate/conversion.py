@@ -19,6 +19,8 @@ from .scheduler import DualRateScheduler
 
 # Log-SNR that a schedule may go beyond what a network was trained at, whose table is rounded.
 _TOLERANCE = 0.05
+# Below this log-SNR a network that predicts noise tells no image: its error in noise is 1/α as large in the image, 12-fold.
+_LEAST_OF_IMAGES = -5.0
 # The time that stands for the clean end of a schedule.
 _CLEAN_END = 0.001
 
@@ -75,7 +77,8 @@ def follow_host(
     if host.config.num_classes and not host.config.has_null_class:
         configuration = _without_null_class(configuration, name, tell)
     preset = configuration.networks.scheduler
-    scheduler = cut_schedule(preset, host.process)
+    is_tuned = not as_pair and start.teacher is None
+    scheduler = cut_schedule(preset, host.process, is_tuned=is_tuned)
     before, after = (f"{part['log_snr_min']:g} to {part['log_snr_max']:g}" for part in (preset, scheduler))
     if before != after:
         tell(f"noise levels: log-SNR {after}, those that {name} knows, instead of the preset's {before}")
@@ -176,16 +179,21 @@ def _light_of(configuration: Configuration, encoder: HostNetwork, tell: Callable
     return shape
 
 
-def cut_schedule(scheduler: Mapping[str, Any], process: NoiseProcess) -> dict[str, Any]:
-    """A schedule without the noise levels that a network of diffusers was never trained at.
+def cut_schedule(scheduler: Mapping[str, Any], process: NoiseProcess, *, is_tuned: bool = False) -> dict[str, Any]:
+    """A schedule without the noise levels at which a network of diffusers says nothing of the image.
+
+    It was never trained at them, or it predicts noise, and they are too near to noise alone.
 
     Args:
         scheduler: Arguments of [`DualRateScheduler`].
         process: How the network was trained.
+        is_tuned: Whether the network is only trained further, which leaves it all levels that it was trained at.
     """
     if process.log_snrs is None:  # a flow knows all of them
         return dict(scheduler)
     known, whole = process.log_snrs[[-1, 0]].tolist(), DualRateScheduler(**scheduler)
+    if process.config.prediction_type == "epsilon" and not is_tuned:
+        known[0] = max(known[0], _LEAST_OF_IMAGES)
     # Time 0 itself is never evaluated. The end is judged near it, at the same time however finely timesteps count.
     ends = [float(whole.log_snr_at(time)) for time in (1.0, _CLEAN_END)]
     cut = dict(scheduler)
