@@ -111,6 +111,11 @@ def test_a_model_of_diffusers_is_the_encoder_of_a_pair_as_it_is(way, models, fol
     assert "noise levels: log-SNR -5 to 9.21, those that the UNet2DModel of " in said and "\nlight network: " in said
     assert ("no label dropout and no guidance: " in said) == (name == "classes")
     assert told_in(tmp_path)["training"]["label_dropout"] == (0.0 if name == "classes" else 0.1)
+    if way == "follow":  # it goes on bit for bit
+        parts = tmp_path / "parts"
+        train("dual", folder, parts, *options, "--max_train_steps", 2)
+        train("dual", folder, parts, *options, "--resume_from_checkpoint", "latest")
+        assert everything_in(parts / "checkpoint-4") == everything_in(tmp_path / "checkpoint-4")
 
 
 def test_a_presets_light_network_takes_the_maps_of_its_own_levels(models, folder, tmp_path):  # noqa: F811

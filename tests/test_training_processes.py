@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
@@ -56,13 +57,14 @@ def arguments(folder, output_dir, *more):
     return [str(argument) for argument in (*fixed, *more)]
 
 
-def take_up_fsdp2():
+def take_up_fsdp2(blocks):
     """Do what `accelerate launch --config_file examples/fsdp2.yaml` does, but on the CPU, in full precision.
 
     torch spreads weights over CPUs as over GPUs. Accelerate takes FSDP up where it finds several GPUs or the like
     (`AcceleratorState.__init__`), so it is told that there are.
     """
     command = ["--config_file", "examples/fsdp2.yaml", "--mixed_precision", "no", "script.py"]
+    command[2:2] = [] if blocks is None else ["--fsdp_transformer_layer_cls_to_wrap", blocks]
     environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(command))[0])
     os.environ.update({name: value for name, value in environment.items() if name.startswith(("ACCELERATE", "FSDP"))})
     torch.distributed.init_process_group("gloo")
@@ -77,7 +79,7 @@ def work(script, argv, rank, world_size, port, at_step, happening, is_spread):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     if is_spread:
-        take_up_fsdp2()
+        take_up_fsdp2(is_spread if isinstance(is_spread, str) else None)
     script, calls = importlib.import_module(script), []
 
     def loss_function(*args, **kwargs):
@@ -94,6 +96,7 @@ def work(script, argv, rank, world_size, port, at_step, happening, is_spread):
         return take_loss(*args, **kwargs)
 
     name = "grid_denoising_loss" if hasattr(script, "grid_denoising_loss") else "denoising_loss"
+    name = "following_loss" if "--follow_encoder" in argv else name
     take_loss = getattr(script, name)
     setattr(script, name, loss_function)
     sys.stdout = sys.stderr = open(f"{argv[argv.index('--output_dir') + 1]}.log{rank}", "w")
@@ -221,6 +224,31 @@ def test_a_distillation_spread_with_fsdp2_goes_on_with_any_number_of_processes_a
     assert_same_model(tmp_path / "one", tmp_path / "spread")
     assert run("distill", [*argv, "checkpoint-4"]) == [1]
     assert "was saved with FSDP2, and this run is without it" in (tmp_path / "spread.log0").read_text()
+
+
+def test_a_network_of_diffusers_is_followed_by_two_processes_as_by_one(folder, tmp_path):
+    """With DDP, and with its own blocks spread by FSDP2, which goes on though most weights never have a gradient."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(16, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
+    options = ["--pretrained_model_name_or_path", tmp_path / "unet", "--follow_encoder", "--context_dropout", 0]
+    options += ["--light", "auto", "--max_train_steps", 2, "--override", "training.lr_warmup_steps=0"]
+
+    def told(name):
+        argv = arguments(folder, tmp_path / name, *options)
+        at = argv.index("--label_column")
+        return argv[:at] + argv[at + 2 :]
+
+    assert run("train_dual_rate", told("one")) == [0]
+    assert run("train_dual_rate", told("two"), 2) == [0, 0]
+    assert_same_model(tmp_path / "one", tmp_path / "two")
+    blocks = "UViTResBlock,UViTTransformerBlock,ResnetBlock2D"
+    codes = run("train_dual_rate", told("spread"), 2, at_step=1, happening=signal.SIGINT, is_spread=blocks)
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    argv = [*told("spread"), "--resume_from_checkpoint", "latest"]
+    assert run("train_dual_rate", argv, is_spread=blocks) == [0]
+    assert_same_model(tmp_path / "one", tmp_path / "spread")
 
 
 def test_where_one_process_fails_both_end_at_once_each_with_its_own_sentence(folder, tmp_path):
