@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
+from peft import LoraConfig, get_peft_model_state_dict
 
 import distill
 import evaluate
@@ -57,6 +58,14 @@ def train(script, folder, output_dir, *more, classes=False):  # noqa: F811
         return SCRIPTS[script].main(SCRIPTS[script].parse_args(args))
     finally:
         reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def pair(models, folder, tmp_path_factory):  # noqa: F811
+    """Folder of a pair whose encoder is a U-Net that was followed."""
+    path = tmp_path_factory.mktemp("pair") / "pair"
+    assert train("dual", folder, path, START, models / "unet", *FOLLOW) == 0
+    return path
 
 
 def told_in(folder):  # noqa: F811
@@ -152,13 +161,12 @@ def test_a_transformer_in_latents_is_followed_with_its_autoencoder_and_its_null_
 
 
 @pytest.mark.parametrize("student", ["new", "itself", "pair"])
-def test_a_model_of_diffusers_teaches_a_student(student, models, folder, tmp_path):  # noqa: F811
+def test_a_model_of_diffusers_teaches_a_student(student, models, pair, folder, tmp_path):  # noqa: F811
     run, flags = tmp_path / "run", ("--light", "auto")
     if student == "itself":
         flags = ("--student", models / "unet")
     if student == "pair":
-        train("dual", folder, tmp_path / "pair", START, models / "unet", *FOLLOW)
-        flags = ("--student", tmp_path / "pair", "--full_rollout")
+        flags = ("--student", pair, "--full_rollout")
     train("distill", folder, run, "--teacher", models / "unet", *flags)
     pipe, before = DualRatePipeline.from_pretrained(run), make_unet(sample_size=16)
     heavy = pipe.denoiser if student == "itself" else pipe.context_encoder
@@ -168,6 +176,42 @@ def test_a_model_of_diffusers_teaches_a_student(student, models, folder, tmp_pat
     assert not torch.equal(own.conv_in.weight, before.conv_in.weight)
     assert len(pipe(output_type="pt").images) == 1 and pipe.config.num_inference_steps == 4
     assert pipe.scheduler.config.log_snr_max < 9.3
+
+
+def test_a_trained_pair_takes_adapters_of_both_networks_and_is_offloaded(pair, tmp_path):
+    """The feature maps are those of the adapted network; what is saved never has adapters in its weights."""
+    pipe, layers = DualRatePipeline.from_pretrained(pair), {}
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe(generator=generator(), output_type="latent").images
+
+    plain = draw()
+    z = torch.randn(1, 3, 16, 16)
+    maps = pipe.context_encoder(z, 0.0).context[:2]
+    for name, target in (("denoiser", "to_out"), ("context_encoder", "conv1")):
+        network = getattr(pipe, name)
+        network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=[target], init_lora_weights=False))
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
+        with pytest.raises(ValueError, match=f"The {name if name == 'denoiser' else 'network'} has adapters, which"):
+            (pipe if name == "denoiser" else network).save_pretrained(tmp_path / "refused")
+    adapted = draw()
+    changed = pipe.context_encoder(z, 0.0).context[:2]
+    assert not any(torch.allclose(one, other) for one, other in zip(maps, changed, strict=True))
+    DualRatePipeline.save_lora_weights(tmp_path, **layers)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(), plain) and not torch.allclose(adapted, plain, atol=1e-3)
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    assert torch.equal(draw(), adapted) and hasattr(pipe.context_encoder, "_hf_hook")
+    pipe.remove_all_hooks()
+    pipe.fuse_lora(["denoiser", "context_encoder"])
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    assert not (tmp_path / "refused").exists()
+    pipe = DualRatePipeline.from_pretrained(tmp_path / "fused")
+    pipe.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(draw(), adapted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

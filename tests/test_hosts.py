@@ -19,7 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
-from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -399,22 +399,6 @@ def make_pair(**options):
     return DualRatePipeline(denoiser.eval(), DualRateScheduler(), encoder, num_inference_steps=6, num_context_steps=2)
 
 
-def test_an_adapter_goes_into_the_light_network_beside_one_of_diffusers_which_has_none(tmp_path):
-    pipe, adapted = make_pair(), make_pair().denoiser
-    adapted.add_adapter(LoraConfig(r=2, target_modules=["linear_1"], init_lora_weights=False))
-    layers = get_peft_model_state_dict(adapted)
-    names = {"denoiser_lora_layers": layers}
-    DualRatePipeline.save_lora_weights(tmp_path / "both", **names, context_encoder_lora_layers=copy.deepcopy(layers))
-    with pytest.raises(ValueError, match="weights for the context_encoder, which is a network of diffusers"):
-        pipe.load_lora_weights(tmp_path / "both")
-    assert not hasattr(pipe.denoiser, "peft_config")
-    DualRatePipeline.save_lora_weights(tmp_path / "one", **names)
-    pipe.load_lora_weights(tmp_path / "one")
-    assert pipe.get_list_adapters() == {"denoiser": ["default_0"]}
-    pipe.unload_lora_weights()
-    assert pipe.get_list_adapters() == {}
-
-
 @pytest.mark.parametrize("hands_over", [False, True])
 def test_a_network_of_diffusers_is_the_encoder_of_a_pair_also_saved(tmp_path, hands_over):
     pipe = make_pair(prediction_hand_over=hands_over)
@@ -483,9 +467,21 @@ def test_maps_of_other_sizes_than_the_denoisers_are_refused():
         DualRatePipeline(denoiser, DualRateScheduler(), encoder)
 
 
-def test_a_folder_that_holds_no_such_network_is_refused(tmp_path):
+def test_a_folder_that_holds_no_such_network_or_a_damaged_one_is_refused(tmp_path):
     HostNetwork(make_unet(), NoiseProcess()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    for folder, load in ((tmp_path, HostNetwork), (tmp_path / "ddpm/unet", DualRatePipeline)):
+        file = folder / "diffusion_pytorch_model.safetensors"
+        kept = load_file(file)
+        for changed, message in (
+            ({"conv_in.bias": kept["conv_in.bias"] * torch.nan}, "holds NaN or infinity in conv_in.bias"),
+            ({"conv_in.weight": None, "conv_out.bias": None}, "lacks 2 weights, such as conv_in.weight"),
+        ):
+            weights = {name: weight for name, weight in (kept | changed).items() if weight is not None}
+            save_file(weights, file, metadata={"format": "pt"})
+            with pytest.raises(ValueError, match=message):
+                load.from_pretrained(tmp_path if load is HostNetwork else tmp_path / "ddpm")
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKL"}))
     with pytest.raises(ValueError, match="holds a AutoencoderKL, which is none of UNet2DModel"):
         HostNetwork.from_pretrained(tmp_path)

@@ -4,38 +4,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor
 
 from .repositories import refuse_pickles
 
-_NETWORKS = ("denoiser", "context_encoder")
-# What says, beside the name, where the host finds a file.
-_PLACE = (
-    "weight_name",
-    "local_files_only",
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "token",
-    "revision",
-    "subfolder",
-)
-
 
 class LoraMixin(LoraBaseMixin):
     """What the host offers around LoRA adapters (`set_adapters`, `fuse_lora`, `unload_lora_weights`), for both networks."""
 
-    @property
-    def _lora_loadable_modules(self) -> list[str]:
-        """The networks that the host may adapt: a network of diffusers, taken as it is, has no adapters."""
-        networks = {name: getattr(self, name) for name in _NETWORKS}
-        return [
-            name
-            for name, network in networks.items()
-            if isinstance(getattr(network, "_orig_mod", network), PeftAdapterMixin)
-        ]
+    _lora_loadable_modules = ["denoiser", "context_encoder"]
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs: Any
@@ -49,11 +27,11 @@ class LoraMixin(LoraBaseMixin):
             kwargs: Such as `weight_name`.
 
         Raises:
-            ValueError: If it holds weights for neither network, or for one of diffusers.
+            ValueError: If it holds weights for neither network.
         """
         place = pretrained_model_name_or_path_or_dict
         networks = {name: getattr(self, name) for name in self._lora_loadable_modules}
-        self._refuse_foreign(place, kwargs)
+        networks = {name: network for name, network in networks.items() if network is not None}
         before = {name: set(getattr(network, "peft_config", {})) for name, network in networks.items()}
         for name, network in networks.items():
             if isinstance(place, Mapping) and not any(key.startswith(f"{name}.") for key in place):
@@ -63,23 +41,6 @@ class LoraMixin(LoraBaseMixin):
         if all(set(getattr(network, "peft_config", {})) == before[name] for name, network in networks.items()):
             what = "The weights" if isinstance(place, Mapping) else str(place)
             raise ValueError(f"{what} must hold a LoRA adapter under denoiser. or context_encoder., and hold none.")
-
-    def _refuse_foreign(self, place: Any, options: Mapping[str, Any]) -> None:
-        """Refuse an adapter of a network that can have none, before another network is changed."""
-        others = [name for name in _NETWORKS if name not in self._lora_loadable_modules]
-        foreign = [name for name in others if getattr(self, name) is not None]
-        keys = place
-        if foreign and not isinstance(place, Mapping):
-            # One of the host's readers that takes names as they are. The host has it only where transformers is installed.
-            from diffusers.loaders import SanaLoraLoaderMixin
-
-            keys = SanaLoraLoaderMixin.lora_state_dict(place, **{**options, "use_safetensors": True})
-        for name in foreign:
-            if any(key.startswith(f"{name}.") for key in keys):
-                raise ValueError(
-                    f"The adapter has weights for the {name}, which is a network of diffusers: adapters go into networks "
-                    "of this package alone."
-                )
 
     @classmethod
     def save_lora_weights(

@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import CacheMixin
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import BaseOutput
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from . import diffusion
 from .conditions import Condition, ProjectedText, Text, blank_text
 from .host_kinds import KINDS, PIPELINES, TEXT_LENGTHS
-from .network import ImageNetworkMixin, per_sample
+from .network import ImageNetworkMixin, check_loaded, per_sample, refuse_adapters
 from .noise_process import NoiseProcess
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
 from .ranges import check_boolean, check_integer
@@ -56,7 +57,7 @@ class HostNetworkOutput(BaseOutput):
     context: tuple[Tensor, ...]
 
 
-class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, CacheMixin):
+class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """A denoising network of diffusers, which predicts velocity at a log-SNR like ours.
 
     Args:
@@ -213,7 +214,8 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
         options = {**kwargs, "use_safetensors": True}
         origin = Origin.named_in(config, place)
         if origin is None:
-            network = _classes()[name].from_pretrained(place, **options)
+            network, info = _classes()[name].from_pretrained(place, **{**options, "output_loading_info": True})
+            check_loaded(place, network, info["missing_keys"])
         else:
             network = origin.fetch(place, {name: _classes()[name]}, options)
         host = cls(network, process, **own)
@@ -223,6 +225,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, C
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save the network in its own format, and in its config.json the process and the taps."""
         refuse_pickles(kwargs.get("safe_serialization", True))
+        refuse_adapters(network=self)
         self.network.save_pretrained(save_directory, *args, **kwargs)
         write_into_config(save_directory, **{_HOST: self._to_json()})
 
@@ -373,12 +376,14 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
     given = kwargs.pop("scheduler", None)
     pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
     component, defaults = PIPELINES[type(pipeline).__name__]
+    network = getattr(pipeline, component)
+    if "device_map" not in kwargs:  # else weights may wait elsewhere
+        missing = [name for name, weight in network.named_parameters() if weight.device.type == "meta"]
+        check_loaded(f"{component} of {pretrained_model_name_or_path}", network, missing)
     process = NoiseProcess.of(pipeline.scheduler)
     scheduler = pipeline.scheduler if given is None else given
     parts: dict[str, Any] = {
-        "denoiser": HostNetwork(
-            getattr(pipeline, component), process, text_length=TEXT_LENGTHS.get(type(pipeline).__name__)
-        ),
+        "denoiser": HostNetwork(network, process, text_length=TEXT_LENGTHS.get(type(pipeline).__name__)),
         "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
         **{name: pipeline.components.get(name) for name in ("vae", "text_encoder", "tokenizer")},
         "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place_of(kwargs)).get("id2label"),

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar, Self, cast
 
@@ -81,6 +81,30 @@ class ImageNetworkMixin:
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def check_loaded(place: object, network: nn.Module, missing: Collection[str]) -> None:
+    """Refuse a network that was loaded without some of its weights, or with some that are not finite.
+
+    Args:
+        place: Where it was loaded from.
+        network: The network; weights on the meta device are not looked at.
+        missing: Names of the weights that were not there.
+    """
+    if missing:
+        raise ValueError(f"{place} lacks {len(missing)} weights, such as {min(missing)}.")
+    for name, weight in network.named_parameters():
+        if weight.device.type != "meta" and not weight.float().isfinite().all():
+            raise ValueError(f"{place} holds NaN or infinity in {name}.")
+
+
+def refuse_adapters(**networks: nn.Module | None) -> None:
+    """Refuse to save networks that have adapters: what is saved so could not be loaded."""
+    for name, network in networks.items():
+        if network is not None and any(".base_layer." in weight for weight, _ in network.named_parameters()):
+            raise ValueError(
+                f"The {name} has adapters, which save_lora_weights saves: unload them first, or fuse and then unload them."
+            )
+
+
 def find_foreign(encoder: ImageNetworkMixin, denoiser: ImageNetworkMixin) -> Origin | None:
     """Where an encoder is published, if that is another repository than the denoiser's and it is still as it is there."""
     theirs, ours = encoder.origin, denoiser.origin
@@ -136,12 +160,7 @@ class UViTNetwork(
         if cls.OWN_PARTS and (config := cls._read_config(pretrained_model_name_or_path, kwargs)).get(KEY) is not None:
             return cls._load_what_is_new(pretrained_model_name_or_path, config, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}.")
-        for name, weight in model.named_parameters():
-            if weight.device.type != "meta" and not weight.float().isfinite().all():
-                raise ValueError(f"{pretrained_model_name_or_path} holds NaN or infinity in {name}.")
+        check_loaded(pretrained_model_name_or_path, model, info["missing_keys"])
         # Weights mapped from a file may start at any address, and the rounding of some kernels depends on it.
         for weight in model.parameters():
             if weight.device.type == "cpu":
@@ -208,6 +227,7 @@ class UViTNetwork(
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save the network, weights as safetensors. Takes what the host's method takes."""
         refuse_pickles(kwargs.get("safe_serialization", True))
+        refuse_adapters(network=self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # The host's pipelines read off the signature what a network's method takes.

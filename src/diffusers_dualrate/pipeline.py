@@ -28,7 +28,7 @@ from .inputs import (
 )
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
-from .network import find_foreign, without_origin
+from .network import find_foreign, refuse_adapters, without_origin
 from .origins import access
 from .prompts import WANTED, ClassLabels, PromptMixin, Wanted
 from .refreshes import RefreshPlan
@@ -210,7 +210,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`. Nobody else runs it.
         """
         refuse_pickles(safe_serialization)
-        encoder = self.context_encoder
+        refuse_adapters(denoiser=self.denoiser, context_encoder=(encoder := self.context_encoder))
         if include_encoder and encoder is not None:
             own = self._with(context_encoder=without_origin(encoder))
             return own.save_pretrained(save_directory, True, *args, **kwargs)
