@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from diffusers_dualrate import checkpoints
 from diffusers_dualrate.checkpoints import find_damage, list_checkpoints, step_of
+from diffusers_dualrate.data import load_images
 from diffusers_dualrate.processes import run_script
 from loopback_hub import LoopbackHub
 
@@ -261,10 +262,25 @@ def test_where_one_process_fails_both_end_at_once_each_with_its_own_sentence(fol
     assert "Another process of this run failed" in lost.splitlines()[-1] and "no image" not in lost
 
 
-def test_a_killed_process_ends_its_peer(folder, tmp_path):
-    argv = arguments(folder, tmp_path / "run", "--max_train_steps", 1_000_000)
-    assert run("train_single_rate", argv, 2, at_step=2, happening=signal.SIGKILL) == [1, -signal.SIGKILL]
-    assert "Another process of this run failed, was killed" in (tmp_path / "run.log0").read_text()
+def test_a_killed_process_ends_its_peer_and_the_run_goes_on_as_if_neither_had_ended(folder, tmp_path):
+    images = load_images(train_data_dir=folder, label_column="label")
+    for shard in range(2):
+        images.shard(2, shard).to_parquet(str(tmp_path / f"shards/train-{shard:05}-of-00002.parquet"))
+    options = ["--streaming", "--shuffle_buffer", 5, "--max_train_steps", 4, "--checkpointing_steps", 1]
+    whole, parts = (
+        ["--preset", "examples/presets/tiny.json", "--dataset_name", tmp_path / "shards", "--label_column", "label"]
+        + [*options, "--validation_steps", 0, "--output_dir", tmp_path / name]
+        for name in ("whole", "parts")
+    )
+    whole, parts = ([str(argument) for argument in argv] for argv in (whole, parts))
+    assert run("train_single_rate", whole, 2) == [0, 0]
+    began = time.monotonic()
+    assert run("train_single_rate", parts, 2, at_step=3, happening=signal.SIGKILL) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 120  # a group of gloo waits half an hour for one who says nothing
+    assert "Another process of this run failed, was killed" in (tmp_path / "parts.log0").read_text()
+    assert [step_of(checkpoint) for checkpoint in list_checkpoints(tmp_path / "parts")] == [1, 2]
+    assert run("train_single_rate", [*parts, "--resume_from_checkpoint", "latest"], 2) == [0, 0]
+    assert everything_in(tmp_path / "whole/checkpoint-4") == everything_in(tmp_path / "parts/checkpoint-4")
 
 
 def test_torchrun_passes_a_signal_on_and_leaves_a_checkpoint(folder, tmp_path):

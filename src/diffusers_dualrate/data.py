@@ -20,6 +20,7 @@ from .augmentation import Augmentation
 from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
 from .inventory import check_num_classes, draw_caption, fingerprint_rows, read_captions, read_labels
 from .latents import latent_shape
+from .shards import open_shards
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -77,7 +78,7 @@ def load_images(
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None and not (config_name is None and folders.is_folder_of_images(dataset_name)):
         options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-        dataset = _ask_datasets(dataset_name, dataset_name, name=config_name, **options)
+        dataset = open_shards(dataset_name, dataset_name, name=config_name, **options)
     else:
         folder = dataset_name if train_data_dir is None else train_data_dir
         assert folder is not None
@@ -89,7 +90,7 @@ def load_images(
         else:
             files = {split: glob.escape(described) + "/**"}
             options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-            dataset = _ask_datasets(folder, "imagefolder", data_files=files, **options)
+            dataset = open_shards(folder, "imagefolder", data_files=files, **options)
             if not streaming and len(dataset) != (count := folders.count_images(described)):
                 raise ValueError(
                     f"The table of {folders.readable(described)!r} describes {len(dataset):,} of its {count:,} images: "
@@ -110,19 +111,6 @@ def _explain_no_classes(listed):
         f"all folders in {name} are called like splits ({', '.join(listed.splits)}), so they were taken for splits, which "
         "hold no folders of classes. If they are classes, move them into one new folder called 'train'."
     )
-
-
-def _ask_datasets(source, *args, **options):
-    """Opens a data set with `datasets`."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return load_dataset(*args, **options)
-    except (OSError, DatasetGenerationError) as error:  # missing, out of reach, or broken
-        said = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        missing = "" if Path(source).exists() else "there is no such folder, and on the Hub: "
-        raise ValueError(f"The data set {str(source)!r} cannot be opened: {missing}{said}") from error
 
 
 def _load_saved(name, split):

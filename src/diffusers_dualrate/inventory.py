@@ -200,17 +200,21 @@ def fingerprint_rows(
     return {"classes": list_classes(id2label), "images": count, "rows": digest.hexdigest()[:16]}
 
 
-def fingerprint_first_rows(rows: Iterable[tuple], id2label: dict[int, str] | None) -> dict:
-    """The same of a stream: the number of images is not known, and the hash is of the first rows alone.
+def fingerprint_first_rows(
+    rows: Iterable[tuple], id2label: dict[int, str] | None, count: int | None, size: int | None
+) -> dict:
+    """The same of a stream: the hash is of its first rows alone, and of the size of all.
 
     Args:
         rows: For each row the undecoded image and, if there are any, the label.
         id2label: Names of the classes, or `None`.
+        count: Number of images, where it is known.
+        size: Bytes of all shards, where it is known.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if size is None else str(size).encode())
     for file, *label in rows:
         digest.update(json.dumps(label).encode() + _hash_content(file))
-    return {"classes": list_classes(id2label), "images": None, "rows": digest.hexdigest()[:16]}
+    return {"classes": list_classes(id2label), "images": count, "rows": digest.hexdigest()[:16]}
 
 
 def list_classes(id2label: dict[int, str] | None) -> list[str] | None:
@@ -245,7 +249,8 @@ def describe_images(images: Images) -> str:
     description = getattr(images, "description", None)
     lines, names = [] if description is None else [description], list_classes(images.id2label) or []
     if not isinstance(images, Sized):
-        lines.insert(0, f"a stream of images, number of classes: {images.num_classes or 'none'}")
+        count = "" if (number := getattr(images, "count", None)) is None else f"{number:,} "
+        lines.insert(0, f"a stream of {count}images, number of classes: {images.num_classes or 'none'}")
         if images.num_classes and len(lines) == 1:
             lines.append(f"classes: {join_names(names)}")
         return "\n".join(lines)

@@ -101,6 +101,7 @@ class StreamedImages(ImageReader):
         num_classes: How many there are, or `None`.
         has_captions: Whether there are captions.
         description: What a folder held, or `None` for other sources.
+        count: Number of images, or `None` where it is known of none of the shards.
         num_corrupt: Most corrupt images that this process has met in one epoch. Each epoch meets the same ones, in other
             places.
 
@@ -126,6 +127,8 @@ class StreamedImages(ImageReader):
         check_columns(dataset, image_column, label_column, caption_column)
         check_num_classes(num_classes, label_column)
         self.description = description_of(dataset)
+        self.count = getattr((dataset.info.splits or {}).get(str(dataset.split)), "num_examples", None)
+        self._size = dataset.info.download_size
         self.id2label = None
         if label_column is not None:
             self.id2label = name_classes(dataset.features[label_column], label_column, num_classes)
@@ -147,7 +150,8 @@ class StreamedImages(ImageReader):
     def fingerprint(self) -> dict:
         """What is known of these images before all are read, as of [`inventory.fingerprint_first_rows`]."""
         rows = self._unshuffled.take(_SAMPLED)
-        return fingerprint_first_rows((tuple(row[column] for column in self._columns) for row in rows), self.id2label)
+        first = (tuple(row[column] for column in self._columns) for row in rows)
+        return fingerprint_first_rows(first, self.id2label, self.count, self._size)
 
     def list_captions(self, count: int) -> list[str]:
         """First captions of the first images, as they lie, again and again if there are fewer than asked for."""
