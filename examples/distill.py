@@ -80,6 +80,7 @@ from diffusers_dualrate.inventory import caption_to_bytes, spread_captions
 from diffusers_dualrate.losses import Denoise, seed_of
 from diffusers_dualrate.moment_matching import (
     Grid,
+    GridDraws,
     Judges,
     Rollout,
     auxiliary_loss,
@@ -409,11 +410,13 @@ def train(
     encoder = accelerator.unwrap_model(networks).context_encoder
     waiting = [parameter for name, parameter in encoder.named_parameters() if name in known] if known else []
 
+    def draw_rows(step: int, rows: Sequence[int]) -> GridDraws:
+        return draw_on_grid(seed, step, rows, variance_check.shape, len(grid.plan), accelerator.device)
+
     with run.watch(ema, averaged, pipeline):
-        for step, part, batch in run.batches(loader):
+        for step, part, batch, draws in run.batches(loader, draw_rows):
             x, condition = batch.get("pixel_values"), run.conditions.of(batch)
             start = None if recipe.full_rollout else x
-            draws = draw_on_grid(seed, step, run.rows(part), variance_check.shape, len(grid.plan), accelerator.device)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
             is_pretraining = step < recipe.pretraining_steps
             # The auxiliary comes first: while it equals the teacher, the student's gradient is zero.

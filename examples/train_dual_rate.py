@@ -61,6 +61,7 @@ from diffusers_dualrate.configuration import Configuration
 from diffusers_dualrate.conversion import follow_host, host_of, learning_parameters, make_encoder
 from diffusers_dualrate.losses import (
     ContextTimes,
+    Draws,
     FollowingTimes,
     denoising_loss,
     draw,
@@ -182,10 +183,12 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
     loss_function = following_loss if recipe.follow_encoder else denoising_loss
     contexts = [context_times(run, part) for part in range(accelerator.gradient_accumulation_steps)]
 
+    def draw_rows(step: int, rows: Sequence[int]) -> Draws:
+        return draw(seed, step, rows, run.images.sample_shape, accelerator.device)
+
     with run.watch(ema, averaged, pipeline):
-        for step, part, batch in run.batches(loader):
+        for step, part, batch, draws in run.batches(loader, draw_rows):
             x, condition = batch["pixel_values"], run.conditions.of(batch)
-            draws = draw(seed, step, run.rows(part), x.shape[1:], accelerator.device)
             condition = drop_condition(condition, draws, recipe.label_dropout, run.conditions.null)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 

@@ -43,7 +43,7 @@ from diffusers_dualrate import DualRatePipeline, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.configuration import Configuration
 from diffusers_dualrate.conversion import follow_host, host_of
-from diffusers_dualrate.losses import denoising_loss, draw, drop_condition, seed_of
+from diffusers_dualrate.losses import Draws, denoising_loss, draw, drop_condition, seed_of
 from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.optimization import make_accelerator, make_lr_scheduler, make_optimizer
 from diffusers_dualrate.pair import TrainablePair, schedule_of
@@ -113,10 +113,12 @@ def train(run: Run, networks: TrainablePair, averaged: TrainablePair, pipeline: 
 
     schedule = schedule_of(pipeline.scheduler, recipe.bias)
 
+    def draw_rows(step: int, rows: Sequence[int]) -> Draws:
+        return draw(seed, step, rows, run.images.sample_shape, accelerator.device)
+
     with run.watch(ema, averaged, pipeline):
-        for step, part, batch in run.batches(loader):
+        for step, part, batch, draws in run.batches(loader, draw_rows):
             x, condition = batch["pixel_values"], run.conditions.of(batch)
-            draws = draw(seed, step, run.rows(part), x.shape[1:], accelerator.device)
             condition = drop_condition(condition, draws, recipe.label_dropout, run.conditions.null)
             torch.manual_seed(seed_of(seed, step, part, accelerator.process_index))  # for dropout in the networks
 

@@ -25,10 +25,12 @@ import train_dual_rate
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.checkpoints import list_checkpoints
 from diffusers_dualrate.configuration import Configuration
+from diffusers_dualrate.data import load_images, undecoded
 from diffusers_dualrate.flops import training_image_flops
 from diffusers_dualrate.losses import denoising_loss, draw
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.streams import StreamedImages
 
 PEAK = 989e12  # FLOP/s of an H100 SXM, dense bfloat16, as its maker states it
 SHARE = 0.4  # of that peak which a training reaches: ASSUMED, not measured
@@ -73,6 +75,35 @@ def make_shards(folder: Path, size: int, num_classes: int, count: int = 256, sha
         rows = {"image": images, "label": rng.integers(0, num_classes, len(images)).tolist()}
         data = Dataset.from_dict(rows, Features({"image": ImageFeature(), "label": classes}))
         data.to_parquet(str(folder / f"train-{shard:05}-of-{shards:05}.parquet"))
+
+
+def time_stream(folder: Path, configuration: Configuration, count: int = 256) -> dict:
+    """Images per second that one process reads, decodes and augments from shards, and microseconds of each part."""
+    columns = {"label_column": "label"}
+    dataset = load_images(str(folder), streaming=True, **columns)
+    size, augmentation = configuration.networks.denoiser["sample_size"], configuration.recipe.augmentation
+    images = StreamedImages(dataset, size, augmentation=augmentation, **columns)
+    rows = undecoded(dataset, "image", "label").shuffle(seed=0, buffer_size=count)
+    times = [time.thread_time()]
+    files = [row["image"] for row in rows]
+    times.append(time.thread_time())
+    pixels = [images.decode(file, row) for row, file in enumerate(files)]
+    times.append(time.thread_time())
+    for row, image in enumerate(pixels):
+        images.augment(image, 0, row)
+    times.append(time.thread_time())
+    draw(0, 0, range(count), images.sample_shape)
+    times.append(time.thread_time())
+    parts = ("reading", "decoding", "augmentation", "noise")
+    each = {
+        part: (after - before) / len(files) * 1e6 for part, before, after in zip(parts, times, times[1:], strict=False)
+    }
+    speed = 1e6 / sum(each[part] for part in parts[:3])
+    return {
+        "images_per_second": speed,
+        "microseconds": each,
+        "bytes": sum(len(file["bytes"]) for file in files) / len(files),
+    }
 
 
 def flags_of(args: argparse.Namespace, steps: int) -> list[str]:
@@ -207,6 +238,7 @@ def main(args: argparse.Namespace) -> dict:
     report = {"preset": args.preset}
     if not args.plan:
         make_shards(args.output_dir / "images", shapes["sample_size"], shapes["num_classes"])
+        report["streamed"] = time_stream(args.output_dir / "images", configuration)
         report["measured"] = rehearse(args)
     report["planned"] = plan(configuration, args.train_batch_size)
     (args.output_dir / "rehearsal.json").write_text(json.dumps(report, indent=2) + "\n")

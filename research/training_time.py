@@ -2,8 +2,8 @@
 
     python -m research.training_time --preset emoji32 --output_dir /tmp/training-time
 
-It takes a few real steps with the scripts of examples/, on emoji and on letters: a single-rate network, a pair, a pair
-whose contexts begin late, and a student. Time is that of the process, so other work on the machine counts little. The
+It takes a few real steps with the scripts of examples/, on emoji or on letters: a single-rate network, a pair, a pair
+whose contexts begin late, and a student. Time is that of the processor, so other work on the machine counts little. The
 peak is what one product of large float32 matrices reaches just before.
 """
 
@@ -33,7 +33,6 @@ LETTERS = Path(__file__).with_name("presets") / "letters16.json"
 # Part of a step: functions, by the end of their file's name, whose time with all that they call is its own.
 PARTS = {
     "images and augmentation": [("runs.py", "batches")],
-    "draws": [("losses.py", "draw"), ("moment_matching.py", "draw_on_grid")],
     "forward passes and losses": [("torch/nn/modules/module.py", "_wrapped_call_impl")],
     "backward pass": [("accelerate/accelerator.py", "backward")],
     "clipping": [("accelerate/accelerator.py", "clip_grad_norm_")],
@@ -41,6 +40,8 @@ PARTS = {
     "EMA": [("diffusers/training_utils.py", "step")],
     "checks and logging": [("runs.py", "agree"), ("runs.py", "note"), ("runs.py", "finish_step")],
 }
+# What a run does before its first step and behind its last.
+OUTSIDE = [("runs.py", "_announce"), ("runs.py", "finish"), ("accelerate/accelerator.py", "prepare")]
 
 
 def parse_args(argv=None):
@@ -84,27 +85,34 @@ def measure(args: argparse.Namespace, name: str, script, *more: object) -> dict:
         folder,
     ]
     flags += ["--max_train_steps", args.max_train_steps, "--validation_steps", 0, *more]
-    peak, profile = measure_peak(), cProfile.Profile(time.process_time, builtins=False)
+    peak, profile = measure_peak(), cProfile.Profile(time.thread_time, builtins=False)
     with open(args.output_dir / "log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         parsed = script.parse_args(list(map(str, flags)))
         profile.runcall(script.main, parsed, open_images)
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined] (it has no stub)
-    name_of_loop = Path(script.__file__).name
+    loop = Path(script.__file__).name
 
-    def seconds_of(*functions: tuple[str, str]) -> float:
-        """Time of functions and all that they call; of modules only as the loop calls them."""
+    def seconds_of(functions, by: tuple[str, ...] = ()) -> float:
+        """Time of functions and all that they call; with `by` only as those functions of the script call them."""
         total = 0.0
         for (file, _, function), (_, _, _, seconds, callers) in stats.items():
             if any(file.endswith(ending) and function == known for ending, known in functions):
-                called = [times[3] for (caller, _, _), times in callers.items() if caller.endswith(name_of_loop)]
-                total += sum(called) if function == "_wrapped_call_impl" else seconds
+                called = [
+                    times[3] for (caller, _, name), times in callers.items() if caller.endswith(loop) and name in by
+                ]
+                total += sum(called) if by else seconds
         return total
 
-    saved = seconds_of(("checkpoints.py", "save_checkpoint"))
-    outside = seconds_of(("runs.py", "finish"), ("accelerate/accelerator.py", "prepare"))
-    whole = seconds_of((name_of_loop, "train")) - outside - saved
-    parts = {part: seconds_of(*functions) for part, functions in PARTS.items()}
+    parts = {part: seconds_of(functions) for part, functions in PARTS.items()}
+    parts["forward passes and losses"] = seconds_of(PARTS["forward passes and losses"], ("train", "look"))
+    # The first draws are made on this thread. So all others, which another thread makes, are taken to cost as much.
+    first = seconds_of([(loop, "draw_rows")])
+    parts["images and augmentation"] -= first
+    parts["draws"] = args.max_train_steps * first
+    saved = seconds_of([("checkpoints.py", "save_checkpoint")])
     parts["checks and logging"] -= saved
+    outside = saved + seconds_of(OUTSIDE) + seconds_of([(loop, "__init__")], ("train",))  # of the check of a student
+    whole = seconds_of([(loop, "train")]) - outside - first + parts["draws"]
     batch = Configuration.from_json(read_json(folder / FILE)).recipe.train_batch_size
     teacher = DualRatePipeline.from_pretrained(args.output_dir / "single-rate") if script is distill else None
     speed, cost = batch * args.max_train_steps / whole, count_flops(folder, teacher)

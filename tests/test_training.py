@@ -1,5 +1,6 @@
 """The training plumbing, and the training examples as a user runs them."""
 
+import collections
 import contextlib
 import dataclasses
 import importlib
@@ -9,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,6 +342,26 @@ def test_a_share_of_a_batch_is_the_same_rows_however_the_batch_is_cut(parts, siz
     run = SimpleNamespace(recipe=SimpleNamespace(train_batch_size=size), rows=lambda part: range(part, size, parts))
     chosen = [row for part in range(parts) for row in run.rows(part)[: Run.count_of_first(run, part, share)]]
     assert sorted(chosen) == list(range(round(share * size)))
+
+
+def test_the_next_draws_are_made_while_those_of_a_batch_are_in_use_and_are_those_of_its_step_and_rows():
+    """Kills: the part of the step before; drawing when they are asked for."""
+    asked = collections.defaultdict(threading.Event)
+
+    def draw(step, rows):
+        asked[step, rows].set()
+        return step, rows
+
+    run = SimpleNamespace(accelerator=SimpleNamespace(gradient_accumulation_steps=2), step=3, is_stopping=False)
+    run.images, run.options = SimpleNamespace(vae=None), SimpleNamespace(seed=0)
+    run.rows = lambda part: range(part, 4, 2)
+    drawn = []
+    for step, part, _, draws in Run.batches(run, [{} for _ in range(5)], draw):
+        drawn.append((step, part))
+        assert draws == (step, run.rows(part))
+        following = (step, run.rows(1)) if part == 0 else (step + 1, run.rows(0))
+        assert asked[following].wait(10)
+    assert drawn == [(3, 0), (3, 1), (4, 0), (4, 1), (5, 0)]
 
 
 @pytest.mark.parametrize(("flag", "share"), [("--context_dropout", 0.01), ("--context_dropout", 0.06)])

@@ -77,8 +77,9 @@ def load_images(
         dataset = _load_saved(dataset_name, split)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     elif dataset_name is not None and not (config_name is None and folders.is_folder_of_images(dataset_name)):
-        options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-        dataset = open_shards(dataset_name, dataset_name, name=config_name, **options)
+        dataset = open_shards(
+            dataset_name, dataset_name, split=split, streaming=streaming, name=config_name, cache_dir=cache_dir
+        )
     else:
         folder = dataset_name if train_data_dir is None else train_data_dir
         assert folder is not None
@@ -89,8 +90,9 @@ def load_images(
             dataset = listed.open(streaming=streaming, seed=seed)
         else:
             files = {split: glob.escape(described) + "/**"}
-            options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-            dataset = open_shards(folder, "imagefolder", data_files=files, **options)
+            dataset = open_shards(
+                folder, "imagefolder", split=split, streaming=streaming, data_files=files, cache_dir=cache_dir
+            )
             if not streaming and len(dataset) != (count := folders.count_images(described)):
                 raise ValueError(
                     f"The table of {folders.readable(described)!r} describes {len(dataset):,} of its {count:,} images: "

@@ -96,6 +96,12 @@ def choose_threads(flops: float) -> str:
     return f"threads: {_chosen} of {cores} cores{each}, {reason}; OMP_NUM_THREADS sets another number"
 
 
+def leave_signals(worker: int) -> None:
+    """Lets a data worker survive the first signal, sent to all processes of a job. The second, at the run's end, ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
 def run_script(main: Callable[[Any], Any], args: Any) -> NoReturn:
     """Run a script's `main(args)` and end this process with its exit status.
 

@@ -8,7 +8,7 @@ No loop and no mathematics: those are in the examples. A loop uses a run like th
     ema = EMAModel(networks.parameters(), decay=...)
     run.load(ema, optimizer)                                    # goes on where a checkpoint stopped
     with run.watch(ema, averaged, pipeline):                    # SIGINT and SIGTERM now end the loop in order
-        for step, part, batch in run.batches(loader):
+        for step, part, batch, draws in run.batches(loader, draw):
             with accelerator.accumulate(networks):
                 ...
                 run.note(loss=loss)                             # logged, and must be finite
@@ -26,14 +26,16 @@ No loop and no mathematics: those are in the examples. A loop uses a run like th
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -66,7 +68,7 @@ from .optimization import begin_states
 from .pair import TrainablePair
 from .pictures import draw_grid
 from .pipeline import DualRatePipeline
-from .processes import choose_threads
+from .processes import choose_threads, leave_signals
 from .progress import Progress
 from .recipes import SingleRateRecipe
 from .repositories import claim_repository, upload_model
@@ -76,12 +78,7 @@ from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
 LOGGING_STEPS = 50
 SAMPLES = 32
-
-
-def _leave_signals(worker: int) -> None:
-    """Lets a data worker survive the first signal, sent to all processes of a job. The second, at the run's end, ends it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+Drawn = TypeVar("Drawn")
 
 
 class Run:
@@ -147,14 +144,12 @@ class Run:
         """Batches from here to the end of training, for `prepare`: an endless shuffle, cut to measure."""
         size, steps = self.recipe.train_batch_size, self.recipe.num_steps
         workers = self.configuration.data.dataloader_num_workers
+        load = functools.partial(DataLoader, num_workers=workers, worker_init_fn=leave_signals)
         if isinstance(self.images, StreamedImages):
             stretch = Stretch(self.images, self._position, max(0, steps - self.step), size, self.parts)
-            return DataLoader(
-                stretch, size // self.parts, num_workers=workers, drop_last=True, worker_init_fn=_leave_signals
-            )
+            return load(stretch, size // self.parts, drop_last=True)
         order = ShuffledIndices(len(self.images), self.options.seed, self.step * size, steps * size)
-        batches = DealtBatches(order, size // self.parts, self.parts)
-        return DataLoader(self.images, batch_sampler=batches, num_workers=workers, worker_init_fn=_leave_signals)
+        return load(self.images, batch_sampler=DealtBatches(order, size // self.parts, self.parts))
 
     def load(self, ema: EMAModel, optimizer: torch.optim.Optimizer) -> None:
         """Restore what `prepare` returned and the EMA weights from the checkpoint, if there is one to resume from."""
@@ -254,23 +249,27 @@ class Run:
         on = f"{n} processes" if (n := accelerator.num_processes) > 1 else "1 process"
         accelerator.print(f"steps {self.step:,} to {self.recipe.num_steps:,}, each of {size:,} images, on {on}")
         accelerator.print(choose_threads(size // self.parts * max(counted.values())))
-        if self.configuration.validation_steps:
-            accelerator.print(
-                f"a grid of samples every {self.configuration.validation_steps:,} steps: {self.output_dir / 'samples'}"
-            )
+        if every := self.configuration.validation_steps:
+            accelerator.print(f"a grid of samples every {every:,} steps: {self.output_dir / 'samples'}")
 
-    def batches(self, loader: Iterable[dict[str, Tensor]]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """Yield (step, part of the step, batch) until training ends or has been stopped."""
-        parts = self.accelerator.gradient_accumulation_steps
-        for micro_step, batch in enumerate(loader, start=self.step * parts):
-            if "position" in batch:
-                self._position = batch.pop("position")[-1].tolist()
-                self._num_corrupt = int(batch.pop("num_corrupt")[-1])
-            step, part = divmod(micro_step, parts)
-            encode_batch(self.images, batch, self.options.seed, step, self.rows(part))
-            yield step, part, batch
-            if self.is_stopping:
-                return
+    def batches(
+        self, loader: Iterable[dict[str, Tensor]], draw: Callable[[int, Sequence[int]], Drawn]
+    ) -> Iterator[tuple[int, int, dict[str, Tensor], Drawn]]:
+        """Yield (step, part, batch, draws) until training ends or is stopped; a thread calls `draw` one batch ahead."""
+        parts, ahead = self.accelerator.gradient_accumulation_steps, None
+        with ThreadPoolExecutor(1) as thread:
+            for micro_step, batch in enumerate(loader, start=self.step * parts):
+                if "position" in batch:
+                    self._position = batch.pop("position")[-1].tolist()
+                    self._num_corrupt = int(batch.pop("num_corrupt")[-1])
+                (step, part), (next_step, next_part) = divmod(micro_step, parts), divmod(micro_step + 1, parts)
+                # The first are drawn here: data workers are forks, and none may be made while a thread computes.
+                draws = draw(step, self.rows(part)) if ahead is None else ahead.result()
+                ahead = thread.submit(draw, next_step, self.rows(next_part))
+                encode_batch(self.images, batch, self.options.seed, step, self.rows(part))
+                yield step, part, batch, draws
+                if self.is_stopping:
+                    return
 
     def note(self, **scalars: Tensor) -> None:
         """Remember numbers of this part of the step: their mean is logged, and they must be finite."""
