@@ -102,6 +102,7 @@ from diffusers_dualrate.sources import (
     open_captions,
     open_images,
 )
+from diffusers_dualrate.text_encoding import TEXT_OPTIONS
 
 # Samples that tell whether the student has collapsed, and the steps that the teacher takes for them.
 PROBES, TEACHER_STEPS = 32, 16
@@ -224,6 +225,10 @@ def make_networks(
         denoiser = UViTDenoiser(**configuration.networks.denoiser)
         handed_over = {name: denoiser.config[name] for name in ("context_channels", "prediction_hand_over")}
         context_encoder = make_encoder(teacher.denoiser, configuration.networks.context_encoder | handed_over)
+    told = configuration.networks
+    for network, shape in ((denoiser, told.denoiser), (context_encoder, told.context_encoder)):
+        if not isinstance(network, HostNetwork | None):  # it reads texts as the teacher does, from now on
+            network.register_to_config(**{name: shape[name] for name in TEXT_OPTIONS})
     networks = Distillation(denoiser, context_encoder, copy.deepcopy(teacher.denoiser))
     if configuration.options.gradient_checkpointing:
         networks.enable_gradient_checkpointing()

@@ -17,8 +17,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+import distill
 from conftest import fill_with_noise, make_text_encoder, make_tokenizer
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.conditions import Text
 from diffusers_dualrate.configuration import Start
 from diffusers_dualrate.flops import network_flops
@@ -27,6 +28,7 @@ from diffusers_dualrate.inventory import draw_caption
 from diffusers_dualrate.metrics import measure_v_loss
 from diffusers_dualrate.noise_process import NoiseProcess
 from diffusers_dualrate.sources import open_captions
+from diffusers_dualrate.text_encoding import TextEncoding
 
 PROMPTS, NEGATIVE = ["a red apple", "two fish"], "blue bird"
 ATTENTION = {"num_attention_heads": 2, "attention_head_dim": 4}
@@ -133,6 +135,34 @@ def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     loaded.text_encoder = loaded.tokenizer = None
     with pytest.raises(ValueError, match="The model has no text_encoder"):
         measure_v_loss(loaded, Captioned(), 2, 2, 2, Accelerator(cpu=True))
+
+
+def test_a_student_reads_prompts_by_the_rules_of_its_teacher(tmp_path):
+    """PixArt learned texts in lower case; a student trained before, on texts as they are, is distilled under it."""
+    teacher = make_theirs("pixart alpha")
+    teacher.save_pretrained(tmp_path / "teacher")
+    shape = {"sample_size": 8, "in_channels": 4, "level_channels": (8, 16), "level_types": ("res", "transformer")}
+    shape |= {"level_blocks": (1, 1), "attention_head_dim": 8, "embedding_dim": 16, "cross_attention_dim": 8}
+    denoiser = fill_with_noise(UViTDenoiser(**shape, context_channels=(8, 16), text_length=6), 1)
+    encoder = fill_with_noise(UViTContextEncoder(**shape, text_length=6), 2)
+    scheduler = DualRateScheduler(log_snr_min=-4.0, log_snr_max=6.0, clip_sample=False)
+    parts = {"vae": teacher.vae, "text_encoder": teacher.text_encoder, "tokenizer": teacher.tokenizer}
+    before = DualRatePipeline(denoiser, scheduler, encoder, num_inference_steps=4, **parts)
+    before.save_pretrained(tmp_path / "student")
+    (tmp_path / "prompts.txt").write_text("A Red Apple \ntwo fish\n")
+    flags = ["--teacher", "teacher", "--student", "student", "--prompt_list", "prompts.txt", "--output_dir", "run"]
+    flags = [str(tmp_path / word) if not word.startswith("--") else word for word in flags]
+    options = ["--override", "distillation.min_variance_share=0", "--preset", "tiny", "--full_rollout", "--max_train_steps", "2", "--validation_steps", "0"]
+    assert distill.main(distill.parse_args([*flags, *options])) == 0
+    student, taught = (DualRatePipeline.from_pretrained(tmp_path / name) for name in ("run", "teacher"))
+    theirs, mask, *_ = taught.encode_prompt("A Red Apple ", max_sequence_length=6)
+    for prompt in ("A Red Apple ", "a red apple"):
+        ours, own_mask, *_ = student.encode_prompt(prompt, max_sequence_length=6)
+        assert torch.equal(ours[own_mask], theirs[mask])
+    assert not torch.equal(before.encode_prompt("A Red Apple ")[0], before.encode_prompt("a red apple")[0])
+    assert student.denoiser.config.text_length == 120 and student.context_encoder.config.text_is_lowered
+    unmasked = SimpleNamespace(config=SimpleNamespace(text_is_masked=False, text_is_lowered=False))
+    assert not TextEncoding.of(parts["text_encoder"], parts["tokenizer"], None, unmasked).is_masked
 
 
 def test_a_flow_of_sd3_gives_the_velocity_of_its_own_prediction():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .conditions import Condition, Text
 from .inventory import captions_from_bytes
-from .text_encoding import TextEncoding, width_of
+from .text_encoding import TEXT_OPTIONS, TextEncoding, width_of
 
 _MOST_BYTES = 2**31  # of embeddings that are kept
 # Captions that are embedded at a time, always as many: the rounding of kernels depends on it, and a run that is resumed
@@ -33,9 +33,10 @@ class CaptionEmbeddings:
         self._num_bytes = 0
 
     @property
-    def network_options(self) -> dict[str, int]:
+    def network_options(self) -> dict[str, int | bool]:
         """What the configuration of a network says of such texts."""
-        return {"cross_attention_dim": width_of(self.encoding.text_encoder), "text_length": self.length}
+        rules = width_of(self.encoding.text_encoder), self.length, self.encoding.is_masked, self.encoding.is_lowered
+        return dict(zip(TEXT_OPTIONS, rules, strict=True))
 
     def embed(self, captions: Sequence[str], device: torch.device | str) -> Text:
         """Embeddings of captions, on a device."""

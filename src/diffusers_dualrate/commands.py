@@ -8,6 +8,7 @@ from .configuration import FILE, Configuration
 from .pipeline import DualRatePipeline
 from .recipes import DistillationRecipe, SingleRateRecipe
 from .records import read_json
+from .text_encoding import TEXT_OPTIONS
 
 EVALUATION, GRID = "evaluation.json", "samples.png"
 """What a measurement leaves beside a model."""
@@ -48,7 +49,7 @@ def find_changes(told: dict, presets: Path | None) -> dict | None:
         preset["sampling"] = preset["sampling"] | {"num_context_steps": None}
     planned = Configuration.from_json(told | preset)
     light = trained.networks.denoiser
-    text = {name: light[name] for name in ("cross_attention_dim", "text_length") if light.get("cross_attention_dim")}
+    text = {name: light[name] for name in TEXT_OPTIONS if light.get("cross_attention_dim") and name in light}
     networks = planned.networks.with_conditions(light["num_classes"], text)
     shipped = dataclasses.replace(planned, networks=networks).to_json()
     ours = trained.to_json()

@@ -78,6 +78,8 @@ class UViTContextEncoder(UViTNetwork):
         prediction_hand_over: Whether the context ends with z_τ, the encoder's own prediction x̂ and its variance.
         cross_attention_dim: Width of the tokens of a text, for a model of text; `None` for one of classes or of nothing.
         text_length: Number of tokens of the texts that it is trained on, filled up or cut to it.
+        text_is_masked: Whether the text encoder was told which tokens fill a text up.
+        text_is_lowered: Whether it is trained on texts in lower case, without spaces at their ends.
         attends_to_text: Whether transformer levels attend to its tokens. Otherwise the network sees one embedding of the
             whole text.
     """
@@ -99,6 +101,8 @@ class UViTContextEncoder(UViTNetwork):
         prediction_hand_over: bool = False,
         cross_attention_dim: int | None = None,
         text_length: int = 77,
+        text_is_masked: bool = True,
+        text_is_lowered: bool = False,
         attends_to_text: bool = True,
     ):
         super().__init__()
@@ -212,6 +216,8 @@ class UViTDenoiser(UViTNetwork):
         prediction_hand_over: Whether the context ends with z_τ, the encoder's prediction x̂ and its variance.
         cross_attention_dim: Width of the tokens of a text, for a model of text; `None` for one of classes or of nothing.
         text_length: Number of tokens of the texts that it is trained on, filled up or cut to it.
+        text_is_masked: Whether the text encoder was told which tokens fill a text up.
+        text_is_lowered: Whether it is trained on texts in lower case, without spaces at their ends.
         attends_to_text: Whether transformer levels attend to its tokens. Otherwise the network sees one embedding of the
             whole text.
     """
@@ -233,6 +239,8 @@ class UViTDenoiser(UViTNetwork):
         prediction_hand_over: bool = False,
         cross_attention_dim: int | None = None,
         text_length: int = 77,
+        text_is_masked: bool = True,
+        text_is_lowered: bool = False,
         attends_to_text: bool = True,
     ):
         super().__init__()

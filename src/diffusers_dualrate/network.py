@@ -360,7 +360,8 @@ def _check_config(config) -> None:
     check_number("dropout", config.dropout, least=0, below=1)
     check_boolean("prediction_hand_over", config.prediction_hand_over)
     check_integer("text_length", config.text_length, 1, MOST_AT_ONCE)
-    check_boolean("attends_to_text", config.attends_to_text)
+    for name in ("text_is_masked", "text_is_lowered", "attends_to_text"):
+        check_boolean(name, config[name])
     if config.cross_attention_dim is not None:
         check_integer("cross_attention_dim, if it is not None,", config.cross_attention_dim, 1, _MOST_CHANNELS)
         if config.num_classes is not None:

@@ -19,11 +19,10 @@ from .latents import compression_of
 from .origins import digest
 from .pipeline import DualRatePipeline
 from .streams import StreamedImages
-from .text_encoding import TextEncoding, load_text_encoding
+from .text_encoding import TEXT_OPTIONS, TextEncoding, load_text_encoding
 
 # What teacher and student must share.
 _SHARED = {"in_channels", "sample_size", "num_classes"}
-_TEXT = {"cross_attention_dim", "text_length"}
 _SCHEDULE = {"log_snr_min", "log_snr_max", "image_size", "noise_low", "noise_high"}
 
 
@@ -202,7 +201,8 @@ def check_teacher(teacher: DualRatePipeline, **others: dict) -> None:
             schedule = {name: values[name] for name in _SCHEDULE}
             if cut_schedule(schedule, teacher.denoiser.process) != schedule:
                 raise ValueError(f"The teacher does not know all noise levels of the {place}: {schedule}.")
-        for name in (_SHARED if of_host else _SHARED | _TEXT | _SCHEDULE) & values.keys():
+        shared = _SHARED | ({"cross_attention_dim"} if of_host else {*TEXT_OPTIONS} | _SCHEDULE)
+        for name in shared & values.keys():
             if known.get(name) != values[name]:
                 raise ValueError(
                     f"The teacher does not fit: {name} is {known.get(name)} in the teacher and {values[name]} in the "

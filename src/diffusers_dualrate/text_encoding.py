@@ -14,6 +14,9 @@ from .ranges import check_integer
 
 logger = logging.get_logger(__name__)
 
+TEXT_OPTIONS = ("cross_attention_dim", "text_length", "text_is_masked", "text_is_lowered")
+"""What the configuration of every network of text says of the texts that it learned from."""
+
 # A fast tokenizer keeps on itself how it fills up and cuts, and one may serve several threads.
 _TOKENIZING = threading.Lock()
 # A tokenizer that knows no limit has a number far beyond this one.
@@ -83,7 +86,7 @@ class TextEncoding:
         Args:
             text_encoder: The encoder.
             tokenizer: Its tokenizer.
-            networks: Those that take the texts, or `None`. The first that was trained elsewhere says how.
+            networks: Those that take the texts, or `None`. The first says how.
 
         Raises:
             ValueError: If one is without the other, or they are no text encoder and tokenizer.
@@ -102,9 +105,10 @@ class TextEncoding:
             raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}.")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
-        configs = [network.config for network in networks if network is not None]
-        told: dict[str, Any] = next((dict(config) for config in configs if "text_is_masked" in config), {})
-        return cls(text_encoder, tokenizer, told.get("text_is_masked", True), told.get("text_is_lowered", False))
+        rules = next((network.config for network in networks if network is not None), None)
+        if rules is None:
+            return cls(text_encoder, tokenizer)
+        return cls(text_encoder, tokenizer, rules.text_is_masked, rules.text_is_lowered)
 
     @property
     def most_tokens(self) -> int:
