@@ -9,13 +9,12 @@ has it, learned from the captions; and the image encoder, an `ImageClassifier` w
 embedding. Only the split `train` is learned from; how well images of both splits find their names is printed and
 written into the image encoder's file. About 10 minutes on an idle CPU core.
 
-With `--text_encoder`, that one and its tokenizer stay as they are, and only an image encoder is trained for them: one
-that judges better, for longer training.
+That image encoder is small, since every step trains both. With `--text_encoder`, that one and its tokenizer stay as they
+are, and a larger image encoder is trained for them alone, against all captions at once: the judge that ships.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,11 @@ from . import EXAMPLES
 START, END = "<|startoftext|>", "<|endoftext|>"
 AUGMENTATION = Augmentation(translation=3, scale=(0.85, 1.1), background=(176, 255))
 IMAGE_ENCODER = "image_encoder.safetensors"
+SMALL = {"level_channels": (32, 64, 128), "num_features": 128, "stride": 4}
+LARGE = {"level_channels": (32, 128, 256), "num_features": 256, "stride": 4}
+# Standard deviation of the strongest noise on an image that is learned from alone.
+MOST_NOISE = 0.1
+HIGHEST_LOG_SCALE = 4.6
 
 
 def parse_args(argv=None):
@@ -49,6 +53,9 @@ def parse_args(argv=None):
     parser.add_argument("--train_batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="File of the training's state, to go on from where it is there."
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -187,37 +194,109 @@ def measure(text_encoder, tokenizer, image_encoder, images, names):
     return {"first": (rank == 0).float().mean().item(), "first_five": (rank < 5).float().mean().item()}
 
 
-def train(args, images, tokenizer, text_encoder, image_encoder):
-    """Trains both encoders together.
+@torch.no_grad()
+def measure_prompts(text_encoder, tokenizer, image_encoder, parts, prompts):
+    """How often the nearest prompt of a list is an image's own, of all images that a prompt of the list belongs to.
+
+    Args:
+        text_encoder: The text encoder.
+        tokenizer: Its tokenizer.
+        image_encoder: The image encoder.
+        parts: Sets of images.
+        prompts: The list.
+    """
+    places, right = {prompt: place for place, prompt in enumerate(prompts)}, []
+    texts = embed_texts(text_encoder, tokenizer, prompts)
+    for images in parts:
+        own = [[places[text] for text in captions if text in places] for captions in images.captions]
+        rows = [row for row, known in enumerate(own) if known]
+        x = images.plain()[rows]
+        nearest = torch.cat([normalize(image_encoder(part), dim=1) @ texts.T for part in x.split(500)]).argmax(1)
+        right += [place in own[row] for place, row in zip(nearest.tolist(), rows, strict=True)]
+    return {"images": len(right), "first": sum(right) / max(1, len(right))}
+
+
+def fit(args, encoders, loss_of):
+    """Goes through the steps of a training, from its checkpoint on where there is one.
+
+    Args:
+        args: The flags.
+        encoders: What is trained, as one module.
+        loss_of: (generator of this step, scale) to the loss. Every draw is one of the seed and the step's number.
 
     Returns:
-        The inverse temperature that they came to.
+        The inverse temperature that the training came to.
     """
-    log_scale = torch.nn.Parameter(torch.tensor(2.0))
-    both = [*text_encoder.parameters(), *image_encoder.parameters()]
-    parameters = [parameter for parameter in both if parameter.requires_grad]
+    log_scale = torch.nn.Parameter(torch.tensor(3.0))
+    parameters = [parameter for parameter in encoders.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}, {"params": [log_scale], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.98))
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, args.max_train_steps, pct_start=0.1
     )
-    generator = np.random.default_rng(args.seed)
-    progress = tqdm(range(1, args.max_train_steps + 1), unit="step", mininterval=10)
+    parts = {"encoders": encoders, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    first = 0
+    if args.checkpoint is not None and args.checkpoint.is_file():
+        state = torch.load(args.checkpoint, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log_scale.data.copy_(state["log_scale"])
+        first = state["step"]
+    progress = tqdm(range(first, args.max_train_steps), unit="step", mininterval=10, initial=first)
     for step in progress:
-        rows = generator.choice(len(images.names), args.train_batch_size, replace=False)
-        x, captions = images.draw(rows, generator)
-        pairs = belong([images.names[row] for row in rows], [images.styles[row] for row in rows], captions)
-        directions = normalize(image_encoder(x), dim=1)
-        texts = embed_texts(text_encoder, tokenizer, captions)
-        loss = contrastive_loss(directions, texts, log_scale.clamp(max=4.6).exp(), pairs)
+        loss = loss_of(np.random.default_rng((args.seed, step)), log_scale.clamp(max=HIGHEST_LOG_SCALE).exp())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         lr_scheduler.step()
-        if step % 50 == 0:
+        if (step + 1) % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    return log_scale.clamp(max=4.6).exp().item()
+            if args.checkpoint is not None:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                partial = args.checkpoint.with_suffix(".partial")
+                torch.save(state | {"log_scale": log_scale.data, "step": step + 1}, partial)
+                partial.replace(args.checkpoint)
+    return log_scale.clamp(max=HIGHEST_LOG_SCALE).exp().item()
+
+
+def train_both(args, images, tokenizer, text_encoder, image_encoder):
+    """Trains both encoders together, on the captions of a batch; returns the inverse temperature."""
+
+    def loss_of(generator, scale):
+        rows = generator.choice(len(images.names), args.train_batch_size, replace=False)
+        x, captions = images.draw(rows, generator)
+        pairs = belong([images.names[row] for row in rows], [images.styles[row] for row in rows], captions)
+        directions = normalize(image_encoder(x), dim=1)
+        return contrastive_loss(directions, embed_texts(text_encoder, tokenizer, captions), scale, pairs)
+
+    return fit(args, torch.nn.ModuleList([text_encoder, image_encoder]), loss_of)
+
+
+def train_image_encoder(args, images, tokenizer, text_encoder, image_encoder):
+    """Trains an image encoder alone; returns the inverse temperature.
+
+    The text encoder stays as it is, so all captions are embedded once, and each image is held against all of them.
+    """
+    texts = list(dict.fromkeys(caption for captions in images.captions for caption in captions))
+    places = {text: place for place, text in enumerate(texts)}
+    own = [torch.tensor([places[caption] for caption in captions]) for captions in images.captions]
+    with torch.no_grad():
+        directions = torch.cat([
+            embed_texts(text_encoder, tokenizer, texts[first : first + 256]) for first in range(0, len(texts), 256)
+        ])  # fmt: skip
+
+    def loss_of(generator, scale):
+        rows = generator.choice(len(images.names), args.train_batch_size, replace=False)
+        x, _ = images.draw(rows, generator)
+        # Samples have small errors of their own, which are not to decide.
+        noise = generator.standard_normal(x.shape, dtype=np.float32)
+        x = x + MOST_NOISE * torch.from_numpy(generator.random((len(x), 1, 1, 1), dtype=np.float32) * noise)
+        logits = scale * normalize(image_encoder(x), dim=1) @ directions.T
+        ours = torch.stack([row[own[place]].mean() for row, place in zip(logits, rows, strict=True)])
+        return (logits.logsumexp(1) - ours).mean()
+
+    return fit(args, image_encoder, loss_of)
 
 
 def main(args):
@@ -234,17 +313,17 @@ def main(args):
         text_encoder = CLIPTextModel.from_pretrained(args.text_encoder / "text_encoder").requires_grad_(False)
     lengths = sorted(len(ids) for ids in tokenizer(texts).input_ids)
     print(f"{len(tokenizer)} tokens; captions have {lengths[len(lengths) // 2]} in the median, at most {lengths[-1]}")
-    image_encoder = ImageClassifier(3, text_encoder.config.hidden_size, (32, 64, 128), num_features=128, stride=4)
+    kind = SMALL if args.text_encoder is None else LARGE
+    image_encoder = ImageClassifier(3, text_encoder.config.hidden_size, **kind)
     for name, encoder in (("text", text_encoder), ("image", image_encoder)):
         print(f"{name} encoder: {sum(parameter.numel() for parameter in encoder.parameters()):,} parameters")
-    start = time.perf_counter()
+    train = train_both if args.text_encoder is None else train_image_encoder
     scale = train(args, images["train"], tokenizer, text_encoder, image_encoder)
-    seconds = time.perf_counter() - start
 
     text_encoder.eval(), image_encoder.eval()
     names = sorted({name for part in images.values() for name in part.names})
     held_out_names = set(images["test"].names) - set(images["train"].names)
-    facts = {"scale": scale, "seconds": round(seconds), "names": len(names)}
+    facts = {"scale": scale, "names": len(names)}
     parts = images | {
         "styles_held_out": pick(splits["test"], lambda name: name not in held_out_names),
         "combinations_held_out": pick(splits["test"], lambda name: name in held_out_names),
@@ -252,6 +331,12 @@ def main(args):
     for split, part in parts.items():
         facts[split] = measure(text_encoder, tokenizer, image_encoder, part, names)
         print(split, len(part.names), "images:", facts[split])
+    for path in sorted(Path(args.dataset_name, "prompts").glob("*.txt")):
+        prompts = path.read_text(encoding="utf-8").splitlines()
+        found = measure_prompts(text_encoder, tokenizer, image_encoder, images.values(), prompts)
+        if found["images"]:
+            facts[f"prompts_{path.stem}"] = found
+            print(f"{found['images']} images among the {len(prompts)} prompts of {path.name}:", found)
     recipe = ("max_train_steps", "train_batch_size", "learning_rate", "weight_decay", "seed")
     if args.text_encoder is None:
         text_encoder.save_pretrained(args.output_dir / "text_encoder")

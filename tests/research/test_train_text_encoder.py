@@ -1,6 +1,7 @@
 """Tests of the text encoder for emoji64: its loss, its tokenizer, and the encoders that ship."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from diffusers_dualrate.evaluation import ImageClassifier
 from research import EXAMPLES, train_text_encoder
-from research.train_text_encoder import CaptionedImages, belong, contrastive_loss, embed_texts, measure
+from research.train_text_encoder import (
+    CaptionedImages,
+    belong,
+    contrastive_loss,
+    embed_texts,
+    fit,
+    measure,
+    measure_prompts,
+)
 
 FOLDER = EXAMPLES / "text_encoders" / "emoji64"
 
@@ -49,6 +58,39 @@ def test_a_caption_belongs_to_the_images_of_its_name_and_if_it_has_a_style_of_th
         [False, True, False],
         [False, False, True],
     ]
+
+
+def test_a_training_that_goes_on_from_its_checkpoint_ends_as_one_without_a_break(tmp_path):
+    flags = ["--max_train_steps", "60", "--learning_rate", "0.1"]
+
+    def train(stop, *more):
+        torch.manual_seed(0)
+        encoder = torch.nn.Linear(3, 2)
+
+        def loss_of(generator, scale):
+            steps.append(generator.random())
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            return scale * encoder(torch.full((1, 3), steps[-1])).square().sum()
+
+        steps = []
+        scale = fit(train_text_encoder.parse_args([*flags, *more]), encoder, loss_of)
+        return encoder.weight, scale, len(steps)
+
+    weight, scale, _ = train(None)
+    kept = ["--checkpoint", str(tmp_path / "state")]
+    with pytest.raises(KeyboardInterrupt):
+        train(55, *kept)
+    again, same, steps = train(None, *kept)
+    assert steps == 10 and torch.equal(again, weight) and same == scale
+
+
+def test_images_are_recognised_among_a_list_of_prompts_by_the_nearest_of_them():
+    directions = torch.eye(3)
+    images = SimpleNamespace(captions=[["apple"], ["pear"], ["fig"], ["plum"]], plain=lambda: torch.eye(4)[:, :3])
+    encoder, prompts = lambda **_: SimpleNamespace(pooler_output=directions), ["apple", "fig", "pear"]
+    found = measure_prompts(encoder, lambda *_, **__: {}, lambda x: x, [images], prompts)
+    assert found == {"images": 3, "first": 1 / 3}  # the second image is nearest to fig, the third to pear
 
 
 def test_a_tokenizer_learns_words_and_knows_every_text():
