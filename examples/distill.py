@@ -92,6 +92,7 @@ from diffusers_dualrate.moment_matching import (
 from diffusers_dualrate.optimization import make_accelerator, make_optimizer
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
+from diffusers_dualrate.prompt_lists import read_prompts
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
 from diffusers_dualrate.sources import (
@@ -158,19 +159,6 @@ class ConditionsAlone(torch.utils.data.Dataset):
     def list_captions(self, count: int) -> list[str]:
         """Prompts evenly spread over all."""
         return spread_captions(self.captions, count)
-
-
-def read_prompts(path: str | None) -> list[str] | None:
-    """The prompts of a file, one a line; `None` where none is named."""
-    if path is None:
-        return None
-    try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt_list {path} cannot be read: {error}.") from error
-    if not prompts:
-        raise ValueError(f"--prompt_list {path} holds no prompt.")
-    return prompts
 
 
 def take_over_student(
@@ -341,7 +329,7 @@ def open_models(
 def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     configuration = configure(args, "distill")
     has_data = bool(args.dataset_name or args.train_data_dir)
-    prompts = read_prompts(args.prompt_list)
+    prompts = None if args.prompt_list is None else read_prompts("--prompt_list", args.prompt_list)
     if has_data and prompts is not None:
         raise ValueError("--prompt_list is for a student without data, whose captions are its prompts.")
     if not has_data and not (args.student and configuration.recipe.full_rollout):

@@ -41,6 +41,13 @@ def parse_args(argv=None):
         "--text_encoder", help="Contrastive text encoder of --classifier: does a sample show its prompt?"
     )
     parser.add_argument(
+        "--prompt_lists",
+        nargs="*",
+        default=[],
+        help="Files of prompts, one a line, that are drawn once for each seed and judged by --text_encoder. Beside --grid lies "
+        "a picture of each.",
+    )
+    parser.add_argument(
         "--on_corrupt", choices=["raise", "skip"], default="raise", help="What an unreadable image does."
     )
     parser.add_argument("--reference_split", default="train", help="Split of the data set that samples are held to.")
@@ -74,52 +81,47 @@ if __name__ == "__main__":
     ARGS = parse_args()  # now, since what follows takes seconds to import
 
 import json
-import math
 import shlex
 import warnings
 from functools import partial
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 
 from diffusers_dualrate import DualRatePipeline, sources
 from diffusers_dualrate.arguments import select
 from diffusers_dualrate.augmentation import Augmentation
-from diffusers_dualrate.cards import sample_rows, v_loss_rows
 from diffusers_dualrate.commands import EVALUATION
 from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.evaluation import file_hash
-from diffusers_dualrate.flops import block_multiply_adds, count_evaluations, network_flops, plan_flops, training_flops
+from diffusers_dualrate.flops import block_multiply_adds, network_flops, training_flops
 from diffusers_dualrate.folders import check_output_dir
-from diffusers_dualrate.guidance import Guidance
-from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, real_batches, sampled_batches, shown_by
+from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, shown_by
 from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.metrics import (
     check_classifier,
     distance_name,
     load_extractors,
     make_nearest_judge,
-    make_text_judges,
-    measure_images,
+    measure_floor,
+    measure_real_prompts,
     measure_reference,
-    measure_v_loss,
-    metrics_of,
-    spread,
+    measure_v_losses,
 )
 from diffusers_dualrate.network import UViTNetwork
 from diffusers_dualrate.pictures import draw_grid
 from diffusers_dualrate.processes import check_launch, choose_threads, run_script
+from diffusers_dualrate.prompt_lists import TextJudge, judges_of_captions, read_prompts
+from diffusers_dualrate.prompts import check_text_encoder
 from diffusers_dualrate.provenance import environment
 from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
-from diffusers_dualrate.steps import make_dpm_solver, plan_steps
+from diffusers_dualrate.tables import prompt_rows, sample_rows, v_loss_rows
 from diffusers_dualrate.text_encoding import load_text_encoding
+from diffusers_dualrate.ways import Asked, measure_sampling
 
-# Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
-_FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
 # The nearest image is looked for among all.
 _NEAREST_LIMIT = 5_000
 
@@ -139,46 +141,6 @@ def choose_steps(args, pipe):
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
 
 
-def measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator):
-    """Sample a set of images for each seed; returns their metrics beside what they cost, and the first images."""
-    own_scheduler = pipe.scheduler
-    if solver == "dpmsolver++":
-        pipe.scheduler = make_dpm_solver(own_scheduler)
-    # What was not asked for is the model's: its K, or the steps that it names.
-    called = steps if args.num_context_steps is not None else steps | {"num_context_steps": None}
-    n, k, is_pair = called["num_inference_steps"], called["num_context_steps"], pipe.context_encoder is not None
-    taken = plan_steps(pipe.scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
-    plan, guidance = taken.plan, Guidance.of(steps["guidance_scale"], pipe.config.guidance_interval)
-    per_seed, first, calls = [], None, 0
-    with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
-        for seed in args.seeds:
-            shown = shown_by(images, choose(images, args.num_samples, seed))
-            batches = sampled_batches(pipe, shown, args.num_samples, seed, called, args.batch_size, accelerator)
-            measured = measure_images(batches, extractors, judges, accelerator)
-            calls += math.ceil(args.num_samples / args.batch_size)
-            per_seed.append(metrics_of(measured, reference, args.num_samples))
-            first = measured.first if first is None else first
-    pipe.scheduler = own_scheduler
-    # Every way to sample proves what it evaluated, all processes together.
-    heavy, light = plan.evaluations(spared := pipe.config.encoder_denoises)
-    evaluations = [sum(counts) for counts in zip(*gather_object([evaluations]), strict=True)]
-    if evaluations != [heavy * calls, light * calls]:
-        raise RuntimeError(
-            f"{solver} made {evaluations} evaluations of {heavy} and {light} in each of {calls} batches."
-        )
-    path = pipe.denoiser, pipe.context_encoder, plan
-    report = {
-        "solver": solver,
-        **steps,
-        "num_context_steps": heavy or None,
-        "evaluations": {"context_encoder": heavy, "denoiser": light},
-        "flops": plan_flops(*path, encoder_denoises=spared),
-        "flops_with_guidance": plan_flops(*path, guided=taken.guided_by(guidance), encoder_denoises=spared),
-        **spread(per_seed),
-    }
-    return report, first
-
-
 def describe_floor(args, images):
     """In words, which real images the floor and the v-loss are measured with."""
     if args.floor_split:
@@ -191,13 +153,17 @@ def read_records(model):
     return read_record(model, FILE), read_record(model, "training.json")
 
 
-def draw_first(first, pipe, images, args):
-    """A picture of the first samples, each under the name of its class."""
-    pictures, names = pipe.image_processor.postprocess(first, output_type="pil"), None
-    shown = shown_by(images, choose(images, args.num_samples, args.seeds[0])[: len(first)])
-    if shown is not None:
-        names = [pipe.id2label.get(label, str(label)) for label in shown.tolist()] if images.num_classes else shown
-    return draw_grid(pictures, names)
+def draw_first(first, pipe, images, prompts, args):
+    """Write a picture of the first samples, each under the name of its class or its prompt, and one of each list of prompts."""
+    grid = Path(args.grid)
+    grid.parent.mkdir(parents=True, exist_ok=True)
+    for name, x in first.items():
+        pictures = pipe.image_processor.postprocess(x, output_type="pil")
+        shown = shown_by(images, choose(images, args.num_samples, args.seeds[0])[: len(x)])
+        if name is None and images.num_classes:
+            shown = [pipe.id2label.get(label, str(label)) for label in shown.tolist()]
+        path, columns = (grid, 8) if name is None else (grid.with_stem(f"{grid.stem}-{name}"), 10)
+        draw_grid(pictures, shown if name is None else prompts[name], columns).save(path)
 
 
 def tell(report, args):
@@ -205,11 +171,16 @@ def tell(report, args):
     columns = list(report["floor"])
     head = ["", "heavy + light", "guidance", "GFLOP", *columns]
     rows = [head, *sample_rows(report, report["model"], columns)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    print()
-    for how, *cells in rows:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([how.ljust(widths[0]), *aligned]))
+    tables = [rows]
+    if report["prompt_lists"]:
+        head = ["prompts", "", "recognised in the list", "among all captions", "score", "seconds per image"]
+        tables.append([head, *prompt_rows(report, report["model"])])
+    for table in tables:
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        print()
+        for how, *cells in table:
+            aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            print("  ".join([how.ljust(widths[0]), *aligned]))
     if "v_loss" in report:
         print(f"\nv-loss: {', '.join(f'{name} {loss}' for name, loss in v_loss_rows(report))}")
     if not report["references"]:
@@ -233,6 +204,10 @@ def check(args):
             raise ValueError(f"{name} must be at least 1, got {min(counts)}.")
     if args.text_encoder and not (args.classifier and args.caption_column):
         raise ValueError("--text_encoder needs --classifier, which was trained with it, and --caption_column.")
+    if args.prompt_lists and not args.text_encoder:
+        raise ValueError("--prompt_lists needs --text_encoder, which judges.")
+    if len({Path(path).stem for path in args.prompt_lists}) < len(args.prompt_lists):
+        raise ValueError(f"--prompt_lists must have different names, got {args.prompt_lists}.")
     for seed in args.seeds:
         check_integer("seeds", seed, least=0)
     if len(set(args.seeds)) < len(args.seeds):
@@ -282,43 +257,15 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     return {name: rivals[name] for name in compared}
 
 
-def measure_v_losses(pipe, compared, images, k, args, accelerator):
-    """The v-loss of a model, of the model without its context, and of the single-rate models beside it."""
-
-    def v_loss_of(model, k, **options):
-        return measure_v_loss(model, images, args.num_noises, k, args.batch_size, accelerator, **options)
-
-    v_loss = {"images": args.num_noises, "model": v_loss_of(pipe, k or 1)}
-    if pipe.context_encoder is not None:
-        v_loss["context_dropped"] = v_loss_of(pipe, k, drop_context=True)
-    for name, model in compared.items():
-        v_loss[name] = v_loss_of(model, 1)
-    if args.heavy and args.light:
-        gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
-        v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
-    return v_loss
-
-
-def measure_floor(images, reference, extractors, judges, args, accelerator):
-    """The metrics of as many real images as are sampled: what a perfect model would have."""
-    floor = []
-    for position, seed in enumerate(args.seeds):
-        chosen = choose(images, args.num_samples, seed)
-        batches = real_batches(images, _FLOOR_EPOCHS[position], chosen, args.batch_size, accelerator)
-        measured = measure_images(batches, extractors, judges, accelerator)
-        floor.append(metrics_of(measured, reference, args.num_samples))
-    return spread(floor)
-
-
-def make_judges(classifier, images, fresh, augmentation, args, accelerator):
-    """Who says of an image, given its class, whether it shows that class."""
+def make_judges(classifier, text_judge, images, fresh, augmentation, args, accelerator):
+    """Who says of an image, given its class or caption, whether it shows that."""
     judges = {}
     if classifier is not None and images.num_classes:
         judges["class_accuracy"] = lambda x, labels: (
             classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
         )
-    if args.text_encoder:
-        judges |= make_text_judges(load_text_encoding(args.text_encoder), classifier, images, accelerator.device)
+    if text_judge is not None:
+        judges |= judges_of_captions(text_judge, images.captions)
     if (images.num_classes or images.has_captions) and len(images) <= _NEAREST_LIMIT:
         backgrounds = (Augmentation(background=(level, level)) for level in (0, 255))
         views = (fresh(augmentation=background, split=args.reference_split) for background in backgrounds)
@@ -329,6 +276,7 @@ def make_judges(classifier, images, fresh, augmentation, args, accelerator):
 
 def main(args, open_images=sources.open_images):
     check(args)
+    prompts = {Path(path).stem: read_prompts("--prompt_lists", path) for path in args.prompt_lists}
     accelerator = check_launch(Accelerator())
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
     told, trained = read_records(args.model)
@@ -348,10 +296,15 @@ def main(args, open_images=sources.open_images):
         floor_images = fresh(augmentation=augmentation, split=args.floor_split)
     plain_images = fresh(augmentation=Augmentation(), split=args.reference_split) if published else None
     sources.check_classes(args.model, pipe, images)
+    check_text_encoder(args.model, pipe)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     steps = choose_steps(args, pipe)
-    judges = make_judges(classifier, images, fresh, augmentation, args, accelerator)
+    text_judge = None
+    if args.text_encoder:
+        text_judge = TextJudge(load_text_encoding(args.text_encoder), classifier, accelerator.device)
+    judges = make_judges(classifier, text_judge, images, fresh, augmentation, args, accelerator)
+    lists = {name: (texts, judges_of_captions(text_judge, images.captions, texts)) for name, texts in prompts.items()}
     num_reference = len(images) if args.num_reference is None else args.num_reference
     networks = {name: net for name in ("context_encoder", "denoiser") if (net := pipe.components[name]) is not None}
     report = {
@@ -386,22 +339,29 @@ def main(args, open_images=sources.open_images):
     if told is not None and isinstance(Configuration.from_json(told).recipe, DistillationRecipe):
         report["images_by_phase"] = Configuration.from_json(told).recipe.images_by_phase
     else:
-        report["v_loss"] = measure_v_losses(pipe, compared, floor_images, k, args, accelerator)
+        noised = floor_images, args.num_noises, k, args.batch_size
+        report["v_loss"] = measure_v_losses(pipe, compared, *noised, accelerator)
     extractors = own | published
     how = (num_reference, args.cache_dir, args.batch_size, accelerator)
     reference = measure_reference(images, own, *how) | measure_reference(plain_images, published, *how)
-    report["floor"] = measure_floor(floor_images, reference, extractors, judges, args, accelerator)
+    drawn = args.num_samples, args.seeds, args.batch_size, accelerator
+    report["floor"] = measure_floor(floor_images, reference, extractors, judges, *drawn)
+    real = [images] if floor_images is images else [images, floor_images]
+    report["prompt_lists"] = {
+        name: measure_real_prompts(*judged, real, args.batch_size, accelerator) for name, judged in lists.items()
+    }
     orders = {None: type(pipe.scheduler).__name__, False: "ancestral", True: "second-order ancestral"}
     ways = [(orders[pipe.scheduler.config.get("second_order")], steps)]
     for n in args.solver_steps:
         ways.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
+    asked = Asked(images, reference, extractors, judges, lists, args.num_samples, args.seeds, args.batch_size)
     report["samples"] = []
     for solver, steps in ways:
-        found, first = measure_sampling(pipe, solver, images, reference, extractors, judges, steps, args, accelerator)
+        names_refreshes = args.num_context_steps is not None
+        found, first = measure_sampling(pipe, solver, asked, steps, names_refreshes, accelerator)
         report["samples"].append(found)
         if args.grid and len(report["samples"]) == 1 and accelerator.is_main_process:
-            Path(args.grid).parent.mkdir(parents=True, exist_ok=True)
-            draw_first(first, pipe, images, args).save(args.grid)
+            draw_first(first, pipe, images, prompts, args)
 
     report |= {"seeds": args.seeds, **environment(accelerator)}
     if accelerator.is_main_process:

@@ -53,6 +53,7 @@ from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flop
 from diffusers_dualrate.guidance import Guidance
 from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.processes import choose_threads
+from diffusers_dualrate.prompts import check_text_encoder
 from diffusers_dualrate.ranges import check_output
 from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 
@@ -176,6 +177,7 @@ def check_shown(pipe, args):
         raise ValueError(f"{args.model} is a model of text: give --prompt and no --class_labels.")
     if not takes_text and args.prompt:
         raise ValueError(f"{args.model} takes no text: leave --prompt out.")
+    check_text_encoder(args.model, pipe)
     return args.prompt
 
 
@@ -195,8 +197,7 @@ def open_beside(flag, args, pipe):
         raise ValueError(
             f"{path} is of text and the pair is not, or the other way round, or their texts differ in width."
         )
-    if theirs["cross_attention_dim"] is not None and other.text_encoder is None:
-        raise ValueError(f"{path} has no text_encoder to embed --prompt.")
+    check_text_encoder(path, other)
     if other.denoiser.config.num_classes != pipe.denoiser.config.num_classes:
         raise ValueError(f"{path} has {other.denoiser.config.num_classes or 'no'} classes, not those of the pair.")
     if any(other.id2label[i] != pipe.id2label[i] for i in other.id2label.keys() & pipe.id2label.keys()):

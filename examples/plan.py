@@ -6,6 +6,8 @@ Tries plans of few and many steps, even and uneven ones, both orders of the step
 the pair learned to go without context, refreshes may begin late. The best plan is the default of the model that is saved,
 with what it was measured on in plan.json. The criterion is the energy distance of the samples from those of a long chain
 along the same noise, or with `--classifier` and data `fd_local`. No report uses the seeds of this choice.
+
+A model of text is tried on the prompts of `--prompt_list`, or on captions of the data, as `--caption_column` names them.
 """
 
 import argparse
@@ -26,6 +28,7 @@ def parse_args(argv=None):
         "network alone costs at the model's own N.",
     )
     parser.add_argument("--output", required=True, help="New folder for the model with its plan.")
+    parser.add_argument("--prompt_list", help="File of prompts, one a line, that a model of text is tried on.")
     parser.add_argument("--classifier", help="File of train_classifier.py: choose by fd_local, which needs data.")
     add_data_flags(parser)
     parser.add_argument("--num_reference", type=int, help="Images of the reference; default: as many as there are.")
@@ -55,6 +58,8 @@ from diffusers_dualrate.latents import decode
 from diffusers_dualrate.metrics import check_classifier, load_extractors, measure_reference
 from diffusers_dualrate.planning import plan_for
 from diffusers_dualrate.processes import check_launch, choose_threads, run_script
+from diffusers_dualrate.prompt_lists import read_prompts
+from diffusers_dualrate.prompts import check_text_encoder
 from diffusers_dualrate.ranges import check_output
 from diffusers_dualrate.records import read_json
 
@@ -70,13 +75,16 @@ def check(args):
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output must be a new or an empty folder, and {args.output!r} holds something.")
     has_data = bool(args.dataset_name or args.train_data_dir)
-    if bool(args.classifier) != has_data:
-        given, other = ("--classifier", "data") if args.classifier else ("Data", "--classifier")
-        raise ValueError(f"{given} needs {other} beside it: fd_local is taken with both.")
+    if args.classifier and not has_data:
+        raise ValueError("--classifier needs data beside it: fd_local is taken with both.")
+    if has_data and not (args.classifier or args.caption_column):
+        raise ValueError("Data needs --classifier beside it, for fd_local, or --caption_column, for prompts.")
 
 
-def make_criterion(args, pipe, accelerator):
-    """Images to fd_local from the data, augmented as the training was."""
+def open_data(args, pipe):
+    """The images that the flags name, augmented as the training was; `None` where they name none."""
+    if not (args.dataset_name or args.train_data_dir):
+        return None
     told = Path(args.model, FILE)
     augmentation = Augmentation()
     if told.is_file():
@@ -84,6 +92,25 @@ def make_criterion(args, pipe, accelerator):
     options = {**pixel_options(pipe), "augmentation": augmentation, "seed": FRESH_SEED}
     images = sources.open_images(Data(**select(args, Data)), **options)
     sources.check_classes(args.model, pipe, images)
+    return images
+
+
+def choose_prompts(args, pipe, images):
+    """The prompts of a model of text, from their file or the captions of the data; `None` for another model."""
+    prompts = None if args.prompt_list is None else read_prompts("--prompt_list", args.prompt_list)
+    takes_text = pipe.denoiser.config.cross_attention_dim is not None
+    if prompts is not None and not takes_text:
+        raise ValueError(f"{args.model} takes no text: leave --prompt_list out.")
+    if prompts is None and images is not None and images.has_captions:
+        prompts = images.list_captions(args.num_images)
+    if prompts is None and takes_text:
+        raise ValueError(f"{args.model} is a model of text: give --prompt_list, or data with --caption_column.")
+    check_text_encoder(args.model, pipe)
+    return prompts
+
+
+def make_criterion(args, pipe, images, accelerator):
+    """Images to fd_local from the data."""
     classifier, extractors, _ = load_extractors(args.classifier, None, False, accelerator.device)
     check_classifier(args.classifier, classifier, images.channels, images.num_classes)
     cache = args.cache_dir or Path.home() / ".cache" / "diffusers-dualrate"
@@ -100,10 +127,12 @@ def make_criterion(args, pipe, accelerator):
     return fd_local
 
 
-def save(planned, pipe, args):
+def save(planned, pipe, prompts, args):
     """Write the model with its plan into a new folder, and what it was trained by, if that lies beside it."""
     planned.choice.apply_to(pipe).save_pretrained(args.output)
     record = planned.to_json() | {"model": Path(args.model).name, "command": ["python", *sys.argv]}
+    if prompts is not None:
+        record["prompts"] = prompts
     if args.classifier:
         record["classifier"] = {"file": Path(args.classifier).name, "sha256": evaluation.file_hash(args.classifier)}
         record["data"] = Data(**select(args, Data)).name
@@ -120,19 +149,22 @@ def main(args):
         raise ValueError(f"A plan is chosen by one process, and there are {accelerator.num_processes}.")
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
     print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
-    criterion = make_criterion(args, pipe, accelerator) if args.classifier else None
+    images = open_data(args, pipe)
+    prompts = choose_prompts(args, pipe, images)
+    criterion = make_criterion(args, pipe, images, accelerator) if args.classifier else None
     pipe.set_progress_bar_config(desc="plans")
     planned = plan_for(
         pipe,
         args.budget,
         unit=args.unit,
         criterion=criterion,
+        prompts=prompts,
         num_images=args.num_images,
         seed=args.seed,
         num_trials=args.num_trials,
         batch_size=args.batch_size,
     )
-    save(planned, pipe, args)
+    save(planned, pipe, prompts, args)
     choice = planned.choice
     order, interval = ("second" if choice.second_order else "first"), choice.guidance_interval
     print(f"\n{choice.plan}\n")

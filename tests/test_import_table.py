@@ -123,6 +123,7 @@ def test_the_table_says_what_the_design_rests_on():
         "progress",
         "evaluation",
         "registration",
+        "tables",
         "ranges",
         "records",
     }

@@ -13,7 +13,7 @@ from diffusers_dualrate.brownian import BrownianNoise
 from diffusers_dualrate.evaluation import energy_distance
 from diffusers_dualrate.flops import network_flops, plan_flops
 from diffusers_dualrate.guidance import Guidance
-from diffusers_dualrate.planning import PLANNING_SEED, Choice, plan_for
+from diffusers_dualrate.planning import PLANNING_SEED, Choice, _Search, plan_for
 
 LATE = {"context_free": True, "num_inference_steps": 8, "guidance_scale": 2.0}
 FEW = {"num_images": 4, "num_trials": 12}
@@ -127,6 +127,39 @@ def test_milliseconds_are_those_of_this_machine_and_a_share_is_of_the_heavy_netw
     assert all(0 < choice.cost <= 1000 for choice in timed.tried) and "cpu" in timed.machine and shared.machine is None
 
 
+def test_a_model_of_text_is_planned_on_prompts_that_are_embedded_once(make_text_pipe, tmp_path, capsys):
+    """A late plan costs what it costs with classes, and each image is of its own prompt and noise."""
+    pipe = make_text_pipe(**LATE)
+    encoded = []
+    pipe.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    planned = plan_for(pipe, budget_of(pipe), prompts=["a red apple", "two fish"], **FEW)
+    assert len(encoded) == 1 and any(choice.refresh_steps[0] > 0 for choice in planned.tried)
+    for choice in planned.tried:
+        assert choice.cost == pytest.approx(flops_of(pipe, choice) / 1e9) and choice.cost <= budget_of(pipe)
+    swapped = plan_for(pipe, budget_of(pipe), prompts=["two fish", "a red apple"], **FEW)
+    assert swapped.tried[0].score != planned.tried[0].score
+    choice, search = planned.choice, _Search(pipe, 2, 0, 2, ["a red apple", "two fish"])
+    both = search.sample(choice)
+    alone = _Search(pipe, 2, 0, 1, ["a red apple", "two fish"]).sample(choice)
+    torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-5)
+    for prompts, said in ((None, "prompts of a model of text must be"), ([], "is empty"), (["a", 3], "got 3")):
+        with pytest.raises(ValueError, match=said):
+            plan_for(pipe, budget_of(pipe), prompts=prompts, **FEW)
+
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red apple\n\ntwo fish\n")
+    few = ["--budget", budget_of(pipe), "--num_images", 2, "--num_trials", 2]
+    flags = ["--model", tmp_path / "model", *few, "--output", tmp_path / "planned"]
+    run(*flags, "--prompt_list", tmp_path / "prompts.txt")
+    assert json.loads((tmp_path / "planned" / "plan.json").read_text())["prompts"] == ["a red apple", "two fish"]
+    with pytest.raises(ValueError, match="is a model of text: give --prompt_list, or data"):
+        run(*flags[:-1], tmp_path / "other")
+    DualRatePipeline(**pipe.components | {"text_encoder": None, "tokenizer": None}).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare has no text_encoder to embed prompts"):
+        bare = ["--model", tmp_path / "bare", *few, "--output", tmp_path / "other"]
+        run(*bare, "--prompt_list", tmp_path / "prompts.txt")
+
+
 def test_a_choice_is_applied_to_a_copy_and_saved_as_the_default(pipe, tmp_path):
     choice = Choice(6, (2, 3, 5), True, (-3.0, 4.0), 1.0, 0.5)
     planned = choice.apply_to(pipe)
@@ -216,7 +249,12 @@ def test_a_user_plans_a_model_and_samples_it_by_its_plan(pipe, tmp_path, capsys)
     with pytest.raises(ValueError, match="--output must be a new or an empty folder"):
         run(*options, "--output", tmp_path / "planned")
     assert (tmp_path / "planned" / "plan.json").read_bytes() == before
-    for more in (["--classifier", "x.safetensors"], ["--dataset_name", "digits"]):
-        with pytest.raises(ValueError, match="needs .* beside it"):
+    (tmp_path / "prompts.txt").write_text("a fish\n")
+    for more, said in (
+        (["--classifier", "x.safetensors"], "needs data beside it"),
+        (["--dataset_name", "digits"], "Data needs --classifier beside it"),
+        (["--prompt_list", tmp_path / "prompts.txt"], "takes no text: leave --prompt_list out"),
+    ):
+        with pytest.raises(ValueError, match=said):
             run(*options, "--output", tmp_path / "other", *more)
     assert not (tmp_path / "other").exists()

@@ -152,7 +152,17 @@ def test_a_student_reads_prompts_by_the_rules_of_its_teacher(tmp_path):
     (tmp_path / "prompts.txt").write_text("A Red Apple \ntwo fish\n")
     flags = ["--teacher", "teacher", "--student", "student", "--prompt_list", "prompts.txt", "--output_dir", "run"]
     flags = [str(tmp_path / word) if not word.startswith("--") else word for word in flags]
-    options = ["--override", "distillation.min_variance_share=0", "--preset", "tiny", "--full_rollout", "--max_train_steps", "2", "--validation_steps", "0"]
+    options = [
+        "--override",
+        "distillation.min_variance_share=0",
+        "--preset",
+        "tiny",
+        "--full_rollout",
+        "--max_train_steps",
+        "2",
+        "--validation_steps",
+        "0",
+    ]
     assert distill.main(distill.parse_args([*flags, *options])) == 0
     student, taught = (DualRatePipeline.from_pretrained(tmp_path / name) for name in ("run", "teacher"))
     theirs, mask, *_ = taught.encode_prompt("A Red Apple ", max_sequence_length=6)

@@ -19,7 +19,8 @@ from diffusers_dualrate.captions import CaptionEmbeddings
 from diffusers_dualrate.data import LabelledImages, load_images
 from diffusers_dualrate.evaluation import ImageClassifier
 from diffusers_dualrate.inventory import captions_from_bytes
-from diffusers_dualrate.metrics import make_nearest_judge, make_text_judges
+from diffusers_dualrate.metrics import make_nearest_judge
+from diffusers_dualrate.prompt_lists import TextJudge, judges_of_captions
 from diffusers_dualrate.streams import StreamedImages
 from diffusers_dualrate.text_encoding import TextEncoding, load_text_encoding
 
@@ -92,11 +93,8 @@ def test_a_picture_of_prompts_is_drawn_by_their_model_alone(make_text_pipe, make
         ("text", [], "is a model of text: give --prompt"),
         ("text", ["--prompt", "a", "--class_labels", "1"], "no --class_labels"),
         ("classes", ["--prompt", "a"], "takes no text"),
-        (
-            "text",
-            ["--prompt", "a", "--distilled", str(tmp_path / "bare")],
-            "bare has no text_encoder to embed --prompt",
-        ),
+        ("text", ["--prompt", "a", "--distilled", str(tmp_path / "bare")], "bare has no text_encoder to embed"),
+        ("bare", ["--prompt", "a"], "bare has no text_encoder to embed"),
     ):
         with pytest.raises(ValueError, match=said):
             generate.main(generate.parse_args([*flags, str(tmp_path / model), *more]))
@@ -107,18 +105,24 @@ def test_a_sample_shows_its_prompt_if_the_nearest_caption_is_one_of_the_same_ima
     texts = ["a red apple", "apple", "two green fish", "a star"]
     inputs = encoding.tokenizer(texts, padding=True, return_tensors="pt")
     directions = encoding.text_encoder(**inputs).pooler_output.detach()
-    judges = make_text_judges(encoding, lambda x: 3 * directions, images, "cpu")
+    judge = TextJudge(encoding, lambda x: 3 * directions, "cpu")
+    judges = judges_of_captions(judge, images.captions)
     asked = ["apple", "apple", "a star", "a star"]  # the second name of the first image, itself, another's, itself
     x = torch.zeros(4, 3, 16, 16)
     assert judges["caption_of_nearest_text"](x, asked).tolist() == [True, True, False, True]
     one = torch.nn.functional.cosine_similarity(directions[0], directions[1], dim=0)
     torch.testing.assert_close(judges["image_text_score"](x, asked)[:2], torch.stack([one, torch.tensor(1.0)]))
+    # Among prompts alone, of which the second is of no image, another caption of the image does not count.
+    few = judges_of_captions(judge, images.captions, ["apple", "two red fish", "a star"])
+    assert few["prompt_of_nearest_prompt"](x[[0, 0, 0, 3]], ["a star"] * 4).tolist()[3]
+    seen = few["caption_of_nearest_text"](x, ["two red fish", "apple", "a star", "a star"])
+    assert seen.tolist() == [False, True, False, True]
     nearest = make_nearest_judge(images, images, 0)
     x = torch.stack([images[0]["pixel_values"], images[1]["pixel_values"]])
     assert nearest(x, ["apple", "apple"]).tolist() == [True, False]
 
 
-def test_a_model_of_text_is_measured_on_the_captions_of_its_data(root, make_text_pipe):
+def test_a_model_of_text_is_measured_on_captions_of_its_data_and_on_lists_of_prompts(root, make_text_pipe, capsys):
     make_text_pipe(num_context_steps=2, networks={"sample_size": 16}).save_pretrained(root / "measured")
     ImageClassifier(3, 8, (8, 8), num_features=8).save(root / "judge.safetensors")
     flags = [
@@ -133,13 +137,35 @@ def test_a_model_of_text_is_measured_on_the_captions_of_its_data(root, make_text
     ]
     flags += ["--classifier", str(root / "judge.safetensors"), "--text_encoder", str(root / "encoder")]
     flags += ["--num_noises", "4", "--output", str(root / "evaluation.json"), "--cache_dir", str(root / "references")]
-    report = evaluate.main(
-        evaluate.parse_args(["--model", str(root / "measured"), *flags, "--grid", str(root / "g.png")])
-    )
+    (root / "seen.txt").write_text("a red apple\ntwo green fish\n")
+    (root / "novel.txt").write_text("a green apple\n")
+    lists = ["--prompt_lists", str(root / "seen.txt"), str(root / "novel.txt")]
+    model = ["--model", str(root / "measured")]
+    report = evaluate.main(evaluate.parse_args([*model, *flags, *lists, "--grid", str(root / "g.png")]))
     found = report["samples"][0]
+    lists = found["prompts"]
+    assert lists.keys() == {"seen", "novel"} and report["prompt_lists"]["novel"] is None
+    for name, count, real in (("seen", 2, 2), ("novel", 1, None)):
+        metrics = {
+            f"{start}_{count}" for start in ("prompt_of_nearest_prompt", "caption_of_nearest_text", "image_text_score")
+        }
+        assert lists[name].keys() == metrics | {"prompts", "seconds_per_image"} and lists[name]["prompts"] == count
+        assert real is None or report["prompt_lists"][name].keys() == metrics | {"images"}
+    assert lists["novel"]["prompt_of_nearest_prompt_1"]["mean"] == 1  # there is no other
+    assert Image.open(root / "g-seen.png").width > Image.open(root / "g-novel.png").width
+    out = capsys.readouterr().out
+    assert "recognised in the list" in out and "seen, 2" in out
     assert {"caption_of_nearest_text_4", "image_text_score_4", "caption_of_nearest_4", "fd_local_4"} <= found.keys()
     assert report["floor"]["caption_of_nearest_4"]["mean"] == 1.0  # real images, not augmented
     assert report["v_loss"]["model"] > 0 and (root / "g.png").is_file()
+    make_text_pipe(text_encoder=None, tokenizer=None, networks={"sample_size": 16}).save_pretrained(root / "blind")
+    for more, said in (
+        (["--model", str(root / "blind")], "blind has no text_encoder to embed prompts"),
+        ([*model, "--prompt_lists", str(root / "absent.txt")], "absent.txt cannot be read"),
+        ([*model, "--prompt_lists", str(root / "seen.txt"), str(root / "seen.txt")], "must have different names"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluate.main(evaluate.parse_args([*flags, *more]))
 
 
 def test_a_single_rate_model_of_text_is_distilled_under_its_own_encoder(root):

@@ -6,7 +6,6 @@ A card depends on nothing else, so it can be made again at any time.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -18,73 +17,13 @@ from .origins import CONFIG, Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
 from .repositories import CARD, content_of
+from .tables import LEGEND, name_rival, percent, prompt_rows, sample_rows, v_loss_rows
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 UNMEASURED = "Nothing yet. This command measures it, and `examples/make_card.py` then puts the figures here:"
 """What a card says in place of figures, where there are none."""
 
 NOTES = ("license", "summary", "example_label", "intended_use", "training", "limits", "bias", "sources")
-_LEGEND = {
-    "fd_local": "*fd_local*: Fréchet distance in the features of a small classifier of this data, scaled to mean variance 1 on "
-    "the reference; it is comparable with itself only, at equal count.",
-    "fd_dinov2": "*fd_dinov2*: Fréchet distance in DINOv2's features from the images of the data as they are, not augmented.",
-    "fid": "*fid*: Fréchet distance in Inception's features from the images of the data as they are, not augmented.",
-    "precision": "*precision*, *recall*: share of samples within the manifold of real images, and the reverse, by three neighbours.",
-    "class_accuracy": "*class_accuracy*: how often that classifier sees the class that was asked for.",
-    "class_of_nearest": "*class_of_nearest*: how often the nearest training image, over shifts and backgrounds, has the class that "
-    "was asked for.",
-}
-
-
-def percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %")
-
-
-def is_share(name: str) -> bool:
-    return not name.startswith(("fd_", "fid_"))
-
-
-def show(name: str, metric: dict) -> str:
-    """A metric over seeds: its mean, and its standard deviation where there are several."""
-    digits = ".1%" if is_share(name) else ".3f"
-    text = f"{metric['mean']:{digits}}"
-    if metric["std"] is not None:
-        text += f" ± {metric['std']:{digits}}"
-    return text.replace("%", " %")
-
-
-def describe_solver(way: dict) -> str:
-    solver = {"dpmsolver++": "DPM-Solver++"}.get(way["solver"], way["solver"])
-    k = "" if way["num_context_steps"] is None else f", K = {way['num_context_steps']}"
-    return f"{solver}, N = {way['num_inference_steps']}{k}"
-
-
-def name_rival(key: str, rival: dict, start: dict) -> str:
-    """What a model that stands beside is called: by its network, or by its name and its part in the training."""
-    if key.startswith("single_rate_"):
-        return f"{key.removeprefix('single_rate_')} network alone"
-    for part, role in (("teacher", "its teacher"), ("student", "its start")):
-        if Path(start.get(part) or "").name == rival["model"]:
-            return f"{rival['model']}, {role}"
-    return rival["model"]
-
-
-def sample_rows(evaluation: dict, title: str, columns: list[str]) -> Iterator[list[str]]:
-    """Rows of the table of samples: this model, those it is compared with, the floor."""
-    sources = [(title, evaluation)]
-    start = (evaluation["configuration"] or {}).get("start", {})
-    sources += [(name_rival(key, rival, start), rival) for key, rival in evaluation["rivals"].items()]
-    for source, model in sources:
-        is_light = bool(model["training"]) and model["training"]["network"] == "light"
-        for way in model["samples"]:
-            heavy, light = way["evaluations"]["context_encoder"], way["evaluations"]["denoiser"]
-            if heavy == 0 and not is_light:  # the network of a single-rate model is the heavy one
-                heavy, light = light, 0
-            guidance = f"{way['guidance_scale']:g}" if way["guidance_scale"] > 1 else "none"
-            cost = [f"{heavy} + {light}", guidance, f"{way['flops_with_guidance'] / 1e9:.2f}"]
-            cells = [show(name, way[name]) if name in way else "" for name in columns]
-            yield [f"{source}, {describe_solver(way)}", *cost, *cells]
-    yield ["floor", "", "", "", *(show(name, evaluation["floor"][name]) for name in columns)]
 
 
 def describe_training_images(evaluation: dict, changes: dict | None) -> str:
@@ -118,21 +57,6 @@ def describe_cost(evaluation: dict) -> str:
         if rival.get("training_flops") is not None
     ]
     return f"{text}; beside it, each without what it started from, {'; '.join(others)}." if others else f"{text}."
-
-
-def v_loss_rows(evaluation: dict) -> Iterator[tuple[str, str]]:
-    is_pair = "context_encoder" in evaluation["parameters"]
-    titles = {
-        "model": f"this pair (K = {evaluation['samples'][0]['num_context_steps']})" if is_pair else "this model",
-        "context_dropped": "this pair, its context dropped",
-        "single_rate_light": "light network alone, of the denoiser's shape",
-        "single_rate_heavy": "heavy network alone, of the encoder's shape",
-    }
-    for name, title in titles.items():
-        if name in evaluation["v_loss"]:
-            rival = evaluation["rivals"].get(name)
-            seen = f", trained on {rival['training']['images_seen']:,} images" if rival and rival["training"] else ""
-            yield title + seen, f"{evaluation['v_loss'][name]:.4f}"
 
 
 def describe_preset(told: dict, changes: dict | None) -> str:
@@ -276,7 +200,8 @@ def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCa
 
 def measured_parts(evaluation: dict, title: str, columns: list[str]) -> dict:
     """What the template takes of a measurement."""
-    used = [text for name, text in _LEGEND.items() if any(column.startswith(name) for column in columns)]
+    known = [next((name for name in LEGEND if column.startswith(name)), None) for column in columns]
+    used = [text for name, text in LEGEND.items() if name in known]
     if "held_out_accuracy" in (evaluation.get("classifier") or {}):
         used.append(
             f"That classifier knows {percent(evaluation['classifier']['held_out_accuracy'])} of the images held out from its own training."
@@ -292,6 +217,7 @@ def measured_parts(evaluation: dict, title: str, columns: list[str]) -> dict:
         "columns": columns,
         "rows": list(sample_rows(evaluation, title, columns)),
         "legend": " ".join(used),
+        "prompts": list(prompt_rows(evaluation, title)),
     }
 
 

@@ -165,9 +165,7 @@ def plan_flops(
         heavy = network_flops(context_encoder) + context_flops(denoiser)
         opening = network_flops(denoiser, with_context=False)
         text += text_flops(context_encoder)
-    branches = 2 if guided is not None and any(guided) else 1
-    cost = plan_cost(plan, heavy, light, opening, guided=guided, encoder_denoises=encoder_denoises)
-    return round(cost) + branches * text
+    return round(plan_cost(plan, heavy, light, opening, text, guided=guided, encoder_denoises=encoder_denoises))
 
 
 def plan_cost(
@@ -175,6 +173,7 @@ def plan_cost(
     heavy: float,
     light: float,
     opening: float,
+    text: float = 0.0,
     *,
     guided: Sequence[bool] | None = None,
     encoder_denoises: bool = False,
@@ -186,11 +185,12 @@ def plan_cost(
         heavy: Cost of the context encoder with the projection.
         light: Cost of the denoiser.
         opening: Cost of the denoiser before the first refresh, without context.
+        text: Cost of projecting a text for all networks, once.
         guided: As for [`plan_flops`].
         encoder_denoises: As for [`image_flops`].
     """
     branches, alone = [2 if guides else 1 for guides in guided or [False] * len(plan)], plan.num_steps_alone
-    total: float = 0
+    total = max(branches) * text
     for i, refreshes in enumerate(plan):
         if refreshes:
             total += max(branches[j] for j in plan.until_next(i)) * heavy

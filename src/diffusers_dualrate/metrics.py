@@ -7,7 +7,7 @@ FID and FD-DINOv2, as they are published, compare with the images as they are, o
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import Tensor
 
 from .captions import CaptionEmbeddings, TrainingConditions
 from .conversion import cut_schedule, host_of
@@ -37,19 +36,19 @@ from .latents import encode
 from .losses import ContextTimes, denoising_loss, draw, seed_of
 from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
+from .prompt_lists import Judges, in_batches, real_images_of
 from .scheduler import DualRateScheduler
 from .text_encoding import TextEncoding
 
 Extractors = dict[str, Callable[[Tensor], Tensor]]
 """Feature functions by name: images [B, C, H, W] in [-1, 1] to features [B, D]."""
-Judges = dict[str, Callable[[Tensor, Any], Tensor]]
-"""By name: images and what was asked for to truths or scores [B]."""
 
 # An epoch of augmentation that nothing else takes.
 _REFERENCE_EPOCH = 1_000_000
+# Epochs of augmentation: the v-loss takes those from 0 on, the floor of each seed these.
+FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
 # Precision and recall compare every image with every other.
 _PRECISION_LIMIT = 10_000
-_TEXTS_AT_ONCE = 256
 
 
 def load_extractors(
@@ -103,9 +102,9 @@ class Measured:
 
 @torch.no_grad()
 def measure_images(
-    batches: Iterable[Batch], extractors: Extractors, judges: Judges, accelerator: Accelerator
+    batches: Iterable[Batch], extractors: Extractors, judges: Judges, accelerator: Accelerator, num_first: int = 64
 ) -> Measured:
-    """Pass batches of images through feature extractors and judges."""
+    """Pass batches of images through feature extractors and judges; the first images are kept to be looked at."""
     streamed = {name: FeatureStatistics() for name in extractors}
     kept, first = [], []
     right: dict[str, float] = dict.fromkeys(judges, 0)
@@ -119,7 +118,7 @@ def measure_images(
         for name, judge in judges.items():
             assert labels is not None  # where there is a judge, it is known what images show
             right[name] += judge(x, labels).sum().item()
-        if positions.start < 64:
+        if positions.start < num_first:
             first.append((positions.start, x))
     streamed = {name: FeatureStatistics(value.sums.cpu()) for name, value in streamed.items() if value.count}
     parts = [part for part in gather_object([streamed]) if part]
@@ -128,7 +127,7 @@ def measure_images(
         {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in extractors},
         {name: torch.cat([features[name] for _, features in kept])[:_PRECISION_LIMIT] for name in extractors},
         {name: sum(share[name] for share in gather_object([right])) for name in judges},
-        torch.cat([x for _, x in first])[:64],
+        torch.cat([x for _, x in first])[:num_first],
     )
 
 
@@ -201,46 +200,6 @@ def make_nearest_judge(on_black: ImageSet, on_white: ImageSet, translation: int)
         return classes[nearest] == shown
 
     return judge
-
-
-def make_text_judges(
-    encoding: TextEncoding, image_encoder: nn.Module, images: ImageSet, device: torch.device | str
-) -> Judges:
-    """Judges of whether an image shows its caption: whether the nearest one is of the same image, and how near its own is.
-
-    Args:
-        encoding: A contrastive text encoder, whose pooled output is compared.
-        image_encoder: What was trained with it: images to directions of the same width.
-        images: Images with all captions that there are.
-        device: Where to compute.
-    """
-    assert images.captions is not None  # nobody else asks
-    owners: dict[str, set[int]] = {}
-    for row, captions in enumerate(images.captions):
-        for text in captions:
-            owners.setdefault(text, set()).add(row)
-    texts = list(owners)
-    known = {text: place for place, text in enumerate(texts)}
-    text_encoder, embedded = encoding.text_encoder.to(device), []
-    for first in range(0, len(texts), _TEXTS_AT_ONCE):
-        part = texts[first : first + _TEXTS_AT_ONCE]
-        inputs = encoding.tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device)
-        with torch.no_grad():
-            embedded.append(normalize(text_encoder(**inputs).pooler_output, dim=1))
-    directions = torch.cat(embedded)
-
-    def compare(x: Tensor) -> Tensor:
-        return normalize(image_encoder(x.to(device)), dim=1) @ directions.T
-
-    def find(x: Tensor, shown: list[str]) -> Tensor:
-        nearest = [texts[place] for place in compare(x).argmax(1).tolist()]
-        return torch.tensor([bool(owners[ours] & owners[text]) for ours, text in zip(nearest, shown, strict=True)])
-
-    def score(x: Tensor, shown: list[str]) -> Tensor:
-        own = torch.tensor([known[text] for text in shown], device=device)
-        return compare(x).gather(1, own[:, None])[:, 0]
-
-    return {"caption_of_nearest_text": find, "image_text_score": score}
 
 
 def count_in_name(count: int) -> str:
@@ -331,3 +290,58 @@ def measure_v_loss(
             result = pair(denoising_loss, x, condition, draws, schedule=schedule, contexts=contexts)
         total += result.v_loss.double().sum().item()
     return sum(gather_object([total])) / count
+
+
+def measure_v_losses(
+    pipe: DualRatePipeline,
+    compared: Mapping[str, DualRatePipeline],
+    images: ImageSet,
+    count: int,
+    num_context_steps: int | None,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The v-loss of a model, of the model without its context, and of the single-rate models beside it, by name."""
+
+    def v_loss_of(model: DualRatePipeline, k: int, **options: bool) -> float:
+        return measure_v_loss(model, images, count, k, batch_size, accelerator, **options)
+
+    k = num_context_steps or 1
+    v_loss = {"images": count, "model": v_loss_of(pipe, k)}
+    if pipe.context_encoder is not None:
+        v_loss["context_dropped"] = v_loss_of(pipe, k, drop_context=True)
+    v_loss |= {name: v_loss_of(model, 1) for name, model in compared.items()}
+    if compared.keys() >= {"single_rate_light", "single_rate_heavy"}:
+        gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
+        v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap
+    return v_loss
+
+
+def measure_floor(
+    images: ImageSet,
+    reference: Measured,
+    extractors: Extractors,
+    judges: Judges,
+    count: int,
+    seeds: Sequence[int],
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, dict]:
+    """The metrics of as many real images as are sampled: what a perfect model would have."""
+    floor = []
+    for epoch, seed in zip(FLOOR_EPOCHS, seeds, strict=False):
+        batches = real_batches(images, epoch, choose(images, count, seed), batch_size, accelerator)
+        measured = measure_images(batches, extractors, judges, accelerator)
+        floor.append(metrics_of(measured, reference, count))
+    return spread(floor)
+
+
+def measure_real_prompts(
+    prompts: Sequence[str], judges: Judges, sets: Sequence[ImageSet], batch_size: int, accelerator: Accelerator
+) -> dict[str, float] | None:
+    """What judges see in real images of those prompts that are captions of some; `None` where none is."""
+    pictures = real_images_of(prompts, sets, FLOOR_EPOCHS[0])
+    if not pictures:
+        return None
+    measured = measure_images(in_batches(pictures, batch_size, accelerator), {}, judges, accelerator)
+    return {"images": len(pictures), **metrics_of(measured, Measured({}, {}), len(pictures))}

@@ -9,7 +9,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 from .brownian import BrownianNoise
 from .defaults import SamplingDefaults
 from .evaluation import energy_distance
-from .flops import context_flops, network_flops, plan_cost
+from .flops import context_flops, network_flops, plan_cost, text_flops
 from .guidance import Guidance
 from .inputs import make_chain
 from .pipeline import DualRatePipeline
-from .prompts import Wanted
+from .prompts import Wanted, check_prompts
 from .ranges import check_choice, check_integer, check_number
 from .refreshes import RefreshPlan, plan_refreshes
 from .sampling import sample_at_two_rates
@@ -124,11 +124,19 @@ class Planned:
 class _Search:
     """What all candidates share: the model, its images, and the prices of its evaluations."""
 
-    def __init__(self, pipe: DualRatePipeline, num_images: int, seed: int, batch_size: int):
-        config, num_classes = pipe.denoiser.config, pipe.denoiser.config.num_classes
+    def __init__(
+        self, pipe: DualRatePipeline, num_images: int, seed: int, batch_size: int, prompts: Sequence[str] | None = None
+    ):
+        config = pipe.denoiser.config
         self.pipe, self.batch_size, self.defaults = pipe, batch_size, SamplingDefaults.of(pipe.config)
-        self.labels = None if num_classes is None else [i * num_classes // num_images for i in range(num_images)]
-        self.scale, interval = self.defaults.choose_guidance(None, None, num_classes is not None)
+        known = prompts or range(config.num_classes or 0)
+        shown = [known[i * len(known) // num_images] for i in range(num_images)] if known else None
+        self.scale, interval = self.defaults.choose_guidance(None, None, shown is not None)
+        self.wanted = Wanted(class_labels=shown)
+        if prompts is not None:  # each is embedded once for all candidates
+            text, mask, null, null_mask = pipe.encode_prompt(shown, self.scale > 1)
+            given = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": null_mask}
+            self.wanted = Wanted(prompt_embeds=text, negative_prompt_embeds=null, **given)
         self.interval = None if interval is None else (interval[0], interval[1])
         self.noise = BrownianNoise((num_images, config.in_channels, *pipe.denoiser.image_size), PLANNING_SEED, seed)
         self._steps: dict[int, ChainSteps] = {}
@@ -151,7 +159,7 @@ class _Search:
             steps,
             self.defaults,
             pipe.device,
-            wanted=Wanted(class_labels=None if self.labels is None else self.labels[rows]),
+            wanted=self.wanted.of_rows(rows),
             guidance_scale=self.scale,
             guidance_interval=choice.guidance_interval or (-math.inf, math.inf),
             batch_size=len(latents),
@@ -184,18 +192,19 @@ class _Search:
     def price(self, unit: str) -> None:
         """Find what the evaluations cost in a unit."""
         pipe = self.pipe
-        heavy, light = 0.0, float(network_flops(pipe.denoiser))
+        heavy, light, text = 0.0, float(network_flops(pipe.denoiser)), text_flops(pipe.denoiser)
         opening = light
         if pipe.context_encoder is not None:
             heavy = network_flops(pipe.context_encoder) + context_flops(pipe.denoiser)
             opening = network_flops(pipe.denoiser, with_context=False)
-        if unit == "milliseconds":
-            heavy, light, opening = self._time()
+            text += text_flops(pipe.context_encoder)
+        if unit == "milliseconds":  # a text takes next to none
+            (heavy, light, opening), text = self._time(), 0
         scale = {"gflop": 1e9, "milliseconds": 1}.get(unit)
         if scale is None:  # the heavy network alone, at the model's own N
             alone = light if pipe.context_encoder is None else network_flops(pipe.context_encoder)
             scale = alone * pipe.config.num_inference_steps * (2 if self.scale > 1 else 1)
-        self._prices = (heavy / scale, light / scale, opening / scale)
+        self._prices = (heavy / scale, light / scale, opening / scale, text / scale)
 
     @torch.no_grad()
     def _time(self) -> tuple[float, float, float]:
@@ -322,6 +331,7 @@ def plan_for(
     *,
     unit: str = "gflop",
     criterion: Callable[[Tensor], float] | None = None,
+    prompts: Sequence[str] | None = None,
     num_images: int = 64,
     seed: int = 0,
     num_trials: int = 40,
@@ -339,7 +349,8 @@ def plan_for(
             at the model's own N.
         criterion: Images [B, C, H, W] in about [-1, 1] to a number, the less the better; `None` for the energy distance
             from a long chain along the same noise.
-        num_images: Images that every candidate draws.
+        prompts: For a model of text, what the images show; where there are more images, several show the same.
+        num_images: Images that every candidate draws, of classes or prompts evenly spread over all.
         seed: Of their noises.
         num_trials: Candidates to try at most.
         batch_size: Images of a batch.
@@ -349,16 +360,15 @@ def plan_for(
     """
     check_choice("unit", unit, UNITS)
     check_number("budget", budget, above=0)
-    for name, value, least in (
-        ("num_images", num_images, 2),
-        ("num_trials", num_trials, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        check_integer(name, value, least)
+    check_integer("num_images", num_images, 2)
+    check_integer("num_trials", num_trials, 1)
+    check_integer("batch_size", batch_size, 1)
     check_integer("seed", seed, 0, 2**32 - 1)
     if not isinstance(pipe.scheduler, DualRateScheduler):
         raise ValueError(f"A plan is one for DualRateScheduler, and the model has {type(pipe.scheduler).__name__}.")
-    search = _Search(pipe, num_images, seed, batch_size)
+    if pipe.denoiser.config.cross_attention_dim is not None or prompts is not None:
+        prompts = check_prompts("prompts of a model of text", prompts)
+    search = _Search(pipe, num_images, seed, batch_size, prompts)
     search.price(unit)
     waiting = search.first_candidates(budget)
     if not waiting:

@@ -34,6 +34,10 @@ class Wanted:
         """Whether there is anything to guide towards."""
         return not (self.prompt is None and self.class_labels is None and self.prompt_embeds is None)
 
+    def of_rows(self, rows: slice) -> "Wanted":
+        """What some of the images are to show, where each has a class or embeddings of its own."""
+        return Wanted(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
+
     def check(self, config: Any, id2label: Mapping[int, str], encoding: TextEncoding | None) -> "Asked":
         """Check it against what a model takes.
 
@@ -264,6 +268,19 @@ class PromptMixin:
         text, null = wanted.encode(self.denoiser.config, encoding, device, num_images_per_prompt, guides)
         negative = (None, None) if null is None else (null.tokens, null.mask)
         return text.tokens, text.mask, *negative
+
+
+def check_text_encoder(name: str, pipe: Any) -> None:
+    """Refuse a model of text without a text encoder, where prompts are asked for.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if pipe.denoiser.config.cross_attention_dim is not None and pipe.text_encoder is None:
+        raise ValueError(
+            f"{name} has no text_encoder to embed prompts: save it with text_encoder and tokenizer, or call the pipeline "
+            "with prompt_embeds."
+        )
 
 
 def check_prompts(name: str, prompts: object) -> list[str]:
