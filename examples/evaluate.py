@@ -118,12 +118,12 @@ from diffusers_dualrate.provenance import environment
 from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
-from diffusers_dualrate.tables import prompt_rows, sample_rows, v_loss_rows
+from diffusers_dualrate.tables import PROMPT_METRICS, prompt_rows, sample_rows, v_loss_rows
 from diffusers_dualrate.text_encoding import load_text_encoding
 from diffusers_dualrate.ways import Asked, measure_sampling
 
 # The nearest image is looked for among all.
-_NEAREST_LIMIT = 5_000
+_NEAREST_LIMIT = 10_000
 
 
 def choose_steps(args, pipe):
@@ -173,7 +173,7 @@ def tell(report, args):
     rows = [head, *sample_rows(report, report["model"], columns)]
     tables = [rows]
     if report["prompt_lists"]:
-        head = ["prompts", "", "recognised in the list", "among all captions", "score", "seconds per image"]
+        head = ["prompts", "", *PROMPT_METRICS.values(), "seconds per image"]
         tables.append([head, *prompt_rows(report, report["model"])])
     for table in tables:
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -304,7 +304,11 @@ def main(args, open_images=sources.open_images):
     if args.text_encoder:
         text_judge = TextJudge(load_text_encoding(args.text_encoder), classifier, accelerator.device)
     judges = make_judges(classifier, text_judge, images, fresh, augmentation, args, accelerator)
-    lists = {name: (texts, judges_of_captions(text_judge, images.captions, texts)) for name, texts in prompts.items()}
+    lists = {}
+    for name, texts in prompts.items():
+        lists[name] = texts, judges_of_captions(text_judge, images.captions, texts)
+        if "caption_of_nearest" in judges and {*texts} <= {text for own in images.captions for text in own}:
+            lists[name][1]["caption_of_nearest"] = judges["caption_of_nearest"]
     num_reference = len(images) if args.num_reference is None else args.num_reference
     networks = {name: net for name in ("context_encoder", "denoiser") if (net := pipe.components[name]) is not None}
     report = {

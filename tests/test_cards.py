@@ -334,16 +334,22 @@ def test_the_card_of_a_student_of_text_shows_a_prompt_and_repeats_with_its_promp
     told["data"] |= {"dataset_name": None, "label_column": None}
     told["start"] |= {"vae": "teacher", "prompt_list": "my prompts.txt"}
     index["id2label"], notes["example_label"] = None, None
-    found = {"prompt_of_nearest_prompt_9": 0.5, "caption_of_nearest_text_9": 0.25, "image_text_score_9": 0.75}
+    found = {
+        "prompt_of_nearest_prompt_9": 0.5,
+        "caption_of_nearest_text_9": 0.25,
+        "caption_of_nearest_9": 1.0,
+        "image_text_score_9": 0.75,
+    }
     spread = {name: {"mean": value, "std": 0.125} for name, value in found.items()}
     assert "recognised" not in card_of(*student)
     evaluation["samples"][0]["prompts"] = {"seen": {"prompts": 9, "seconds_per_image": 0.5, **spread}}
+    del found["caption_of_nearest_9"]
     evaluation["prompt_lists"] = {"seen": {"images": 8, **found}, "novel": None}
     text = card_of(*student)
     rows = re.findall(r"^\| seen, (\d) \| [^|]*\| (.*) \|$", text, re.MULTILINE)
     assert rows == [
-        ("9", "50.0 % ± 12.5 % | 25.0 % ± 12.5 % | 0.750 ± 0.125 | 0.50"),
-        ("8", "50.0 % | 25.0 % | 0.750 | "),
+        ("9", "50.0 % ± 12.5 % | 25.0 % ± 12.5 % | 100.0 % ± 12.5 % | 0.750 ± 0.125 | 0.50"),
+        ("8", "50.0 % | 25.0 % |  | 0.750 | "),
     ]
     assert 'image = pipe("a red apple").images[0]' in text and "and guidance 1.0" in text
     assert "pipeline_tag: text-to-image" in text and "unconditional" not in text

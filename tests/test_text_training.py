@@ -122,6 +122,22 @@ def test_a_sample_shows_its_prompt_if_the_nearest_caption_is_one_of_the_same_ima
     assert nearest(x, ["apple", "apple"]).tolist() == [True, False]
 
 
+def test_the_nearest_of_large_images_is_found_at_half_their_size_over_shifts_of_whole_pixels():
+    class Blocks:
+        height = width = 64
+        class_labels, captions = torch.tensor([0, 1, 2]), None
+        pixels = torch.rand(3, 3, 16, 16).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return {"pixel_values": self.pixels[i]}
+
+    x, labels = Blocks.pixels.roll((2, -2), (2, 3)), torch.tensor([0, 1, 1])
+    assert make_nearest_judge(Blocks(), Blocks(), 2)(x, labels).tolist() == [True, True, False]
+
+
 def test_a_model_of_text_is_measured_on_captions_of_its_data_and_on_lists_of_prompts(root, make_text_pipe, capsys):
     make_text_pipe(num_context_steps=2, networks={"sample_size": 16}).save_pretrained(root / "measured")
     ImageClassifier(3, 8, (8, 8), num_features=8).save(root / "judge.safetensors")
@@ -149,8 +165,10 @@ def test_a_model_of_text_is_measured_on_captions_of_its_data_and_on_lists_of_pro
         metrics = {
             f"{start}_{count}" for start in ("prompt_of_nearest_prompt", "caption_of_nearest_text", "image_text_score")
         }
+        metrics |= {"caption_of_nearest_2"} if real else set()
         assert lists[name].keys() == metrics | {"prompts", "seconds_per_image"} and lists[name]["prompts"] == count
         assert real is None or report["prompt_lists"][name].keys() == metrics | {"images"}
+    assert report["prompt_lists"]["seen"]["caption_of_nearest_2"] == 1
     assert lists["novel"]["prompt_of_nearest_prompt_1"]["mean"] == 1  # there is no other
     assert Image.open(root / "g-seen.png").width > Image.open(root / "g-novel.png").width
     out = capsys.readouterr().out

@@ -17,7 +17,7 @@ from .origins import CONFIG, Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
 from .repositories import CARD, content_of
-from .tables import LEGEND, name_rival, percent, prompt_rows, sample_rows, v_loss_rows
+from .tables import LEGEND, PROMPT_METRICS, name_rival, percent, prompt_rows, sample_rows, v_loss_rows
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 UNMEASURED = "Nothing yet. This command measures it, and `examples/make_card.py` then puts the figures here:"
@@ -218,6 +218,7 @@ def measured_parts(evaluation: dict, title: str, columns: list[str]) -> dict:
         "rows": list(sample_rows(evaluation, title, columns)),
         "legend": " ".join(used),
         "prompts": list(prompt_rows(evaluation, title)),
+        "prompt_columns": list(PROMPT_METRICS.values()),
     }
 
 

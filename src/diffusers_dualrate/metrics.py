@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from .captions import CaptionEmbeddings, TrainingConditions
 from .conversion import cut_schedule, host_of
@@ -49,6 +50,8 @@ _REFERENCE_EPOCH = 1_000_000
 FLOOR_EPOCHS = range(2_000_000, 1_000_000_000, 1_000_000)
 # Precision and recall compare every image with every other.
 _PRECISION_LIMIT = 10_000
+# Images whose nearest one is looked for are halved, if they are twice as large, and so on.
+_NEAREST_SIDE = 32
 
 
 def load_extractors(
@@ -184,16 +187,24 @@ def measure_reference(
 def make_nearest_judge(on_black: ImageSet, on_white: ImageSet, translation: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Judge of whether the training image nearest to an image, over shifts and backgrounds, carries its class.
 
+    Large images are compared at about 32 pixels on a side, which is far cheaper.
+
     Args:
         on_black: The training images on a black background, a data set.
         on_white: The same on white.
         translation: Largest shift in pixels, in each direction.
     """
-    black, white = (torch.stack([view[i]["pixel_values"] for i in range(len(view))]) for view in (on_black, on_white))
-    classes, captions = on_black.class_labels, on_black.captions
+    ratio = max(1, max(on_black.height, on_black.width) // _NEAREST_SIDE)
+
+    def shrink(images: Tensor) -> Tensor:
+        return images if ratio == 1 else avg_pool2d(images, ratio)
+
+    views = ([shrink(view[i]["pixel_values"]) for i in range(len(view))] for view in (on_black, on_white))
+    black, white = (torch.stack(view) for view in views)
+    classes, captions, shift = on_black.class_labels, on_black.captions, math.ceil(translation / ratio)
 
     def judge(x: Tensor, shown: Any) -> Tensor:
-        nearest = nearest_training_image(x, black, white, translation)
+        nearest = nearest_training_image(shrink(x), black, white, shift)
         if captions is not None:
             return torch.tensor([text in captions[i] for text, i in zip(shown, nearest.tolist(), strict=True)])
         assert classes is not None  # else there is nothing to judge

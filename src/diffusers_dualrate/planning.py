@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -134,9 +135,8 @@ class _Search:
         self.scale, interval = self.defaults.choose_guidance(None, None, shown is not None)
         self.wanted = Wanted(class_labels=shown)
         if prompts is not None:  # each is embedded once for all candidates
-            text, mask, null, null_mask = pipe.encode_prompt(shown, self.scale > 1)
-            given = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": null_mask}
-            self.wanted = Wanted(prompt_embeds=text, negative_prompt_embeds=null, **given)
+            text, mask, null, null_mask = pipe.encode_prompt(cast(list[str], shown), self.scale > 1)
+            self.wanted = Wanted(None, None, None, text, null, mask, null_mask)
         self.interval = None if interval is None else (interval[0], interval[1])
         self.noise = BrownianNoise((num_images, config.in_channels, *pipe.denoiser.image_size), PLANNING_SEED, seed)
         self._steps: dict[int, ChainSteps] = {}

@@ -20,6 +20,14 @@ LEGEND = {
 }
 """What the metrics mean, by the beginnings of their names; the first that fits counts."""
 
+PROMPT_METRICS = {
+    "prompt_of_nearest_prompt": "recognised in the list",
+    "caption_of_nearest_text": "among all captions",
+    "caption_of_nearest": "by the nearest training image",
+    "image_text_score": "score",
+}
+"""Metrics of a list of prompts, and how tables call them."""
+
 
 def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
@@ -90,17 +98,18 @@ def v_loss_rows(evaluation: dict) -> Iterator[tuple[str, str]]:
 def prompt_rows(evaluation: dict, title: str) -> Iterator[list[str]]:
     """Rows of the table of prompts: the share that is recognised in each list, of this model, those beside it, real images.
 
-    A row has list, how, share among the list, share among all captions, score, and seconds of an image.
+    A row has list, how, share among the list, among all captions, and by the nearest training image; score; seconds of an image.
     """
     start = (evaluation["configuration"] or {}).get("start", {})
     sources = [(title, evaluation)]
     sources += [(name_rival(key, rival, start), rival) for key, rival in evaluation["rivals"].items()]
 
     def cells(found: dict) -> list[str]:
-        names = ("prompt_of_nearest_prompt", "caption_of_nearest_text", "image_text_score")
-        values = [next(value for key, value in found.items() if key.startswith(name)) for name in names]
-        known = [value if isinstance(value, dict) else {"mean": value, "std": None} for value in values]
-        return [show(name, value) for name, value in zip(names, known, strict=True)]
+        kept = {key.rpartition("_")[0]: value for key, value in found.items()}
+        known = {
+            name: value if isinstance(value, dict) else {"mean": value, "std": None} for name, value in kept.items()
+        }
+        return [show(name, known[name]) if name in known else "" for name in PROMPT_METRICS]
 
     for name, real in evaluation.get("prompt_lists", {}).items():
         for source, model in sources:
