@@ -43,6 +43,13 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, config, files):
+    """Links to those files, which hold in a clone, lead to their pages."""
+    for made, source in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({made}")
+    return markdown
+
+
 def on_page_content(page_html, page, config, files):
     """Formulas as MathML, which browsers draw themselves: no script of others is loaded."""
     for left, right, display in ((r"\\\(", r"\\\)", "inline"), (r"\\\[", r"\\\]", "block")):

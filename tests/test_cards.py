@@ -15,6 +15,7 @@ import make_card
 import train_dual_rate
 from diffusers_dualrate import cards
 from diffusers_dualrate.commands import evaluation_command, next_commands
+from diffusers_dualrate.configuration import Configuration
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").iterdir())
@@ -358,5 +359,5 @@ def test_the_card_of_a_student_of_text_shows_a_prompt_and_repeats_with_its_promp
     _, *flags = shlex.split(re.search(r"examples/distill.py.*", text).group())
     assert distill.parse_args(flags).prompt_list == "my prompts.txt"
     pipe = SimpleNamespace(context_encoder=1, denoiser=SimpleNamespace(config=SimpleNamespace(num_classes=None)))
-    look, measure = next_commands("runs/text", told, pipe)
+    look, measure = next_commands("runs/text", Configuration.from_json(told), pipe)
     assert "--prompt 'a red apple'" in look and "--train_data_dir images --caption_column text" in measure

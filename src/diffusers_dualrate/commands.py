@@ -111,8 +111,12 @@ def evaluation_command(folder: str | Path, told: dict | None, classifier: str | 
     return " ".join([start, *_list_data_flags(told), *named])
 
 
-def next_commands(folder: str | Path, told: dict, pipeline: DualRatePipeline) -> list[str]:
-    """What to do with a model that was just trained, in lines that begin in words and end in a command."""
+def next_commands(folder: str | Path, configuration: Configuration, pipeline: DualRatePipeline) -> list[str]:
+    """What to do with a model that was just trained, in lines that begin in words and end in a command.
+
+    They are for this machine, so folders stand in them as they were given.
+    """
+    told = {**configuration.to_json(), "data": dataclasses.asdict(configuration.data)}
     prompt = f" --prompt {shlex.quote(EXAMPLE_PROMPT)}" if takes_text(told) else ""
     look = f"Look at it: python examples/generate.py --model {shlex.quote(str(folder))}{prompt} --output samples.png"
     lines = [] if pipeline.context_encoder is None else [look]  # it draws pairs

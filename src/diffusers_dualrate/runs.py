@@ -389,7 +389,7 @@ class Run:
             (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
             card = write_first_card(self.output_dir, self.pipeline, self._count, self._repo_id)
             accelerator.print(f"The model is in {self.output_dir}, and its card is {card}.")
-            for line in next_commands(self.output_dir, self.configuration.to_json(), self.pipeline):
+            for line in next_commands(self.output_dir, self.configuration, self.pipeline):
                 accelerator.print(line)
             if self._repo_id is not None:
                 accelerator.print(f"It is published: {upload_model(self.output_dir, self._repo_id)}")
