@@ -207,6 +207,8 @@ def test_lora_is_added_trained_saved_loaded_and_deleted(network, tmp_path):
     network.enable_lora()
     torch.testing.assert_close(run(network), adapted)
 
+    with pytest.raises(ValueError, match="has adapters, which save_lora_weights saves"):
+        network.save_pretrained(tmp_path)
     network.save_lora_adapter(tmp_path, adapter_name="style")
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     file = {"weight_name": "pytorch_lora_weights.safetensors"}  # without a network, the host does not guess

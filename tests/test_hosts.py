@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -361,6 +362,24 @@ def test_an_autoencoder_that_does_not_fit_is_refused(make, message):
         make()
 
 
+def test_a_scheduler_that_clips_is_refused_for_latents_also_where_it_is_exchanged_and_decoded_nan_is_told(tmp_path):
+    pipe = make_latent_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path)
+    modular = DualRateBlocks().init_pipeline(str(tmp_path))
+    modular.load_components()
+    clipping = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    modular.update_components(scheduler=clipping)
+    own, pipe.scheduler = pipe.scheduler, clipping
+    for draw in (pipe, modular):
+        with pytest.raises(ValueError, match="clip_sample=True would clip latents"):
+            draw(num_inference_steps=2)
+    pipe.scheduler = own
+    pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="The images hold NaN or infinity"), np.errstate(invalid="ignore"):
+        pipe(output_type="np")
+
+
 @pytest.mark.parametrize("cls", [AutoencoderTiny, AutoencoderDC])
 def test_other_autoencoders_decode_to_their_own_size(cls):
     torch.manual_seed(0)
@@ -455,6 +474,32 @@ def test_what_does_not_fit_is_refused_in_one_sentence(make, message):
         make()
 
 
+def test_an_encoder_of_more_levels_than_are_tapped_says_which_sizes_it_takes():
+    levels = {"block_out_channels": (8, 16, 16)} | {
+        f"{way}_block_types": (f"{way.capitalize()}Block2D",) * 3 for way in ("down", "up")
+    }
+    unet = make_unet(**levels)
+    process = NoiseProcess(prediction_type="v_prediction")
+    encoder = HostNetwork(unet, process, HostNetwork(unet, process).taps[:2])
+    denoiser = make_pair().denoiser.from_config(
+        {**make_pair().denoiser.config, "context_channels": encoder.context_channels}
+    )
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, num_inference_steps=2, num_context_steps=1)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="divisible by 4 for the context_encoder"):
+        pipe(height=10, width=10)
+
+
+def test_a_compiled_network_of_diffusers_is_an_encoder_as_it_was():
+    pipe = make_pair()
+    compiled = torch.compile(pipe.context_encoder, backend="eager")
+    again = DualRatePipeline(**{**pipe.components, "context_encoder": compiled})
+    for each in (pipe, again):
+        each.set_progress_bar_config(disable=True)
+    images = [each(generator=generator(), output_type="latent").images for each in (pipe, again)]
+    torch.testing.assert_close(images[1], images[0])
+
+
 def test_maps_of_other_sizes_than_the_denoisers_are_refused():
     encoder = HostNetwork(
         make_unet(), NoiseProcess(prediction_type="v_prediction"), ["up_blocks.1.resnets.1", "conv_in"]
@@ -523,6 +568,12 @@ def test_a_unet_with_classes_has_shapes_and_costs_and_as_an_encoder_refuses_guid
         ValueError, match="guidance_scale=2.0 needs networks .*, and the UNet2DModel of diffusers did not"
     ):
         pipe([0], guidance_scale=2.0)
+
+    def guide(own, *_):
+        own._guidance_scale = 2.0
+
+    with pytest.raises(ValueError, match="A callback switched guidance on in a call without a null branch"):
+        pipe([0], callback_on_step_end=guide)
 
 
 def test_a_call_that_fails_keeps_no_feature_maps():

@@ -146,7 +146,7 @@ def test_callbacks_see_and_replace_the_embeddings(make_text_pipe):
     def begin(own, i, t, tensors):
         own._guidance_scale = 3.0
 
-    with pytest.raises(ValueError, match="guidance on in a call that has no negative prompt"):
+    with pytest.raises(ValueError, match="guidance on in a call without a null branch"):
         draw(pipe, PROMPTS, callback_on_step_end=begin, guidance_scale=1.0)
 
 

@@ -46,7 +46,7 @@ class Chain:
         generator: Source of the steps' noise.
         encoder_denoises: Whether the encoder's own prediction serves at refreshes.
         device: Where the networks compute.
-        null: The condition of the null branch; default: for classes the null label, for a text no such branch.
+        null: The condition of the null branch of a text; default: none. That of classes is the null label.
     """
 
     def __init__(
@@ -72,8 +72,10 @@ class Chain:
         self._dtype = denoiser.dtype  # once: the host finds it by a walk over all modules
         self._encoder_dtype = None if context_encoder is None else context_encoder.dtype
         self.run: Callable[..., tuple[Tensor, ...]] = call_directly
-        if null is None and isinstance(condition, Tensor):
-            null = torch.full_like(condition, denoiser.config.num_classes)
+        if isinstance(condition, Tensor):
+            networks = [network for network in (denoiser, context_encoder) if network is not None]
+            learned = all(network.config.get("has_null_class", True) for network in networks)
+            null = torch.full_like(condition, denoiser.config.num_classes) if learned else None
         self.change_condition(condition, null)
         self._cached_rows: dict[torch.nn.Module, str] = {}
         self.timesteps = list(steps.scheduler.timesteps)  # taken apart once, not at every look
@@ -88,12 +90,12 @@ class Chain:
         """Whether step i evaluates both branches.
 
         Raises:
-            ValueError: If a callback switched guidance on, and no text was encoded for the null branch.
+            ValueError: If a callback switched guidance on, and there is no null branch.
         """
         acts = self.condition is not None and self.guidance.acts_at(self.levels[i])
         if acts and self.null is None:
             raise ValueError(
-                "A callback switched guidance on in a call that has no negative prompt: begin with a guidance_scale above 1."
+                "A callback switched guidance on in a call without a null branch: begin with a guidance_scale above 1."
             )
         return acts
 

@@ -36,7 +36,7 @@ _TAPPING = threading.Lock()
 # Where config.json says what makes a network one of ours; a name that its own class passes over.
 _HOST = "_host_network"
 # Of its own configuration, what says how a network goes with others.
-_DESCRIBED = ("sample_size", "in_channels", "num_classes", "prediction_hand_over")
+_DESCRIBED = ("sample_size", "in_channels", "num_classes", "prediction_hand_over", "text_length")
 # Of it, what its constructor was told.
 _SAID = ("prediction_hand_over", "text_length")
 # The variance of x given z that is handed over, in units of σ². The networks themselves predict none.
@@ -187,7 +187,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
         with torch.device("cpu"):
             process = NoiseProcess.from_config(description["process"])
         network = getattr(diffusers, name).from_config(description["network"])
-        return cls(network, process, description["taps"], description["prediction_hand_over"])
+        return cls(network, process, description["taps"], *(description[key] for key in _SAID))
 
     @classmethod
     def from_denoiser(cls, denoiser: Self, taps: Sequence[str], prediction_hand_over: bool = False) -> Self:

@@ -197,21 +197,22 @@ def check_components(
     if context_encoder is None:
         return
     _check_class("context_encoder", context_encoder, UViTContextEncoder, HostNetwork)
+    encoder = getattr(context_encoder, "_orig_mod", context_encoder)  # what `torch.compile` wrapped
     shared = ["in_channels", "num_classes", "cross_attention_dim", "prediction_hand_over"]
-    for name in shared if isinstance(context_encoder, HostNetwork) else [*shared, "patch_size"]:
-        theirs, ours = context_encoder.config[name], denoiser.config[name]
+    for name in shared if isinstance(encoder, HostNetwork) else [*shared, "patch_size"]:
+        theirs, ours = encoder.config[name], denoiser.config[name]
         if theirs != ours:
             raise ValueError(f"The pair does not fit: {name} is {theirs} in the encoder and {ours} in the denoiser.")
-    widths = context_encoder.context_channels
+    widths = encoder.context_channels
     if expected is None or tuple(expected) != widths:
         raise ValueError(
             f"The pair does not fit: the encoder hands out context of widths {widths}, "
             f"the denoiser takes {expected if expected is None else tuple(expected)}."
         )
-    if isinstance(context_encoder, HostNetwork):
+    if isinstance(encoder, HostNetwork):
         sides = [denoiser.config.patch_size * 2**level for level in range(len(widths))]
         ours = [tuple(length // side for length in denoiser.image_size) for side in sides]
-        theirs = [shape[1:] for shape in context_encoder.context_shapes]
+        theirs = [shape[1:] for shape in encoder.context_shapes]
         if theirs != ours:
             raise ValueError(
                 f"The pair does not fit: the encoder's maps are of sizes {theirs}, the denoiser's of {ours}."
@@ -296,12 +297,16 @@ def make_chain(
         generator=generator,
         **options,
     )
-    for network in filter(None, (denoiser, context_encoder)):
+    networks = (denoiser,) if context_encoder is None else (denoiser, context_encoder)
+    for network in networks:
         if inputs.guidance.scale > 1 and not network.config.get("has_null_class", True):
             raise ValueError(
                 f"guidance_scale={inputs.guidance.scale} needs networks that learned to go without a class, and the "
                 f"{type(network.network).__name__} of diffusers did not."
             )
+        if any(side % network.stride for side in inputs.shape[2:]):  # of the denoiser's alone they were checked
+            stride = network.stride * options["pixels_per_side"]
+            raise ValueError(f"height and width must be divisible by {stride} for the context_encoder.")
     check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
     if context_encoder is not None and not isinstance(steps.scheduler, DualRateScheduler):
         warnings.warn(

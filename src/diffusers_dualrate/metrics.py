@@ -35,6 +35,7 @@ from .image_sets import FRESH_SEED, Batch, batches_of, choose, real_batches
 from .inventory import ImageSet
 from .latents import encode
 from .losses import ContextTimes, denoising_loss, draw, seed_of
+from .noise_process import NoiseProcess
 from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
 from .prompt_lists import Judges, in_batches, real_images_of
@@ -271,8 +272,9 @@ def measure_v_loss(
         drop_context: Whether the denoiser sees no context.
     """
     scheduler, host = pipe.scheduler, host_of(pipe)
-    if host is not None and not isinstance(scheduler, DualRateScheduler):  # at the noise levels that its network knows
-        scheduler = DualRateScheduler(**cut_schedule({"log_snr_min": -10.0, "log_snr_max": 10.0}, host.process))
+    if not isinstance(scheduler, DualRateScheduler):  # at the noise levels that the network knows
+        process = NoiseProcess.of(scheduler) if host is None else host.process
+        scheduler = DualRateScheduler(**cut_schedule({"log_snr_min": -10.0, "log_snr_max": 10.0}, process))
     schedule, captions = schedule_of(scheduler), None
     if images.has_captions:
         encoding = TextEncoding.of(pipe.text_encoder, pipe.tokenizer, pipe.context_encoder, pipe.denoiser)

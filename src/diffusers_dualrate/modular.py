@@ -16,7 +16,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, Co
 from .chain import own_caches
 from .defaults import NAMES, SamplingDefaults
 from .inputs import check_components, make_chain
-from .latents import compression_of, decode
+from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .prompts import Wanted
 from .ranges import check_number
@@ -118,6 +118,8 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         arguments = {name: getattr(block_state, name) for name in _INPUTS}
         context_encoder = getattr(components, "context_encoder", None)
         check_components(components.denoiser, components.scheduler, context_encoder)
+        vae = getattr(components, "vae", None)
+        check_vae(vae, components.denoiser.config.in_channels, components.scheduler)
         defaults, device = SamplingDefaults.of(components.config), components._execution_device
         steps = plan_steps(
             components.scheduler,
@@ -134,7 +136,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
             device,
             wanted=Wanted(**{name: arguments.pop(name) for name in _CONDITIONS}),
             num_images_per_prompt=1,
-            pixels_per_side=compression_of(getattr(components, "vae", None)),
+            pixels_per_side=compression_of(vae),
             **arguments,
         )
         with torch.no_grad(), own_caches(chain.context_encoder, chain.denoiser):

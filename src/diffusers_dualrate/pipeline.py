@@ -321,6 +321,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         **asked: Any,
     ) -> ImagePipelineOutput | tuple:
         """What a call does with its arguments."""
+        check_vae(self.vae, self.denoiser.config.in_channels, self.scheduler)  # which may be another than it was
         callback, known = callback_on_step_end, self._callback_tensor_inputs
         tensor_inputs = check_delivery(output_type, callback, callback_on_step_end_tensor_inputs, known)
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
@@ -338,8 +339,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             **asked,
         )
         latents = self._sample(chain, noise, callback, tensor_inputs)
-        check_images(latents, output_type)
         images = latents if self.vae is None or output_type == "latent" else decode(self.vae, latents)
+        check_images(images, output_type)
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
