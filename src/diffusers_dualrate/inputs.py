@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -197,7 +198,7 @@ def check_components(
     if context_encoder is None:
         return
     _check_class("context_encoder", context_encoder, UViTContextEncoder, HostNetwork)
-    encoder = getattr(context_encoder, "_orig_mod", context_encoder)  # what `torch.compile` wrapped
+    encoder: Any = getattr(context_encoder, "_orig_mod", context_encoder)  # what `torch.compile` wrapped
     shared = ["in_channels", "num_classes", "cross_attention_dim", "prediction_hand_over"]
     for name in shared if isinstance(encoder, HostNetwork) else [*shared, "patch_size"]:
         theirs, ours = encoder.config[name], denoiser.config[name]
