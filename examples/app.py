@@ -91,7 +91,7 @@ def open_heavy(name, pair):
             raise ValueError(
                 f"{name} draws other images than the pair: {part} is {theirs.get(part)}, not {ours.get(part)}."
             )
-    if pipe.id2label != pair.id2label:
+    if any(pipe.id2label[i] != pair.id2label[i] for i in pipe.id2label.keys() & pair.id2label.keys()):
         raise ValueError(f"{name} has other classes than the pair, or the same in another order.")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(pair.device)
@@ -101,10 +101,13 @@ def with_solver(pipe, solver):
     """A model that takes its steps by a solver."""
     if solver == OWN:
         return pipe
-    if not isinstance(pipe.scheduler, DualRateScheduler):
-        raise ValueError(f"Solver must be {OWN!r}: this model is saved with {type(pipe.scheduler).__name__}.")
-    scheduler = make_dpm_solver(pipe.scheduler)
-    if solver != FAST:
+    if solver == FAST:
+        scheduler = make_dpm_solver(pipe.scheduler)
+    elif not isinstance(pipe.scheduler, DualRateScheduler):
+        raise ValueError(
+            f"Solver must be {OWN!r} or {FAST!r} for a model that is saved with {type(pipe.scheduler).__name__}."
+        )
+    else:
         scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=solver == SECOND_ORDER)
     parts = pipe.components | {"scheduler": scheduler}
     solved = DualRatePipeline(**parts)

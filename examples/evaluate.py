@@ -95,7 +95,7 @@ from diffusers_dualrate.commands import EVALUATION
 from diffusers_dualrate.configuration import FILE, Configuration, Data
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.evaluation import file_hash
-from diffusers_dualrate.flops import block_multiply_adds, network_flops, training_flops
+from diffusers_dualrate.flops import block_multiply_adds, decode_flops, network_flops, training_flops
 from diffusers_dualrate.folders import check_output_dir
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, shown_by
 from diffusers_dualrate.latents import compression_of
@@ -185,7 +185,9 @@ def tell(report, args):
         print(f"\nv-loss: {', '.join(f'{name} {loss}' for name, loss in v_loss_rows(report))}")
     if not report["references"]:
         print("\nNo distance was measured: --classifier takes what examples/train_classifier.py makes.")
-    print(f"\nGFLOP are per image. Every figure is in {args.output}.")
+    vae = report["vae"]
+    decoding = "" if vae is None else f", without {vae['decode_flops'] / 1e9:.3g} that decoding takes"
+    print(f"\nGFLOP are per image{decoding}. Every figure is in {args.output}.")
     if Path(args.output).resolve() == Path(args.model, EVALUATION).resolve() and report["training"] is not None:
         print(f"Make the card: python examples/make_card.py {shlex.quote(args.model)}")
 
@@ -334,7 +336,9 @@ def main(args, open_images=sources.open_images):
         else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
         "configuration": told,
         "training": trained,
-        "vae": None if pipe.vae is None else {"compression": compression_of(pipe.vae)},
+        "vae": None
+        if pipe.vae is None
+        else {"compression": compression_of(pipe.vae), "decode_flops": decode_flops(pipe)},
         "rivals": {},
     }
     compared = take_up_rivals(report, pipe, images, args, accelerator)

@@ -49,7 +49,7 @@ from PIL import Image, ImageDraw
 from diffusers_dualrate import DualRatePipeline
 from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
 from diffusers_dualrate.defaults import SamplingDefaults
-from diffusers_dualrate.flops import count_evaluations, network_flops, plan_flops
+from diffusers_dualrate.flops import count_evaluations, decode_flops, network_flops, plan_flops
 from diffusers_dualrate.guidance import Guidance
 from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.processes import choose_threads
@@ -260,6 +260,8 @@ def main(args):
             f"{name:28}{n:>5}{k or '-':>5}{row.guidance_scale:>10g}{row.heavy:>7}{row.light:>7}{row.flops / 1e9:>8.2f}"
             f"{row.flops / rows[0].flops:>8.2f}{row.seconds / count:>9.3f}"
         )
+    if pipe.vae is not None:
+        print(f"\nGFLOP are those of the networks. Decoding an image takes {decode_flops(pipe) / 1e9:.3g} more.")
     print(f"\nThe picture is {Path(args.output).resolve()}.")
     print(
         "Next: other classes, N, K or guidance, by the flags of --help; or examples/evaluate.py, which measures a model."

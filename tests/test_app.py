@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -146,6 +146,18 @@ def test_a_wrong_value_shows_a_sentence_and_leaves_the_images(models, make_pipe,
     assert result == app.gr.skip()
     if "model" in given:
         assert app.choose(given["model"], f"{models}/heavy")[-1]["value"] == message
+
+
+def test_a_network_of_diffusers_draws_beside_a_pair_though_its_classes_have_no_names(models, tmp_path):
+    pair = app.open_pair(f"{models}/pair")
+    size, channels, classes = (pair.denoiser.config[name] for name in ("sample_size", "in_channels", "num_classes"))
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(size, channels, channels, num_class_embeds=classes, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    heavy = app.open_heavy(str(tmp_path), pair)
+    assert isinstance(app.with_solver(heavy, app.FAST).scheduler, DPMSolverMultistepScheduler)
+    with pytest.raises(ValueError, match=r"own\" or 'DPM-Solver\+\+' for a model that is saved with DDPMScheduler"):
+        app.with_solver(heavy, app.SECOND_ORDER)
 
 
 def test_a_model_of_text_draws_the_prompts_of_the_page(make_text_pipe, tmp_path):

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 import distill
 import evaluate
+import generate
 import train_dual_rate
 import train_single_rate
 from conftest import reset_accelerate
@@ -20,7 +21,7 @@ from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.commands import find_changes
 from diffusers_dualrate.configuration import Configuration
 from diffusers_dualrate.conversion import cut_schedule, learning_parameters
-from diffusers_dualrate.flops import network_flops
+from diffusers_dualrate.flops import decode_flops, network_flops
 from diffusers_dualrate.light import shape_light
 from test_hosts import generator, make_dit, make_unet, make_vae
 from test_training import arguments, everything_in, folder  # noqa: F401 (a fixture)
@@ -139,7 +140,9 @@ def test_a_presets_light_network_takes_the_maps_of_its_own_levels(models, folder
         train("dual", folder, tmp_path, *options)
 
 
-def test_a_transformer_in_latents_is_followed_with_its_autoencoder_and_its_null_class(models, folder, tmp_path):  # noqa: F811
+def test_a_transformer_in_latents_is_followed_with_its_autoencoder_and_its_null_class(
+    models, folder, tmp_path, capsys  # noqa: F811
+):  # fmt: skip
     """Of a preset's augmentation, what needs pixels is left out."""
     preset = json.loads(Path("examples/presets/tiny.json").read_text())
     preset["training"]["augmentation"] = {"translation": 1, "flip": True}
@@ -158,6 +161,18 @@ def test_a_transformer_in_latents_is_followed_with_its_autoencoder_and_its_null_
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(own.parameters(), before.parameters(), strict=True))
     assert pipe("dog", output_type="pt").images.shape == (1, 3, 16, 16)
     assert told_in(tmp_path)["training"]["label_dropout"] == 0.1
+    beside = [
+        "--compare",
+        models / "dit",
+        "--num_columns",
+        1,
+        "--solver_steps",
+        2,
+        "--output",
+        tmp_path / "samples.png",
+    ]
+    generate.main(generate.parse_args(list(map(str, ["--model", tmp_path, *beside]))))
+    assert f"Decoding an image takes {decode_flops(pipe) / 1e9:.3g} more." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("student", ["new", "itself", "pair"])

@@ -462,12 +462,14 @@ def test_flops_are_those_of_the_network_itself():
         (lambda: HostNetwork(make_unet(out_channels=4), NoiseProcess()), "out_channels=4"),
         (lambda: HostNetwork(make_unet(), DDPMScheduler()), "process must be a NoiseProcess, .* got DDPMScheduler"),
         (lambda: HostNetwork(make_unet(), NoiseProcess(), ["up_blocks.7"]), "no submodule 'up_blocks.7'"),
+        (lambda: HostNetwork(make_unet(), NoiseProcess(), ["time_embedding"]).context_shapes, "'time_embedding' gives no map"),
+        (lambda: HostNetwork(make_unet(), NoiseProcess(), ["up_blocks"]).context_shapes, "The tap 'up_blocks' gives no map"),
         (lambda: HostNetwork(make_unet(class_embed_type="timestep"), NoiseProcess()), "class_embed_type='timestep'"),
         (lambda: HostNetwork(make_unet(), NoiseProcess(prediction_type="score")), "prediction_type must be one of"),
         (lambda: HostNetwork(make_unet(), NoiseProcess())(torch.zeros(1, 3, 8, 8), 0.0, torch.tensor([0])), "takes no class"),
         (lambda: DualRatePipeline(make_pair().denoiser, DualRateScheduler(), HostNetwork(make_unet(), NoiseProcess(), ["mid_block"])), "widths"),
     ],
-    ids=["class", "channels", "process", "tap", "classes", "prediction", "labels", "pair"],
+    ids=["class", "channels", "process", "tap", "vector", "silent", "classes", "prediction", "labels", "pair"],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(make, message):
     with pytest.raises(ValueError, match=message):

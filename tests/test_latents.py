@@ -16,6 +16,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import train_classifier
@@ -25,6 +27,8 @@ from conftest import draw_classes, fill_with_noise, reset_accelerate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, latent_cache
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.augmentation import Augmentation
+from diffusers_dualrate.autoencoders import open_vae
+from diffusers_dualrate.cards import describe_origin, make_card
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.data import LabelledImages, load_images
 from diffusers_dualrate.latent_cache import LatentImages
@@ -305,7 +309,13 @@ def test_a_pair_takes_the_autoencoder_of_the_model_it_starts_from_and_is_measure
         "--output", str(tmp_path / "evaluation.json"), "--grid", str(tmp_path / "grid.png"),
     ])  # fmt: skip
     report = evaluate.main(args)
-    assert report["vae"] == {"compression": 2} and report["v_loss"]["model"] > 0
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        pair.vae.decode(torch.zeros(1, 4, 8, 8))
+    assert report["vae"] == {"compression": 2, "decode_flops": counter.get_total_flops()}
+    assert report["v_loss"]["model"] > 0 < report["vae"]["decode_flops"]
+    index, decoding = json.loads((tmp_path / "pair/model_index.json").read_text()), counter.get_total_flops() / 1e9
+    card = make_card(report, index, {}, presets=None)
+    assert f"Decoding, which GFLOP leaves out, takes {decoding:.3g} GFLOP." in card
     assert report["samples"][0]["fd_local_4"]["mean"] > 0
     assert report["parameters"].keys() == {"context_encoder", "denoiser"} and (tmp_path / "grid.png").is_file()
 
@@ -373,6 +383,28 @@ def test_streamed_images_are_encoded_as_they_come(folder, vae, tmp_path):
     flags = ("--vae", vae, "--streaming", "--no_latent_cache", "--max_train_steps", 1, "--lr_warmup_steps", 0)
     assert run(train_single_rate, folder, tmp_path / "stream", *flags) == 0
     assert DualRatePipeline.from_pretrained(tmp_path / "stream").vae is not None
+
+
+def test_an_autoencoder_of_somebody_keeps_its_origin_and_its_licence_in_every_model_that_holds_it(
+    make_networks, tmp_path
+):
+    """Mutants: the folder of a model taken for its autoencoder's, an origin of the copy instead of the first."""
+    first = tmp_path / "models--org--ae/snapshots" / ("a" * 40)
+    make_vae().save_pretrained(first)
+    (first / "README.md").write_text("---\nlicense: mit\n---\n")
+    denoiser = make_networks(denoiser={"context_channels": None}, in_channels=4)[1]
+    told = "Its autoencoder is a copy of another repository's: [org/ae](https://huggingface.co/org/ae) at revision `aaaaaaaaaaaa`."
+    for name, vae in (("one", open_vae(str(first))), ("two", None), ("three", open_vae), ("four", make_vae())):
+        if vae is None:
+            pipe = DualRatePipeline.from_pretrained(tmp_path / "one")
+        else:
+            vae = vae(str(tmp_path / "two")) if vae is open_vae else vae
+            pipe = DualRatePipeline(denoiser, DualRateScheduler(clip_sample=False), vae=vae, num_inference_steps=1)
+        pipe.save_pretrained(tmp_path / name)
+        expected = "" if name == "four" else f"{told} The autoencoder's licence is mit."
+        assert describe_origin(tmp_path / name) == expected
+        assert "_name_or_path" not in json.loads((tmp_path / name / "vae/config.json").read_text())
+    AutoencoderKL.from_pretrained(tmp_path / "three/vae")
 
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, AutoencoderTiny, AutoencoderDC])

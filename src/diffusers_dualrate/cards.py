@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .commands import EVALUATION, EXAMPLE_PROMPT, GRID, evaluation_command, find_changes, takes_text, training_command
 from .configuration import FILE, Configuration
 from .latents import compression_of
-from .origins import CONFIG, Origin
+from .origins import Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
 from .repositories import CARD, content_of
@@ -162,18 +162,20 @@ def describe_networks(evaluation: dict, index: dict, num_context_steps: int | No
 
 
 def describe_origin(folder: Path) -> str:
-    """What a card says of a context encoder that the repository names; empty for one that it holds."""
-    path = Path(folder, "context_encoder", CONFIG)
-    origin = Origin.named_in(read_json(path), path) if path.is_file() else None
-    if origin is None:
-        return ""
-    size = sum(Path(folder, name).stat().st_size for name in content_of(folder) if name.endswith(".safetensors"))
-    place = "" if origin.subfolder is None else f"`{origin.subfolder}` of "
-    text = (
-        f"This repository holds {size / 1e6:.1f} MB of weights. Its context encoder comes from elsewhere as the model is loaded: "
-        f"{place}[{origin.repository}](https://huggingface.co/{origin.repository}) at revision `{origin.revision[:12]}`."
-    )
-    return f"{text} The encoder's licence is {origin.license}." if origin.license else text
+    """What a card says of a context encoder that the repository names, and of an autoencoder that is somebody's.
+
+    Empty where it holds all, and nothing is known to be another's.
+    """
+    said = []
+    if encoder := Origin.in_folder(Path(folder, "context_encoder")):
+        size = sum(Path(folder, name).stat().st_size for name in content_of(folder) if name.endswith(".safetensors"))
+        said.append(
+            f"This repository holds {size / 1e6:.1f} MB of weights. Its context encoder comes from elsewhere as the model is "
+            f"loaded: {encoder.describe('encoder')}"
+        )
+    if autoencoder := Origin.in_folder(Path(folder, "vae")):
+        said.append(f"Its autoencoder is a copy of another repository's: {autoencoder.describe('autoencoder')}")
+    return " ".join(said)
 
 
 def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCardData:
@@ -207,7 +209,7 @@ def measured_parts(evaluation: dict, title: str, columns: list[str]) -> dict:
             f"That classifier knows {percent(evaluation['classifier']['held_out_accuracy'])} of the images held out from its own training."
         )
     v_loss = evaluation.get("v_loss", {})
-    share = v_loss.get("share_of_gap_recovered")
+    share, decoding = v_loss.get("share_of_gap_recovered"), (evaluation.get("vae") or {}).get("decode_flops")
     return {
         "hardware": evaluation["hardware"],
         "v_loss_images": f"{v_loss['images']:,}" if v_loss else "",
@@ -219,6 +221,7 @@ def measured_parts(evaluation: dict, title: str, columns: list[str]) -> dict:
         "legend": " ".join(used),
         "prompts": list(prompt_rows(evaluation, title)),
         "prompt_columns": list(PROMPT_METRICS.values()),
+        "decoding": "" if decoding is None else f"{decoding / 1e9:.3g} GFLOP",
     }
 
 

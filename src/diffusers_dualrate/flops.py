@@ -83,6 +83,17 @@ def text_flops(network: UViTContextEncoder | UViTDenoiser) -> int:
     return counter.get_total_flops()
 
 
+def decode_flops(pipe: DualRatePipeline) -> int:
+    """FLOPs of decoding one image, which those of the networks do not hold; 0 where there is no autoencoder."""
+    if pipe.vae is None:
+        return 0
+    vae = getattr(pipe.vae, "_orig_mod", pipe.vae)  # what `torch.compile` wrapped
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy = type(vae).from_config(vae.config).eval()
+        copy.decode(torch.empty(1, vae.config.latent_channels, *pipe.denoiser.image_size))
+    return counter.get_total_flops()
+
+
 @contextlib.contextmanager
 def count_evaluations(*networks: nn.Module | None) -> Iterator[list[int]]:
     """Count the forward passes of networks while the block runs, in the list that it yields. `None` stays at 0."""

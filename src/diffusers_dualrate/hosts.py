@@ -308,7 +308,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
             output = self._kind.call(self.network, seen, self.process.timestep(levels), condition)
         finally:
             self._taken = None  # no feature map outlives its call
-        maps = tuple(_as_map(taken[tap], sample, self.stride) for tap in self.taps)
+        maps = tuple(_as_map(tap, taken.get(tap), sample, self.stride) for tap in self.taps)
         return output[:, : self.config.in_channels], maps  # what follows are variances, which are left aside
 
     def _take(self, tap: str, module: nn.Module, inputs: tuple, output) -> None:
@@ -321,12 +321,14 @@ def _classes() -> Mapping[str, type[ModelMixin]]:
     return {name: getattr(diffusers, name) for name in KINDS}
 
 
-def _as_map(features: Tensor, sample: Tensor, stride: int) -> Tensor:
+def _as_map(tap: str, features: Tensor | None, sample: Tensor, stride: int) -> Tensor:
     """Features [B, channels, H, W] as they are, and tokens [B, H W, channels] as such a map."""
-    if features.ndim == 4:
+    if isinstance(features, Tensor) and features.ndim == 4:
         return features
-    height = sample.shape[-2] // stride
-    return features.transpose(1, 2).unflatten(2, (height, -1))
+    height, width = (side // stride for side in sample.shape[-2:])
+    if not isinstance(features, Tensor) or features.ndim != 3 or features.shape[1] != height * width:
+        raise ValueError(f"The tap {tap!r} gives no map: neither [B, channels, H, W] nor {height} x {width} tokens.")
+    return features.transpose(1, 2).unflatten(2, (height, width))
 
 
 class OfHostError(Exception):

@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
-from .records import build
+from .records import build, read_json
 
 CONFIG = "config.json"
 KEY = "_origin"
@@ -106,6 +106,30 @@ class Origin:
         )
 
     @classmethod
+    def behind(cls, place: str | os.PathLike | None, subfolder: str) -> Self | None:
+        """Where a component is published that a model holds as it is there, with its licence; `None` where nobody knows.
+
+        Args:
+            place: What the component was loaded by: its own name or folder, or those of a model.
+            subfolder: Its folder in a model.
+        """
+        if place is None:
+            return None
+        for inner in ("", subfolder):
+            path = Path(place, inner, CONFIG)
+            if path.is_file() or not os.path.exists(place):
+                said = cls.in_folder(path.parent)
+                if origin := said or cls.find(place, subfolder=inner):
+                    return origin if said else dataclasses.replace(origin, license=origin._find_license())
+        return None
+
+    @classmethod
+    def in_folder(cls, folder: str | os.PathLike) -> Self | None:
+        """The origin that the config.json of a component's folder names; `None` where there is none."""
+        path = Path(folder, CONFIG)
+        return cls.named_in(read_json(path), path) if path.is_file() else None
+
+    @classmethod
     def named_in(cls, config: Mapping[str, Any], place: object) -> Self | None:
         """The origin that a config.json names instead of weights; `None` where it names none."""
         said = config.get(KEY)
@@ -114,6 +138,18 @@ class Origin:
         if not isinstance(said, dict):
             raise ValueError(f"{place} must name its encoder's origin by names and values, got {said!r}.")
         return cast(Self, build(cls, f"{KEY} of {place}", said))
+
+    def describe(self, name: str) -> str:
+        """Where it is, as Markdown, and under which licence.
+
+        Args:
+            name: What the component is called.
+        """
+        place = "" if self.subfolder is None else f"`{self.subfolder}` of "
+        text = (
+            f"{place}[{self.repository}](https://huggingface.co/{self.repository}) at revision `{self.revision[:12]}`."
+        )
+        return f"{text} The {name}'s licence is {self.license}." if self.license else text
 
     def to_json(self) -> dict:
         """What config.json says."""

@@ -29,7 +29,7 @@ from .inputs import (
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .network import find_foreign, refuse_adapters, without_origin
-from .origins import access
+from .origins import KEY, Origin, access, write_into_config
 from .prompts import WANTED, ClassLabels, PromptMixin, Wanted
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
@@ -223,6 +223,9 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             super(DualRatePipeline, rest).save_pretrained(save_directory, True, *args, **kwargs)
             encoder.save_what_is_new(Path(save_directory, "context_encoder"), origin, kwargs.get("variant"))
             self.save_config(save_directory)
+        if self.vae is not None:
+            theirs = Origin.behind(self.vae.config.get("_name_or_path"), "vae")
+            write_into_config(Path(save_directory, "vae"), **({} if theirs is None else {KEY: theirs.to_json()}))
         name_classes(save_directory, self, self.components)
 
     @property
