@@ -20,7 +20,9 @@ MODES = ("eager", "compiled", "graphs")
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--preset", required=True, help="Preset, by name or file, whose networks are timed.")
+    parser.add_argument(
+        "--preset", required=True, help="Preset, or configuration.json of a run, whose networks are timed."
+    )
     parser.add_argument(
         "--batch_size", type=int, nargs="+", default=[16], help="Images of a loop, one size or several."
     )
@@ -75,9 +77,9 @@ from accelerate import Accelerator
 from diffusers import TaylorSeerCacheConfig
 from tqdm.auto import tqdm
 
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, UViTContextEncoder, UViTDenoiser
 from diffusers_dualrate.arguments import find_preset, read_preset
-from diffusers_dualrate.configuration import Networks
+from diffusers_dualrate.configuration import Networks, is_of_host
 from diffusers_dualrate.flops import image_flops
 from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.provenance import environment
@@ -195,9 +197,13 @@ def check(args, device):
 def make_arms(args, networks, device):
     """All arms, the networks of each mode their own."""
     scheduler = DualRateScheduler(**networks.scheduler)
-    heavy = UViTDenoiser(**{**networks.context_encoder, **SINGLE_RATE}).eval()
-    encoder, denoiser = UViTContextEncoder(**networks.context_encoder), UViTDenoiser(**networks.denoiser)
-    parts = [part.to(device) for part in (heavy, encoder.eval(), denoiser.eval())]
+    shape, denoiser = networks.context_encoder, UViTDenoiser(**networks.denoiser)
+    if is_of_host(shape):  # as the configuration.json of a run has it
+        encoder = HostNetwork.from_description(shape)
+        heavy = HostNetwork.from_denoiser(encoder, ())
+    else:
+        heavy, encoder = UViTDenoiser(**{**shape, **SINGLE_RATE}), UViTContextEncoder(**shape)
+    parts = [part.eval().to(device) for part in (heavy, encoder, denoiser)]
     if args.dtype != "float32":  # the host warns of every cast
         parts = [part.to(dtype=getattr(torch, args.dtype)) for part in parts]
     defaults = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}

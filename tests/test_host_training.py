@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
+import benchmark
 import distill
 import evaluate
 import generate
@@ -191,6 +192,13 @@ def test_a_model_of_diffusers_teaches_a_student(student, models, pair, folder, t
     assert not torch.equal(own.conv_in.weight, before.conv_in.weight)
     assert len(pipe(output_type="pt").images) == 1 and pipe.config.num_inference_steps == 4
     assert pipe.scheduler.config.log_snr_max < 9.3
+
+
+def test_a_trained_pair_is_timed_as_its_record_describes_it(pair):
+    options = ("--num_inference_steps", 2, "--num_context_steps", 1, "--repeats", 2, "--batch_size", 1)
+    record = benchmark.main(benchmark.parse_args(list(map(str, ["--preset", pair / "configuration.json", *options]))))
+    heavy, light = network_flops(HostNetwork(make_unet(sample_size=16), NoiseProcess())), record["rows"][1]["flops"]
+    assert record["rows"][0]["flops"] == 2 * heavy and heavy < light < 2 * heavy
 
 
 def test_a_trained_pair_takes_adapters_of_both_networks_and_is_offloaded(pair, tmp_path):
