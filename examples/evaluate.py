@@ -259,15 +259,15 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     return {name: rivals[name] for name in compared}
 
 
-def make_judges(classifier, text_judge, images, fresh, augmentation, args, accelerator):
-    """Who says of an image, given its class or caption, whether it shows that."""
+def make_judges(classifier, text_judge, images, captions, fresh, augmentation, args, accelerator):
+    """Who says of an image, given its class or caption, whether it shows that; `captions` are all that there are."""
     judges = {}
     if classifier is not None and images.num_classes:
         judges["class_accuracy"] = lambda x, labels: (
             classifier(x.to(accelerator.device)).argmax(1) == labels.to(accelerator.device)
         )
     if text_judge is not None:
-        judges |= judges_of_captions(text_judge, images.captions)
+        judges |= judges_of_captions(text_judge, captions)
     if (images.num_classes or images.has_captions) and len(images) <= _NEAREST_LIMIT:
         backgrounds = (Augmentation(background=(level, level)) for level in (0, 255))
         views = (fresh(augmentation=background, split=args.reference_split) for background in backgrounds)
@@ -305,10 +305,12 @@ def main(args, open_images=sources.open_images):
     text_judge = None
     if args.text_encoder:
         text_judge = TextJudge(load_text_encoding(args.text_encoder), classifier, accelerator.device)
-    judges = make_judges(classifier, text_judge, images, fresh, augmentation, args, accelerator)
+    real = [images] if floor_images is images else [images, floor_images]
+    captions = [own for part in real for own in part.captions] if images.has_captions else None
+    judges = make_judges(classifier, text_judge, images, captions, fresh, augmentation, args, accelerator)
     lists = {}
     for name, texts in prompts.items():
-        lists[name] = texts, judges_of_captions(text_judge, images.captions, texts)
+        lists[name] = texts, judges_of_captions(text_judge, captions, texts)
         if "caption_of_nearest" in judges and {*texts} <= {text for own in images.captions for text in own}:
             lists[name][1]["caption_of_nearest"] = judges["caption_of_nearest"]
     num_reference = len(images) if args.num_reference is None else args.num_reference
@@ -354,7 +356,6 @@ def main(args, open_images=sources.open_images):
     reference = measure_reference(images, own, *how) | measure_reference(plain_images, published, *how)
     drawn = args.num_samples, args.seeds, args.batch_size, accelerator
     report["floor"] = measure_floor(floor_images, reference, extractors, judges, *drawn)
-    real = [images] if floor_images is images else [images, floor_images]
     report["prompt_lists"] = {
         name: measure_real_prompts(*judged, real, args.batch_size, accelerator) for name, judged in lists.items()
     }

@@ -1,6 +1,7 @@
 """Training on captions, as a user does it: folders with metadata.jsonl, tiny real text encoders."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,9 +142,15 @@ def test_the_nearest_of_large_images_is_found_at_half_their_size_over_shifts_of_
 def test_a_model_of_text_is_measured_on_captions_of_its_data_and_on_lists_of_prompts(root, make_text_pipe, capsys):
     make_text_pipe(num_context_steps=2, networks={"sample_size": 16}).save_pretrained(root / "measured")
     ImageClassifier(3, 8, (8, 8), num_features=8).save(root / "judge.safetensors")
+    shutil.copytree(root / "images", root / "splits" / "train")
+    (root / "splits" / "test").mkdir()
+    Image.new("RGB", (16, 16)).save(root / "splits" / "test" / "9.png")
+    (root / "splits" / "test" / "metadata.jsonl").write_text('{"file_name": "9.png", "text": ["a red bird"]}\n')
     flags = [
+        "--floor_split",
+        "test",
         "--train_data_dir",
-        str(root / "images"),
+        str(root / "splits"),
         "--caption_column",
         "text",
         "--num_samples",
@@ -155,12 +162,14 @@ def test_a_model_of_text_is_measured_on_captions_of_its_data_and_on_lists_of_pro
     flags += ["--num_noises", "4", "--output", str(root / "evaluation.json"), "--cache_dir", str(root / "references")]
     (root / "seen.txt").write_text("a red apple\ntwo green fish\n")
     (root / "novel.txt").write_text("a green apple\n")
-    lists = ["--prompt_lists", str(root / "seen.txt"), str(root / "novel.txt")]
+    (root / "held.txt").write_text("a red bird\n")  # a caption of the other split alone
+    lists = ["--prompt_lists", str(root / "seen.txt"), str(root / "novel.txt"), str(root / "held.txt")]
     model = ["--model", str(root / "measured")]
     report = evaluate.main(evaluate.parse_args([*model, *flags, *lists, "--grid", str(root / "g.png")]))
     found = report["samples"][0]
     lists = found["prompts"]
-    assert lists.keys() == {"seen", "novel"} and report["prompt_lists"]["novel"] is None
+    assert lists.keys() == {"seen", "novel", "held"} and report["prompt_lists"]["held"]["images"] == 1
+    assert report["prompt_lists"]["novel"] is None
     for name, count, real in (("seen", 2, 2), ("novel", 1, None)):
         metrics = {
             f"{start}_{count}" for start in ("prompt_of_nearest_prompt", "caption_of_nearest_text", "image_text_score")
@@ -174,7 +183,7 @@ def test_a_model_of_text_is_measured_on_captions_of_its_data_and_on_lists_of_pro
     out = capsys.readouterr().out
     assert "recognised in the list" in out and "seen, 2" in out
     assert {"caption_of_nearest_text_4", "image_text_score_4", "caption_of_nearest_4", "fd_local_4"} <= found.keys()
-    assert report["floor"]["caption_of_nearest_4"]["mean"] == 1.0  # real images, not augmented
+    assert report["floor"]["caption_of_nearest_4"]["mean"] == 0.0  # no image of the reference has that caption
     assert report["v_loss"]["model"] > 0 and (root / "g.png").is_file()
     make_text_pipe(text_encoder=None, tokenizer=None, networks={"sample_size": 16}).save_pretrained(root / "blind")
     for more, said in (
