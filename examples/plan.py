@@ -168,7 +168,8 @@ def main(args):
     choice = planned.choice
     order, interval = ("second" if choice.second_order else "first"), choice.guidance_interval
     print(f"\n{choice.plan}\n")
-    print(f"{order} order, guidance {'at all steps' if interval is None else f'at log-SNR {interval}'}")
+    where = "at all steps" if interval is None else f"at log-SNR {interval}"
+    print(f"{order} order, {'no guidance' if pipe.config.guidance_scale == 1 else f'guidance {where}'}")
     print(f"{choice.cost:.4g} of {args.budget:g} {args.unit}, {planned.criterion} {choice.score:.4g}")
     print(f"Plans tried: {len(planned.tried)}. The model is in {Path(args.output).resolve()}.")
     return planned
