@@ -162,8 +162,10 @@ def draw_first(first, pipe, images, prompts, args):
         shown = shown_by(images, choose(images, args.num_samples, args.seeds[0])[: len(x)])
         if name is None and images.num_classes:
             shown = [pipe.id2label.get(label, str(label)) for label in shown.tolist()]
-        path, columns = (grid, 8) if name is None else (grid.with_stem(f"{grid.stem}-{name}"), 10)
-        draw_grid(pictures, shown if name is None else prompts[name], columns).save(path)
+        if name is None:
+            draw_grid(pictures, shown).save(grid)
+        else:  # prompts are longer than classes
+            draw_grid(pictures, prompts[name], 10, 192).save(grid.with_stem(f"{grid.stem}-{name}"))
 
 
 def tell(report, args):

@@ -22,6 +22,7 @@ def test_small_images_are_enlarged_by_whole_pixels_and_lie_in_rows():
 
 @pytest.mark.parametrize("side", [96, 128])
 def test_large_images_stay_as_they_are(side):
+    assert draw_grid([plain(10, side)], side=2 * side).size == (2 * side + 8, 2 * side + 8)
     assert draw_grid([plain(10, side)]).size == (side + 8, side + 8)
 
 

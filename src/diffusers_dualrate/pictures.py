@@ -8,15 +8,18 @@ _SIDE, _GAP, _LINE = 96, 4, 14
 _LETTER = 6  # pixels that a letter of the default font is wide, about
 
 
-def draw_grid(images: Sequence[Image.Image], names: Sequence[str] | None = None, columns: int = 8) -> Image.Image:
+def draw_grid(
+    images: Sequence[Image.Image], names: Sequence[str] | None = None, columns: int = 8, side: int = _SIDE
+) -> Image.Image:
     """Arrange images in rows, the last of which may be shorter.
 
     Args:
         images: Images of one size; smaller ones are enlarged by a whole number, so that pixels stay squares.
         names: What is written above each; `None` for nothing.
         columns: Images in a row.
+        side: Pixels that an enlarged image has at most, where it is smaller.
     """
-    zoom = max(1, _SIDE // max(images[0].size))
+    zoom = max(1, side // max(images[0].size))
     width, height = (side * zoom for side in images[0].size)
     columns, line = min(columns, len(images)), _LINE if names is not None else 0
     rows = -(-len(images) // columns)
