@@ -63,6 +63,31 @@ def test_a_pair_that_never_learned_to_go_without_context_is_planned_from_step_0(
     assert all(choice.refresh_steps[0] == 0 for choice in planned.tried)
 
 
+def test_no_chain_of_a_late_pair_has_a_context_above_its_context_from_nor_has_the_long_one(make_pipe, watch):
+    """Mutants: `starts` from 0, in the openings, the neighbours or the long chain; one step later or earlier."""
+    context_from = 0.25
+    pipe = make_pipe(**LATE | {"guidance_scale": 1.0}, context_from=context_from)
+    calls = watch(pipe)
+    planned = plan_for(pipe, budget_of(pipe, 1), num_images=2, num_trials=16, batch_size=2)
+    latest = pipe.scheduler.log_snr_at(context_from).item()
+    seen = torch.cat([call.log_snr.flatten() for call in calls.encoder])
+    assert seen.min().item() == pytest.approx(latest, abs=1e-3)
+    begins = {(c.num_inference_steps, c.refresh_steps[0]) for c in planned.tried}
+    assert all(1 - first / n <= context_from + 1e-9 for n, first in begins)
+    assert any(1 - (first - 1) / n > context_from for n, first in begins)  # some begin as early as they may
+    with pytest.raises(ValueError, match="is less than one step costs"):
+        plan_for(pipe, 1e-9)
+    with pytest.raises(ValueError, match=r"context_from=0.01 leaves none of 64 steps"):
+        plan_for(make_pipe(**LATE, context_from=0.01), 1.0)
+
+
+def test_milliseconds_of_an_evaluation_are_those_of_one_branch(pipe, watch):
+    """Guidance is in the cost of a plan already. Mutant: the model's scale as a chain is timed."""
+    calls = watch(pipe)
+    _Search(pipe, 4, 0, 3).price("milliseconds")
+    assert {call.rows for call in [*calls.encoder, *calls.denoiser]} == {3}
+
+
 def test_a_single_rate_model_is_planned_by_its_steps_alone(make_pipe):
     pipe = make_pipe(single_rate=True, num_inference_steps=8)
     planned = plan_for(pipe, 0.5, unit="share", num_images=4, num_trials=6)

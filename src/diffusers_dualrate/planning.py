@@ -2,7 +2,7 @@
 
 Candidates that cost at most the budget are tried on one set of noises. The best by a criterion is kept. By default the
 criterion is an energy distance, from the samples of a long chain along the same noise. That chain has a fresh context at
-every step. A distance image by image would prefer blander images: steps of first order, and less guidance.
+every step that the pair knows one at. A distance image by image would prefer blander images: steps of first order, and less guidance.
 """
 
 import math
@@ -25,7 +25,7 @@ from .inputs import make_chain
 from .pipeline import DualRatePipeline
 from .prompts import Wanted, check_prompts
 from .ranges import check_choice, check_integer, check_number
-from .refreshes import RefreshPlan, plan_refreshes
+from .refreshes import RefreshPlan, count_even_steps_above, plan_refreshes
 from .sampling import sample_at_two_rates
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps, plan_steps
@@ -78,9 +78,8 @@ class Choice:
 
     def apply_to(self, pipe: DualRatePipeline) -> DualRatePipeline:
         """A pipeline of the same networks that samples so by default; the one that is given stays as it is."""
-        parts = pipe.components
-        parts["scheduler"] = DualRateScheduler.from_config(pipe.scheduler.config, second_order=self.second_order)
-        planned = DualRatePipeline(**parts)
+        scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=self.second_order)
+        planned = DualRatePipeline(**pipe.components | {"scheduler": scheduler})
         steps = self.refresh_steps
         planned.register_to_config(
             num_inference_steps=self.num_inference_steps,
@@ -117,9 +116,8 @@ class Planned:
 
     def to_json(self) -> dict:
         """The same as an object of names and values."""
-        return asdict(self) | {
-            "seeds": f"seed_of({PLANNING_SEED}, {self.seed}, image 0..{self.num_images - 1}, place)"
-        }
+        seeds = f"seed_of({PLANNING_SEED}, {self.seed}, image 0..{self.num_images - 1}, place)"
+        return asdict(self) | {"seeds": seeds}
 
 
 class _Search:
@@ -142,7 +140,7 @@ class _Search:
         self._steps: dict[int, ChainSteps] = {}
         self.tried: dict[tuple, Choice] = {}
 
-    def _start(self, choice: Choice, rows: slice):
+    def _start(self, choice: Choice, rows: slice, guidance_scale: float | None = None):
         pipe, latents = self.pipe, self.noise.start[rows]
         scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=choice.second_order)
         steps = plan_steps(
@@ -160,7 +158,7 @@ class _Search:
             self.defaults,
             pipe.device,
             wanted=self.wanted.of_rows(rows),
-            guidance_scale=self.scale,
+            guidance_scale=self.scale if guidance_scale is None else guidance_scale,
             guidance_interval=choice.guidance_interval or (-math.inf, math.inf),
             batch_size=len(latents),
             num_images_per_prompt=1,
@@ -208,10 +206,10 @@ class _Search:
 
     @torch.no_grad()
     def _time(self) -> tuple[float, float, float]:
-        """Milliseconds an image of the heavy evaluation, the light one, and that without context."""
-        any_choice = Choice(1, None if self.pipe.context_encoder is None else (0,), False, None, 0.0)
-        chain, z = self._start(any_choice, slice(0, self.batch_size))
-        context = None if self.pipe.context_encoder is None else chain.encode(0, z)[0]
+        """Milliseconds an image of the heavy evaluation, the light one, and that without context: of one branch each."""
+        refreshes = None if self.pipe.context_encoder is None else (0,)
+        chain, z = self._start(Choice(1, refreshes, False, None, 0.0), slice(0, self.batch_size), guidance_scale=1.0)
+        context = None if refreshes is None else chain.encode(0, z)[0]
 
         def time_of(evaluate: Callable[[], Tensor]) -> float:
             seconds = []
@@ -246,31 +244,34 @@ class _Search:
 
     def fill(self, n: int, alone: int, second_order: bool, interval, budget: float) -> Choice | None:
         """The choice of N steps with an opening and as many refreshes, evenly spread, as the budget allows."""
-        if self.pipe.context_encoder is None:
-            choice = Choice(n, None, second_order, interval, 0.0)
-            choice = replace(choice, cost=self.cost(choice))
-            return choice if choice.cost <= budget else None
-        for k in range(n - alone, 0, -1):
+        for k in (None,) if self.pipe.context_encoder is None else range(n - alone, 0, -1):
             plan = plan_refreshes(n, k, num_steps_alone=alone)
-            choice = Choice(n, tuple(i for i in range(n) if plan[i]), second_order, interval, 0.0)
+            steps = None if k is None else tuple(i for i in range(n) if plan[i])
+            choice = Choice(n, steps, second_order, interval, 0.0)
             choice = replace(choice, cost=self.cost(choice))
             if choice.cost <= budget:
                 return choice
         return None
 
+    def starts(self, n: int) -> range:
+        """Steps where the first refresh of N may be: a late pair knows no context above its `context_from`."""
+        if self.pipe.context_encoder is None or not self.defaults.context_free:
+            return range(1)
+        return range(count_even_steps_above(n, self.defaults.context_from or 1.0), n)
+
     def openings(self, n: int) -> list[int]:
-        """Numbers of steps that a plan may take before its first refresh."""
-        late = self.pipe.context_encoder is not None and self.pipe.config.context_free
-        return sorted({round(share * n) for share in (_OPENINGS if late else (0.0,))} - {n})
+        """Numbers of steps to try before the first refresh; none where N steps are too few for a context."""
+        starts = self.starts(n)
+        return sorted({*starts[:1], *(round(share * n) for share in _OPENINGS)} & {*starts})
 
     def first_candidates(self, budget: float) -> list[Choice]:
         """Even plans that use the budget, from few steps to many."""
-        found = []
+        found: list[Choice] = []
         for n in range(1, _MOST_STEPS + 1):
             filled = [self.fill(n, alone, True, self.interval, budget) for alone in self.openings(n)]
-            if not any(filled):
+            if filled and not any(filled):
                 break
-            found += [choice for choice in filled if choice is not None]
+            found += filter(None, filled)
         used = [choice for choice in found if choice.cost >= _LEAST_SHARE * budget]
         return used or found
 
@@ -283,11 +284,10 @@ class _Search:
             for moved in (steps[i] - 1, steps[i] + 1):
                 others = (*steps[:i], moved, *steps[i + 1 :])
                 is_plan = all(a < b for a, b in zip((-1, *others), (*others, n), strict=True))
-                if is_plan and (others[0] == 0 or self.pipe.config.context_free):
+                if is_plan and others[0] in self.starts(n):
                     found.append(replace(choice, refresh_steps=others))
-        for interval in self.intervals():
-            if interval != choice.guidance_interval:
-                found.append(self.fill(n, alone, choice.second_order, interval, budget))
+        intervals = [interval for interval in self.intervals() if interval != choice.guidance_interval]
+        found += [self.fill(n, alone, choice.second_order, interval, budget) for interval in intervals]
         for count in (n - 1, n + 1):
             for opening in self.openings(count) if count > 0 else ():
                 found.append(self.fill(count, opening, choice.second_order, choice.guidance_interval, budget))
@@ -372,7 +372,8 @@ def plan_for(
     search.price(unit)
     waiting = search.first_candidates(budget)
     if not waiting:
-        cheapest = search.fill(1, 0, True, None, math.inf)
+        n = next((n for n in range(1, _MOST_STEPS) if search.openings(n)), _MOST_STEPS)
+        cheapest = search.fill(n, pipe.plan_run(n, 1).num_steps_alone, True, None, math.inf)
         assert cheapest is not None
         raise ValueError(f"budget={budget} {unit} is less than one step costs, {cheapest.cost:.4g}.")
     first = min(len(waiting), (num_trials + 1) // 2)
@@ -383,15 +384,14 @@ def plan_for(
             criterion = _distance_from_long_chain(search)
         search.go(criterion, waiting, budget, num_trials, progress_bar.update)
     best = min(search.tried.values(), key=lambda choice: choice.score)
-    machine = (
-        None if unit != "milliseconds" else f"{platform.machine()}, {pipe.device}, {torch.get_num_threads()} threads"
-    )
+    machine = f"{platform.machine()}, {pipe.device}, {torch.get_num_threads()} threads"
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    return Planned(best, tuple(search.tried.values()), budget, unit, name, num_images, seed, machine)
+    told = budget, unit, name, num_images, seed, machine if unit == "milliseconds" else None
+    return Planned(best, tuple(search.tried.values()), *told)
 
 
 def _distance_from_long_chain(search: _Search) -> Callable[[Tensor], float]:
-    refreshes = None if search.pipe.context_encoder is None else tuple(range(_LONG))
+    refreshes = None if search.pipe.context_encoder is None else tuple(range(search.starts(_LONG)[0], _LONG))
     expected = search.sample(Choice(_LONG, refreshes, True, search.interval, 0.0))
 
     def energy_distance_from_long_chain(images: Tensor) -> float:

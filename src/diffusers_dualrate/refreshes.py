@@ -134,12 +134,18 @@ def plan_segments(num_inference_steps: int, num_context_steps: int, context_from
         ValueError: If K does not divide them.
     """
     n, k = num_inference_steps, num_context_steps
-    alone = sum(1 - step / n > context_from + 1e-9 for step in range(n))
+    alone = count_even_steps_above(n, context_from)
     left = n - alone
     if not 1 <= k <= left or left % k:
         late = f"the {left} steps at or below context_from={context_from} of " if alone else ""
         raise ValueError(f"num_context_steps must divide {late}num_inference_steps={n}, got {k}.")
     return plan_refreshes(n, k, num_steps_alone=alone)
+
+
+def count_even_steps_above(num_inference_steps: int, context_from: float) -> int:
+    """Number of the steps at the times t_n = 1 − n/N that lie above the time of the first context."""
+    n = num_inference_steps
+    return sum(1 - step / n > context_from + 1e-9 for step in range(n))
 
 
 def count_steps_above(log_snrs: Iterable[float], context_from: float, level: float) -> int:
