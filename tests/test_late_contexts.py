@@ -223,6 +223,47 @@ def test_a_default_plan_travels_with_the_model_and_what_a_call_asks_for_wins(mak
     assert refresh_steps(alone.plan_run()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_context_steps": 2}, [3, 4]),
+        ({"context_from": 0.25}, [5]),
+        ({"num_inference_steps": 8}, [4, 5, 6]),
+        ({"num_inference_steps": 8, "num_context_steps": 1}, [4]),
+        ({"num_context_steps": 2, "refresh_steps": [2, 5]}, [2, 5]),
+        ({"guidance_scale": 1.5}, [1, 4]),
+    ],
+)
+def test_a_newly_given_n_k_or_time_of_the_first_context_takes_the_place_of_named_steps(
+    make_pipe, tmp_path, given, expected
+):
+    """Mutants: a name left out of the three; steps ended that are given beside them, or by another default."""
+    defaults = {"num_inference_steps": N, "num_context_steps": 3, "context_free": True, "context_from": 0.5}
+    planned = make_pipe(**defaults, refresh_steps=[1, 4])
+    planned.save_pretrained(tmp_path)
+    registered = DualRatePipeline.from_pipe(planned)
+    registered.register_to_config(**given)
+    others = [DualRatePipeline.from_pretrained(tmp_path, **given), DualRatePipeline.from_pipe(planned, **given)]
+    for other in [*others, DualRatePipeline(**planned.components, **given), registered]:
+        assert refresh_steps(other.plan_run()) == expected
+        other.save_pretrained(tmp_path / "again")
+        assert refresh_steps(DualRatePipeline.from_pretrained(tmp_path / "again").plan_run()) == expected
+    assert refresh_steps(planned.plan_run()) == [1, 4]
+
+
+def test_the_index_of_a_loaded_model_decides_whatever_pipeline_its_denoiser_comes_from(make_pipe, tmp_path):
+    """Null included. Mutant: what the denoiser carries fills the nulls."""
+    plain, other = make_pipe(num_inference_steps=N), make_pipe(
+        num_inference_steps=8, num_context_steps=2, context_free=True, context_from=0.5, guidance_interval=(-1.0, 1.0)
+    )  # fmt: skip
+    plain.save_pretrained(tmp_path)
+    denoiser = other.components["denoiser"]
+    loaded = DualRatePipeline.from_pretrained(tmp_path, denoiser=denoiser)
+    assert loaded.denoiser is denoiser
+    assert SamplingDefaults.of(loaded.config) == SamplingDefaults.of(plain.config)
+    assert SamplingDefaults.of(DualRatePipeline(**other.components).config) == SamplingDefaults.of(other.config)
+
+
 def test_a_pair_that_never_learned_to_go_without_context_refuses_to_begin_late(make_pipe, watch):
     """Mutants: `not context_free` dropped, or `> 0` made `> 1`."""
     pipe = make_pipe()

@@ -79,6 +79,14 @@ class SamplingDefaults:
 
 
 NAMES = tuple(field.name for field in fields(SamplingDefaults))
+# Each of these, newly given, is of another plan than the steps that were named before.
+_OF_ANOTHER_PLAN = {"num_inference_steps", "num_context_steps", "context_from"}
+
+
+def end_named_steps(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is newly given. N, K or `context_from` take the place of `refresh_steps`, unless those are given, too."""
+    is_ended = not _OF_ANOTHER_PLAN.isdisjoint(given) and "refresh_steps" not in given
+    return {**given, "refresh_steps": None} if is_ended else dict(given)
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from .adapters import LoraMixin
 from .callbacks import CONDITIONS, Call, CallStateMixin, call_back
 from .chain import Chain, own_caches
-from .defaults import NAMES, SamplingDefaults, check_id2label
+from .defaults import NAMES, SamplingDefaults, check_id2label, end_named_steps
 from .graphs import Recordings, lend
 from .hosts import HostNetwork, OfHostError, check_own, open_host_pipeline
 from .inputs import (
@@ -40,6 +41,7 @@ from .text_encoding import TextEncoding
 _REQUIRED = ("denoiser", "scheduler")
 # What a single-rate model has no use for.
 _OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
+_IS_LOADING = ContextVar("_IS_LOADING", default=False)  # then the model's index decides, not a given denoiser
 
 
 class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, DiffusionPipeline):
@@ -62,7 +64,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
         context_from: Time of the first context, a share of the chain (1 is its noisy end). Noisier steps go without
             context; the K refreshes are spread over the others. `None` refreshes at the first step.
-        refresh_steps: Instead of both, the steps that refresh when N is the default.
+        refresh_steps: Instead of both, the steps that refresh when N is the default. N, K or `context_from`, given anew
+            alone, take their place.
         context_free: Whether the pair learned to go without context. Only then may refreshes begin late.
         guidance_scale: Default guidance scale; 1 is none.
         guidance_interval: Default lowest and highest log-SNR at which guidance acts; `None` for all.
@@ -123,11 +126,11 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             "guidance_interval": guidance_interval,
             "encoder_denoises": encoder_denoises,
         }
-        known = dict(denoiser.pipeline_defaults)
+        known = {} if _IS_LOADING.get() else dict(denoiser.pipeline_defaults)
         if context_encoder is None:
             known = {name: value for name, value in known.items() if name not in _OF_A_PAIR}
         given = {name: value for name, value in given.items() if value is not None}
-        defaults = SamplingDefaults.of(known | given)
+        defaults = SamplingDefaults.of(known | end_named_steps(given))
         if context_encoder is not None:
             defaults.check_refreshes()
         check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
@@ -174,6 +177,15 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         parts["denoiser"].pipeline_defaults = {name: self.config[name] for name in NAMES}
         return parts
 
+    def register_to_config(self, **kwargs) -> None:
+        """Change defaults; N, K or `context_from` take the place of `refresh_steps`."""
+        super().register_to_config(**end_named_steps(kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs) -> "DualRatePipeline":
+        """Take over the components and defaults of another pipeline, but for those that are given."""
+        return super().from_pipe(pipeline, **end_named_steps(kwargs))
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "DualRatePipeline":
         """Load a model from a Hub repository, a local folder or the cache; weights from safetensors files only.
@@ -181,7 +193,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         Takes what `DiffusionPipeline.from_pretrained` takes. No code of a repository is run unless `custom_pipeline` and
         `trust_remote_code` ask for it. An encoder that the repository names, and does not hold, comes from where it says.
         """
-        index = Path(str(pretrained_model_name_or_path), cls.config_name)
+        index, kwargs = Path(str(pretrained_model_name_or_path), cls.config_name), end_named_steps(kwargs)
+        loading = _IS_LOADING.set(True)
         try:
             if index.is_file():
                 config = cls._dict_from_json_file(index)
@@ -193,6 +206,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         except OfHostError:  # a single-rate model, with its scheduler and its number of steps
             given = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
             return cls(**open_host_pipeline(pretrained_model_name_or_path, **kwargs) | given)
+        finally:
+            _IS_LOADING.reset(loading)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
