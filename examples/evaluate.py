@@ -120,7 +120,7 @@ from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
 from diffusers_dualrate.tables import PROMPT_METRICS, prompt_rows, sample_rows, v_loss_rows
 from diffusers_dualrate.text_encoding import load_text_encoding
-from diffusers_dualrate.ways import Asked, measure_sampling
+from diffusers_dualrate.ways import Asked, Way, measure_sampling
 
 # The nearest image is looked for among all.
 _NEAREST_LIMIT = 10_000
@@ -139,6 +139,16 @@ def choose_steps(args, pipe):
     if not guidance_scale >= 1:
         raise ValueError(f"guidance_scale must be at least 1, which is none, got {guidance_scale}.")
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
+
+
+def plan_ways(args, pipe):
+    """All ways to sample, so that one that is not possible is refused before anything is measured."""
+    orders = {None: type(pipe.scheduler).__name__, False: "ancestral", True: "second-order ancestral"}
+    steps, names_refreshes = choose_steps(args, pipe), args.num_context_steps is not None
+    k, ways = steps["num_context_steps"], [(orders[pipe.scheduler.config.get("second_order")], steps)]
+    for n in args.solver_steps:
+        ways.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
+    return [Way.plan(pipe, solver, each, names_refreshes) for solver, each in ways]
 
 
 def describe_floor(args, images):
@@ -303,7 +313,7 @@ def main(args, open_images=sources.open_images):
     check_text_encoder(args.model, pipe)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
-    steps = choose_steps(args, pipe)
+    ways = plan_ways(args, pipe)
     text_judge = None
     if args.text_encoder:
         text_judge = TextJudge(load_text_encoding(args.text_encoder), classifier, accelerator.device)
@@ -347,11 +357,10 @@ def main(args, open_images=sources.open_images):
     }
     compared = take_up_rivals(report, pipe, images, args, accelerator)
 
-    k = steps["num_context_steps"]
     if told is not None and isinstance(Configuration.from_json(told).recipe, DistillationRecipe):
         report["images_by_phase"] = Configuration.from_json(told).recipe.images_by_phase
     else:
-        noised = floor_images, args.num_noises, k, args.batch_size
+        noised = floor_images, args.num_noises, ways[0].taken.plan, args.batch_size
         report["v_loss"] = measure_v_losses(pipe, compared, *noised, accelerator)
     extractors = own | published
     how = (num_reference, args.cache_dir, args.batch_size, accelerator)
@@ -361,15 +370,10 @@ def main(args, open_images=sources.open_images):
     report["prompt_lists"] = {
         name: measure_real_prompts(*judged, real, args.batch_size, accelerator) for name, judged in lists.items()
     }
-    orders = {None: type(pipe.scheduler).__name__, False: "ancestral", True: "second-order ancestral"}
-    ways = [(orders[pipe.scheduler.config.get("second_order")], steps)]
-    for n in args.solver_steps:
-        ways.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
     asked = Asked(images, reference, extractors, judges, lists, args.num_samples, args.seeds, args.batch_size)
     report["samples"] = []
-    for solver, steps in ways:
-        names_refreshes = args.num_context_steps is not None
-        found, first = measure_sampling(pipe, solver, asked, steps, names_refreshes, accelerator)
+    for way in ways:
+        found, first = measure_sampling(pipe, way, asked, accelerator)
         report["samples"].append(found)
         if args.grid and len(report["samples"]) == 1 and accelerator.is_main_process:
             draw_first(first, pipe, images, prompts, args)

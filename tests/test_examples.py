@@ -1,6 +1,7 @@
 """The examples that generate, measure and time, run as a user runs them, on tiny models."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -579,18 +580,57 @@ def test_the_v_loss_is_the_same_at_every_measurement_and_has_its_closed_form_whe
     args = evaluate.parse_args(["--model", "", *data])
     images = open_images(args, 16, Augmentation())
     pipe = DualRatePipeline.from_pretrained(models / "pair")
-    first, second = (metrics.measure_v_loss(pipe, images, 640, 2, 50, Accelerator()) for _ in range(2))
+    first, second = (
+        metrics.measure_v_loss(pipe, images, 640, plan_refreshes(4, 2), 50, Accelerator()) for _ in range(2)
+    )
     assert first == second
     own, tables = pipe.scheduler, {"trained_betas": pipe.scheduler.betas.tolist(), "prediction_type": "v_prediction"}
     pipe.scheduler = DPMSolverMultistepScheduler(**tables)  # which a model may be saved with
-    assert metrics.measure_v_loss(pipe, images, 640, 2, 50, Accelerator()) == pytest.approx(first, rel=0.02)
+    assert metrics.measure_v_loss(pipe, images, 640, plan_refreshes(4, 2), 50, Accelerator()) == pytest.approx(
+        first, rel=0.02
+    )
     pipe.scheduler = own
     for parameter in pipe.denoiser.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     # A network that predicts 0 has the mean square of v = α ε − σ x, which is E[α² + σ² x²].
     x = torch.stack([images[i]["pixel_values"] for i in range(len(images))])
-    zero = metrics.measure_v_loss(pipe, images, 640, 2, 50, Accelerator())
+    zero = metrics.measure_v_loss(pipe, images, 640, plan_refreshes(4, 2), 50, Accelerator())
     assert zero == pytest.approx((1 + x.square().mean().item()) / 2, rel=0.02)
+
+
+def test_the_v_loss_of_a_late_pair_has_contexts_where_its_plan_has_them_and_as_old(models, data, watch):
+    """Mutants: c or the ages of a plan from step 0; rows above c with a context; their times drawn anew."""
+    images = open_images(evaluate.parse_args(["--model", "", *data]), 16, Augmentation())
+    pipe = DualRatePipeline.from_pretrained(models / "pair", context_free=True, context_from=0.5)
+    calls, plan, count = watch(pipe), pipe.plan_run(8, 2), 48
+    metrics.measure_v_loss(pipe, images, count, plan, 16, Accelerator())
+
+    levels = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    known = pipe.scheduler.log_snr(levels * len(pipe.scheduler))
+
+    def times_of(log_snr):
+        return levels[(known[None] - log_snr.double()[:, None]).abs().argmin(1)]
+
+    alone = torch.cat([times_of(call.log_snr) for call in calls.denoiser if call.context is None])
+    paired = [call for call in calls.denoiser if call.context is not None]
+    t, tau = (torch.cat([times_of(getattr(call, name)) for call in paired]) for name in ("log_snr", "context_log_snr"))
+    expected = torch.tensor([(row * (math.sqrt(5) - 1) / 2) % 1 for row in range(count)], dtype=torch.float64)
+    torch.testing.assert_close(torch.cat([alone, t]).sort().values, expected.sort().values, rtol=0, atol=1e-3)
+    assert alone.min() > 0.5 - 1e-3 and t.max() < 0.5 + 1e-3 and len(alone) > 10
+    assert tau.max() <= 0.5 + 1e-3 and 0.2 < (tau - t).max() < 0.25 + 1e-3
+    on_time = metrics.measure_v_loss(pipe, images, count, plan_refreshes(8, 2), 16, Accelerator())
+    calls.encoder.clear()
+    assert on_time != metrics.measure_v_loss(pipe, images, count, plan, 16, Accelerator(), drop_context=True)
+    assert not calls.encoder
+
+
+def test_evaluate_refuses_a_way_that_is_not_possible_before_anything_is_measured(models, measure, watch):
+    pipe = DualRatePipeline.from_pretrained(models / "pair", context_free=True, context_from=0.5)
+    pipe.save_pretrained(models / "late")
+    flags = ["--num_inference_steps", 8, "--num_context_steps", 4, "--solver_steps", 4]
+    with pytest.raises(ValueError, match="num_context_steps must be between 1 and"):
+        measure("--model", models / "late", *flags)
+    assert not (models / "cache").exists()  # where the reference is kept, which is measured first
 
 
 def run_benchmark(*flags):

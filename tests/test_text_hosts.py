@@ -130,11 +130,11 @@ def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     told = loaded.text_encoder.register_forward_pre_hook(
         lambda module, inputs, options: masks.append(options.get("attention_mask")), with_kwargs=True
     )
-    assert measure_v_loss(loaded, Captioned(), 2, 2, 2, Accelerator(cpu=True)) > 0 and masks == [None]
+    assert measure_v_loss(loaded, Captioned(), 2, None, 2, Accelerator(cpu=True)) > 0 and masks == [None]
     told.remove()
     loaded.text_encoder = loaded.tokenizer = None
     with pytest.raises(ValueError, match="The model has no text_encoder"):
-        measure_v_loss(loaded, Captioned(), 2, 2, 2, Accelerator(cpu=True))
+        measure_v_loss(loaded, Captioned(), 2, None, 2, Accelerator(cpu=True))
 
 
 def test_a_student_reads_prompts_by_the_rules_of_its_teacher(tmp_path):

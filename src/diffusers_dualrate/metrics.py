@@ -39,6 +39,7 @@ from .noise_process import NoiseProcess
 from .pair import TrainablePair, schedule_of
 from .pipeline import DualRatePipeline
 from .prompt_lists import Judges, in_batches, real_images_of
+from .refreshes import RefreshPlan
 from .scheduler import DualRateScheduler
 from .text_encoding import TextEncoding
 
@@ -254,7 +255,7 @@ def measure_v_loss(
     pipe: DualRatePipeline,
     images: ImageSet,
     count: int,
-    num_context_steps: int,
+    plan: RefreshPlan | None,
     batch_size: int,
     accelerator: Accelerator,
     *,
@@ -262,11 +263,14 @@ def measure_v_loss(
 ) -> float:
     """Mean of (v − v̂)² over fresh augmentations, at stratified times with noise fixed by the position.
 
+    With M of N steps before the first of K refreshes, the context begins at c = 1 − M/N and is at most c/K old. Above c
+    the denoiser sees none.
+
     Args:
         pipe: The model.
         images: The data set.
         count: Images that noise is added to.
-        num_context_steps: K, which the ages of contexts come from.
+        plan: What the pair follows; `None` for a single-rate model.
         batch_size: Images of a batch.
         accelerator: Knows this process and how many there are.
         drop_context: Whether the denoiser sees no context.
@@ -286,8 +290,16 @@ def measure_v_loss(
     conditions = TrainingConditions(images, captions, accelerator.device)
     pair = TrainablePair(pipe.denoiser, pipe.context_encoder).eval()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(FRESH_SEED)).tolist()
+    first = age = 1.0
+    if plan is not None and plan.num_context_steps:
+        first = (len(plan) - plan.num_steps_alone) / len(plan)
+        age = first / plan.num_context_steps
     total = 0.0
-    for rows in batches_of(count, batch_size, accelerator):
+    for taken in batches_of(count, batch_size, accelerator):
+        # Times from a low-discrepancy sequence: far less spread for the same number of evaluations.
+        times = {row: (row * (math.sqrt(5) - 1) / 2) % 1 for row in taken}
+        above, below = ([row for row in taken if (times[row] > first) == is_above] for is_above in (True, False))
+        rows = above + below
         batch = [images[row // len(order), order[row % len(order)]] for row in rows]
         x = torch.stack([item["pixel_values"] for item in batch]).to(accelerator.device)
         if pipe.vae is not None:
@@ -296,9 +308,9 @@ def measure_v_loss(
         condition = conditions.of({name: torch.stack([item[name] for item in batch]) for name in names})
         condition = condition.to(accelerator.device) if isinstance(condition, Tensor) else condition
         draws = draw(FRESH_SEED, 0, rows, x.shape[1:], accelerator.device)
-        # Times from a low-discrepancy sequence: far less spread for the same number of evaluations.
-        draws.uniforms[:, 0] = torch.tensor([(row * (math.sqrt(5) - 1) / 2) % 1 for row in rows])
-        contexts = ContextTimes((1 / num_context_steps,), num_without=len(x) if drop_context else 0)
+        uniforms = [(times[row] - first) / (1 - first) for row in above] + [times[row] / first for row in below]
+        draws.uniforms[:, 0] = torch.tensor(uniforms)
+        contexts = ContextTimes((age,), first, len(above), len(x) if drop_context else len(above))
         with torch.no_grad():
             result = pair(denoising_loss, x, condition, draws, schedule=schedule, contexts=contexts)
         total += result.v_loss.double().sum().item()
@@ -310,20 +322,19 @@ def measure_v_losses(
     compared: Mapping[str, DualRatePipeline],
     images: ImageSet,
     count: int,
-    num_context_steps: int | None,
+    plan: RefreshPlan,
     batch_size: int,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """The v-loss of a model, of the model without its context, and of the single-rate models beside it, by name."""
+    """The v-loss of a model as it follows a plan, of the model without its context, and of the single-rate models beside it, by name."""
 
-    def v_loss_of(model: DualRatePipeline, k: int, **options: bool) -> float:
-        return measure_v_loss(model, images, count, k, batch_size, accelerator, **options)
+    def v_loss_of(model: DualRatePipeline, plan: RefreshPlan | None, **options: bool) -> float:
+        return measure_v_loss(model, images, count, plan, batch_size, accelerator, **options)
 
-    k = num_context_steps or 1
-    v_loss = {"images": count, "model": v_loss_of(pipe, k)}
+    v_loss = {"images": count, "model": v_loss_of(pipe, plan)}
     if pipe.context_encoder is not None:
-        v_loss["context_dropped"] = v_loss_of(pipe, k, drop_context=True)
-    v_loss |= {name: v_loss_of(model, 1) for name, model in compared.items()}
+        v_loss["context_dropped"] = v_loss_of(pipe, plan, drop_context=True)
+    v_loss |= {name: v_loss_of(model, None) for name, model in compared.items()}
     if compared.keys() >= {"single_rate_light", "single_rate_heavy"}:
         gap = v_loss["single_rate_light"] - v_loss["single_rate_heavy"]
         v_loss["share_of_gap_recovered"] = (v_loss["single_rate_light"] - v_loss["model"]) / gap

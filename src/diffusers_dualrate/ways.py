@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .defaults import SamplingDefaults
@@ -17,7 +18,7 @@ from .inventory import ImageSet
 from .metrics import Extractors, Measured, measure_images, metrics_of, spread
 from .pipeline import DualRatePipeline
 from .prompt_lists import Judges, clocked
-from .steps import make_dpm_solver, plan_steps
+from .steps import ChainSteps, make_dpm_solver, plan_steps
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,61 @@ class Asked:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to sample a model, planned and so known to be possible.
+
+    Args:
+        solver: Its name; under dpmsolver++ the scheduler is that solver.
+        scheduler: What the model samples with.
+        steps: N, K and guidance.
+        called: The same as a call names them.
+        taken: The steps of a chain.
+    """
+
+    solver: str
+    scheduler: SchedulerMixin
+    steps: dict[str, Any]
+    called: dict[str, Any]
+    taken: ChainSteps
+
+    @classmethod
+    def plan(cls, pipe: DualRatePipeline, solver: str, steps: dict[str, Any], names_refreshes: bool) -> Self:
+        """Plan a way.
+
+        Args:
+            pipe: The model.
+            solver: Its name.
+            steps: N, K and guidance.
+            names_refreshes: Whether K is one that was asked for. Otherwise it is the model's, or the steps that the model
+                names.
+
+        Raises:
+            ValueError: If there is no such way.
+        """
+        scheduler = make_dpm_solver(pipe.scheduler) if solver == "dpmsolver++" else pipe.scheduler
+        called = steps if names_refreshes else steps | {"num_context_steps": None}
+        n, k, is_pair = called["num_inference_steps"], called["num_context_steps"], pipe.context_encoder is not None
+        taken = plan_steps(scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
+        return cls(solver, scheduler, steps, called, taken)
+
+
 def measure_sampling(
-    pipe: DualRatePipeline,
-    solver: str,
-    asked: Asked,
-    steps: dict[str, Any],
-    names_refreshes: bool,
-    accelerator: Accelerator,
+    pipe: DualRatePipeline, way: Way, asked: Asked, accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str | None, Tensor]]:
     """Sample a set of images for each seed, and each prompt of the lists.
 
     Args:
         pipe: The model.
-        solver: Name of the way; under dpmsolver++ the scheduler is that solver.
+        way: How it is sampled.
         asked: What is drawn and measured.
-        steps: N, K and guidance.
-        names_refreshes: Whether K is one that was asked for. Otherwise it is the model's, or the steps that the model names.
         accelerator: Knows this process and how many there are.
 
     Returns:
         The metrics beside what an image costs; and the first images, by name of the list, of the samples under `None`.
     """
-    own_scheduler = pipe.scheduler
-    if solver == "dpmsolver++":
-        pipe.scheduler = make_dpm_solver(own_scheduler)
-    called = steps if names_refreshes else steps | {"num_context_steps": None}
-    n, k, is_pair = called["num_inference_steps"], called["num_context_steps"], pipe.context_encoder is not None
-    taken = plan_steps(pipe.scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
+    own_scheduler, solver, steps, called, taken = pipe.scheduler, way.solver, way.steps, way.called, way.taken
+    pipe.scheduler = way.scheduler
     plan, guidance = taken.plan, Guidance.of(steps["guidance_scale"], pipe.config.guidance_interval)
     per_seed, first, calls = [], dict[str | None, Tensor](), 0
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
