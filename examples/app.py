@@ -257,6 +257,9 @@ def list_rows(names, labels, images_per_class, seed):
 def make_runs(model, compare, n, k, guidance_scale, solver, heavy_runs):
     """What runs on each side of the page: {title: (pipe, N, K, guidance)}."""
     pair = open_pair(model)
+    own = pair.plan_run()
+    if (n, k) == (len(own), own.num_context_steps):  # the model's own plan, which K alone does not tell
+        n = k = None
     solved = with_solver(pair, solver)
     runs = {"Pair": (solved, n, k, pair.config.guidance_scale if guidance_scale is None else guidance_scale)}
     if compare:
@@ -272,7 +275,7 @@ def draw(model, compare, labels, n, k, guidance_scale, solver, heavy_runs, image
     """Yield (message, result) of the page after each step: the sides take turns, so that what disturbs one disturbs both."""
     try:
         runs = make_runs(model, compare, n, k, guidance_scale, solver, heavy_runs)
-        pair = runs["Pair"][0]
+        pair, n, k, _ = runs["Pair"]
         names, plan = class_names(pair), str(pair.plan_run(n, k))
         if pair.denoiser.config.cross_attention_dim is not None:
             names, labels = None, [line.strip() for line in prompts.splitlines() if line.strip()]

@@ -100,6 +100,18 @@ def test_empty_fields_are_the_models_own_values(models):
     assert pair == expected(models / "pair")
 
 
+def test_the_models_own_plan_runs_while_n_and_k_are_its_own(models):
+    """Mutant: the K of the page is passed on, which spreads the refreshes anew."""
+    pair = DualRatePipeline.from_pretrained(models / "pair", refresh_steps=[0, 1])
+    pair.save_pretrained(models / "planned")
+    *values, _, _ = app.choose(f"{models}/planned", "")
+    shown = {"n": values[2]["value"], "k": values[3]["value"]}
+    assert shown == {"n": 4, "k": 2}
+    ((images, _),) = sides_of(result := draw(models, model=f"{models}/planned", compare="", **shown)[-1][1])
+    assert images == expected(models / "planned") != expected(models / "pair")
+    assert html.escape(str(pair.plan_run())) in result
+
+
 def test_a_student_keeps_its_guidance_and_the_heavy_network_its_own(models):
     *values, runs, message = app.choose(f"{models}/student", f"{models}/heavy")
     assert [each.get("value") for each in values] == [["a", "b & c", "<d>", "e"], None, 4, 1, 1.0, app.OWN]
