@@ -12,11 +12,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .commands import EVALUATION, EXAMPLE_PROMPT, GRID, evaluation_command, find_changes, takes_text, training_command
 from .configuration import FILE, Configuration
+from .defaults import SamplingDefaults
 from .latents import compression_of
 from .origins import Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
 from .repositories import CARD, content_of
+from .scheduler import DualRateScheduler
+from .steps import plan_steps
 from .tables import LEGEND, PROMPT_METRICS, name_rival, percent, prompt_rows, sample_rows, v_loss_rows
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -112,7 +115,6 @@ def describe_unmeasured(pipeline: DualRatePipeline, model: str, told: dict, trai
         },
         "configuration": told,
         "training": trained,
-        "num_context_steps": pipeline.plan_run().num_context_steps,
         "vae": None if pipeline.vae is None else {"compression": compression_of(pipeline.vae)},
         "rivals": {},
     }
@@ -258,7 +260,7 @@ def make_card(
     changes = find_changes(told, presets)
     is_pair, is_student = "context_encoder" in evaluation["parameters"], record["network"].startswith("distilled")
     is_measured, columns = "samples" in evaluation, list(evaluation.get("floor", ()))
-    k = evaluation["samples"][0]["num_context_steps"] if is_measured else evaluation["num_context_steps"]
+    k = plan_steps(DualRateScheduler(), SamplingDefaults.of(index)).plan.num_context_steps if is_pair else None
     defaults = f"N = {index['num_inference_steps']}{f', K = {k}' if is_pair else ''}"
     if is_guided := bool(data["classes"]) or takes_text(told):
         defaults += f" and guidance {index['guidance_scale']}"
