@@ -64,8 +64,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         num_context_steps: Default number K of encoder evaluations per image; `None` refreshes at every step.
         context_from: Time of the first context, a share of the chain (1 is its noisy end). Noisier steps go without
             context; the K refreshes are spread over the others. `None` refreshes at the first step.
-        refresh_steps: Instead of both, the steps that refresh when N is the default. N, K or `context_from`, given anew
-            alone, take their place.
+        refresh_steps: Instead of both, the steps that refresh when N is the default. A new N, K or `context_from` ends them.
         context_free: Whether the pair learned to go without context. Only then may refreshes begin late.
         guidance_scale: Default guidance scale; 1 is none.
         guidance_interval: Default lowest and highest log-SNR at which guidance acts; `None` for all.
@@ -138,14 +137,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         names = {str(key): name for key, name in self._id2label.items()} or None
         if not known and num_inference_steps is None:
             warnings.warn(describe_unsaid(defaults, given, denoiser, context_encoder), stacklevel=2)
-        self.register_modules(
-            denoiser=denoiser,
-            scheduler=scheduler,
-            context_encoder=context_encoder,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-        )
+        parts = {"context_encoder": context_encoder, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, **parts)
         self.register_to_config(**{name: getattr(defaults, name) for name in NAMES} | {"id2label": names})
         self.image_processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
         # The newest call, and all that are running.
