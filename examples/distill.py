@@ -93,6 +93,7 @@ from diffusers_dualrate.optimization import make_accelerator, make_optimizer
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.prompt_lists import read_prompts
+from diffusers_dualrate.prompts import check_text_encoder
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.runs import LOGGING_STEPS, Run
 from diffusers_dualrate.sources import (
@@ -347,6 +348,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         else ConditionsAlone(teacher, prompts)
     )
     check_fit(args.teacher, teacher, images)
+    check_text_encoder(args.teacher, teacher)
     captions = open_captions(configuration, images, teacher)
     configuration = configuration.with_conditions(images.num_classes, captions)
     check_teacher(teacher, preset={**configuration.networks.denoiser, **configuration.networks.scheduler})

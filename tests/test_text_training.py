@@ -225,7 +225,7 @@ def test_a_single_rate_model_of_text_is_distilled_under_its_own_encoder(root):
     bare = DualRatePipeline(heavy.denoiser, heavy.scheduler, num_inference_steps=4)
     bare.save_pretrained(root / "bare")
     without = ["--teacher", str(root / "bare"), "--prompt_list", str(root / "prompts.txt")]
-    with pytest.raises(ValueError, match="Captions need --text_encoder, which embeds them, or a trained model"):
+    with pytest.raises(ValueError, match="bare has no text_encoder to embed prompts: save it with text_encoder"):
         distill.main(distill.parse_args([*alone, *without]))
     start = ("--pretrained_model_name_or_path", str(root / "heavy"))
     followed = train(train_dual_rate, root, "followed", *start, "--freeze_encoder", encoder=False)
