@@ -18,7 +18,7 @@ In ten lines:
 1. Second-order steps of the ancestral chain are the strongest solver for nearly every network on digits and letters.
 2. On emoji, without guidance, DPM-Solver++ is the strongest at few steps.
 3. At equal ancestral steps a pair comes about as low as its heavy network, for 1.4 to 3.1 times fewer FLOPs.
-4. Late contexts on letters: the one undistilled pair ahead of all rivals by more than the margin, at 39, 42 and 59 MFLOP.
+4. Late contexts on letters: the one undistilled pair ahead of rivals of equal training FLOPs, at 39, 42 and 59 MFLOP.
 5. A plain U-Net of the heavy network's cost is better than the heavy network on letters and emoji.
 6. A small network that is given the heavy network's training FLOPs is better than every pair on digits and emoji.
 7. Students of pairs equal or beat single-rate students on digits and letters, and lose to one on emoji.
