@@ -425,7 +425,7 @@ def test_the_measured_images_do_not_depend_on_how_the_work_is_cut(models, data):
 def test_evaluate_refuses_before_it_measures(measure, models, flags, sentence, monkeypatch):
     ImageClassifier(1, NUM_CLASSES).save(models / "grey.safetensors")
     ImageClassifier(3, 5).save(models / "few.safetensors")
-    for name in ("measure_v_loss", "measure_reference", "measure_images"):
+    for name in ("measure_v_losses", "measure_reference", "measure_floor", "measure_sampling"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: pytest.fail("something was measured"))
     flags = [flag if not str(flag).endswith("safetensors") else models / flag for flag in flags]
     images = SimpleNamespace(num_classes=8, channels=3)
