@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_dualrate
+from diffusers_dualrate.origins import Origin
 
 ROOT = Path(__file__).parents[1]
 
@@ -323,3 +324,7 @@ def test_an_encoder_that_cannot_be_had_is_one_sentence(told, wrong, message):
 
 def test_what_cannot_be_compared_any_more_is_still_saved_as_it_was_loaded(told):
     assert told["saved while it is gone"] is None and not holds_weights(told["you/still holds"])
+
+
+def test_an_autoencoder_whose_folder_is_gone_since_comes_from_nowhere(tmp_path):
+    assert Origin.behind(tmp_path / "moved" / "vae", "vae") is None

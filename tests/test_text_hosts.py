@@ -191,7 +191,9 @@ def test_a_flow_of_sd3_gives_the_velocity_of_its_own_prediction():
     share = s[:, None, None, None]
     x, eps = z_s - share * u, z_s + (1 - share) * u
     torch.testing.assert_close(v, alpha * eps - sigma * x, atol=1e-4, rtol=1e-4)
-    other = HostNetwork.from_description(host.describe() | {"text_length": 2 * host.config.text_length})
+    described = host.describe()
+    other = HostNetwork.from_description(described | {"text_length": 2 * described.pop("text_length")})
+    assert HostNetwork.from_description(described).config.text_length  # as it was once described
     assert other.config.text_length == 2 * host.config.text_length and network_flops(other) > network_flops(host) > 0
     with pytest.raises(ValueError, match="pooled"):
         host(z_s, 0.0, text._replace(pooled=None))

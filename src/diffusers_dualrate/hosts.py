@@ -187,7 +187,9 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
         with torch.device("cpu"):
             process = NoiseProcess.from_config(description["process"])
         network = getattr(diffusers, name).from_config(description["network"])
-        return cls(network, process, description["taps"], *(description[key] for key in _SAID))
+        return cls(
+            network, process, description["taps"], **{key: description[key] for key in _SAID if key in description}
+        )
 
     @classmethod
     def from_denoiser(cls, denoiser: Self, taps: Sequence[str], prediction_hand_over: bool = False) -> Self:

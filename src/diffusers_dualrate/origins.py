@@ -24,6 +24,7 @@ from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -91,7 +92,10 @@ class Origin:
         if not os.path.exists(place):
             name = Path(options.get("subfolder") or "", CONFIG).as_posix()
             cache_dir = {"cache_dir": options["cache_dir"]} if options.get("cache_dir") else {}
-            found = try_to_load_from_cache(str(place), name, revision=options.get("revision"), **cache_dir)
+            try:
+                found = try_to_load_from_cache(str(place), name, revision=options.get("revision"), **cache_dir)
+            except HFValidationError:  # a folder that is gone since
+                return None
             if not isinstance(found, str):
                 return None
             folder = Path(found).parent

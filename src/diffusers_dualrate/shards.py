@@ -61,10 +61,11 @@ def open_shards(
     try:
         builder = load_dataset_builder(*args, **options)
         files = [file for name, files in (builder.config.data_files or {}).items() if name == split for file in files]
-        check_numbers(files)
+        if not hasattr(builder, "BASE_FEATURE"):  # a folder's files are images, not shards
+            check_numbers(files)
         count = count_rows(files)
         told = getattr((builder.info.splits or {}).get(split), "num_examples", None)
-        if count is not None and told is not None and count != told:
+        if count is not None and told and count != told:  # 0 is what nobody told
             raise ValueError(f"The data set {str(source)!r} has {count:,} rows, and its README tells of {told:,}.")
         if streaming:
             return _open_stream(builder, split, files, count)
@@ -81,8 +82,9 @@ def _open_stream(builder: "DatasetBuilder", split: str, files: list[str], count:
 
     sizes = {file: os.path.getsize(local) for file in files if (local := local_path(file)) is not None}
     for name in ("_generate_tables", "_generate_examples"):  # where a builder has it how its shards are read
-        if (generate := getattr(builder, name, None)) is not None:
-            setattr(builder, name, functools.partial(read_shard, generate, sizes))
+        # Not the bound method: a worker that unpickles the builder would find this very function under its name.
+        if (generate := getattr(type(builder), name, None)) is not None:
+            setattr(builder, name, functools.partial(read_shard, functools.partial(generate, builder), sizes))
     if count is not None:
         builder.info.splits = SplitDict({split: SplitInfo(split, num_examples=count)})
     if sizes:
@@ -184,7 +186,7 @@ def name_if_slow(rows: Iterator, name: str) -> Iterator:
 
     def look() -> None:
         while not is_done.wait(PATIENCE / 4):
-            if asked[0] is not None and time.monotonic() - asked[0] > PATIENCE:
+            if (since := asked[0]) is not None and time.monotonic() - since > PATIENCE:
                 warnings.warn(
                     f"The shard {name!r} is slow: the run has waited for it for {PATIENCE:g} s.", stacklevel=1
                 )

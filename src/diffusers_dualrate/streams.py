@@ -127,7 +127,7 @@ class StreamedImages(ImageReader):
         check_columns(dataset, image_column, label_column, caption_column)
         check_num_classes(num_classes, label_column)
         self.description = description_of(dataset)
-        self.count = getattr((dataset.info.splits or {}).get(str(dataset.split)), "num_examples", None)
+        self.count = getattr((dataset.info.splits or {}).get(str(dataset.split)), "num_examples", None) or None
         self._size = dataset.info.download_size
         self.id2label = None
         if label_column is not None:
