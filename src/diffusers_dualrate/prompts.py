@@ -167,11 +167,11 @@ class Asked:
             encoding: The model's text encoder, if it has one.
             device: Where the networks compute.
             times: Number of images for each prompt or class.
-            guides: Whether the call is guided. Without, no text is encoded for the null branch, and there is none.
+            guides: Whether the call is guided. Without, no text is encoded for the null branch, and there is none. That
+                of classes is the chain's to make, which knows whether its networks have one.
         """
         if self.class_labels is not None:
-            labels = repeat_rows(torch.tensor(self.class_labels, device=device), times)
-            return labels, torch.full_like(labels, cast(int, self.null))
+            return repeat_rows(torch.tensor(self.class_labels, device=device), times), None
         if len(self) == 0:
             return None, None
         if self.negates and not guides:
