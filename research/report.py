@@ -217,7 +217,7 @@ def _describe_trainings(study, data):
     fewer = [f"{arm} {_list(sorted(own))}" for arm, own in seeds.items() if len(own) < most]
     sentences = [
         "Training FLOPs at equal steps, all that an arm starts from included, against `single-rate`: "
-        + ", ".join(listed)
+        + "; ".join(listed)
         + "."
     ]
     if fewer:
@@ -226,7 +226,7 @@ def _describe_trainings(study, data):
     # An arm, an arm at a budget, or, as if its arm had no name, all that a budget has.
     rests = [rest if rest[0] not in BUDGETS else ["all", *rest] for name, *rest in entries if name == data]
     if left_out := [" at equal ".join(rest) for rest in rests]:
-        sentences.append(f"Left out here: {', '.join(left_out)}.")
+        sentences.append(f"Left out here: {'; '.join(left_out)}.")
     return " ".join(sentences if unit else sentences[1:])
 
 

@@ -140,7 +140,7 @@ def test_an_arm_that_was_trained_for_longer_than_the_heavy_network_is_not_called
 
 def test_arms_that_were_left_out_and_a_study_at_equal_flops_alone_are_told():
     study = make_study() | {"left_out": ["digits/dual-rate", "letters/deepcache", "letters/dual-rate/flops"]}
-    assert "Left out here: deepcache, dual-rate at equal flops." in report.write_points(study)
+    assert "Left out here: deepcache; dual-rate at equal flops." in report.write_points(study)
     assert "Left out here: all at equal flops." in report.write_points(study | {"left_out": ["letters/flops"]})
     study["points"] = [p for p in study["points"] if p["budget"] == "flops"]
     assert "### Equal training flops" in report.write_points(study)
@@ -171,7 +171,7 @@ def test_a_point_cheaper_than_all_others_is_said_to_be_so():
 
 def test_the_table_says_what_the_trainings_cost_and_which_arms_have_fewer_seeds():
     table = report.write_points(make_study(cheap=[4.0, 4.1], dear=[2.0, 2.1]))
-    assert "against `single-rate`: single-rate 1.00, dual-rate 0.43," in table
+    assert "against `single-rate`: single-rate 1.00; dual-rate 0.43;" in table
     assert "Fewer training seeds: dual-rate 0; dual-rate-no-context 0; single-rate-sized 0." in table
     assert "Fewer training seeds" not in report.write_points(make_study())
 
