@@ -109,8 +109,7 @@ def with_solver(pipe, solver):
         )
     else:
         scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=solver == SECOND_ORDER)
-    parts = pipe.components | {"scheduler": scheduler}
-    solved = DualRatePipeline(**parts)
+    solved = DualRatePipeline(**pipe.components | {"scheduler": scheduler}, **pipe.parameters)
     solved.set_progress_bar_config(disable=True)
     return solved
 

@@ -127,6 +127,16 @@ def make_criterion(args, pipe, images, accelerator):
     return fd_local
 
 
+def check_student(args):
+    """Refuse a student, whose plan is what it was distilled into."""
+    told = Path(args.model, FILE)
+    if told.is_file() and (recipe := read_json(told).get("distillation")):
+        n, k = recipe.get("num_inference_steps"), recipe.get("num_context_steps")
+        raise ValueError(
+            f"{args.model} is distilled into N = {n} and K = {k}, and knows no other plan: plan its teacher."
+        )
+
+
 def save(planned, pipe, prompts, args):
     """Write the model with its plan into a new folder, and what it was trained by, if that lies beside it."""
     planned.choice.apply_to(pipe).save_pretrained(args.output)
@@ -147,6 +157,7 @@ def main(args):
     accelerator = check_launch(Accelerator())
     if accelerator.num_processes > 1:
         raise ValueError(f"A plan is chosen by one process, and there are {accelerator.num_processes}.")
+    check_student(args)
     pipe = DualRatePipeline.from_pretrained(args.model).to(accelerator.device)
     print(choose_threads(args.batch_size * network_flops(pipe.context_encoder or pipe.denoiser)))
     images = open_data(args, pipe)
@@ -170,7 +181,8 @@ def main(args):
     print(f"\n{choice.plan}\n")
     where = "at all steps" if interval is None else f"at log-SNR {interval}"
     print(f"{order} order, {'no guidance' if pipe.config.guidance_scale == 1 else f'guidance {where}'}")
-    print(f"{choice.cost:.4g} of {args.budget:g} {args.unit}, {planned.criterion} {choice.score:.4g}")
+    unit = f"of {pipe.config.num_inference_steps} steps of the heavy network" if args.unit == "share" else args.unit
+    print(f"{choice.cost:.4g} of {args.budget:g} {unit}, {planned.criterion} {choice.score:.4g}")
     print(f"Plans tried: {len(planned.tried)}. The model is in {Path(args.output).resolve()}.")
     return planned
 

@@ -59,6 +59,7 @@ from diffusers_dualrate import DualRatePipeline, UViTContextEncoder, UViTDenoise
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.configuration import Configuration
 from diffusers_dualrate.conversion import follow_host, host_of, learning_parameters, make_encoder
+from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.losses import (
     ContextTimes,
     Draws,
@@ -74,6 +75,7 @@ from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.processes import run_script
 from diffusers_dualrate.runs import Run
 from diffusers_dualrate.sources import check_start, components_of, open_captions, open_images, open_start, take_over
+from diffusers_dualrate.steps import plan_steps
 
 # Of the rows that follow the encoder: the share whose z_t is a DDIM step from z_τ, and the share even in log-SNR.
 FOLLOWING_SHARES = {"num_deterministic": 0.5, "num_even_in_log_snr": 0.25}
@@ -88,6 +90,27 @@ def check(configuration: Configuration) -> None:
         raise ValueError(f"{flag} needs a trained model: give --pretrained_model_name_or_path.")
     if recipe.follow_encoder and not shapes.denoiser["prediction_hand_over"]:
         raise ValueError("--follow_encoder needs networks with prediction_hand_over=true, and the pair's have false.")
+    plan_steps(configuration.make_scheduler(), SamplingDefaults(**plan_of(configuration)))  # there is such a plan
+
+
+def plan_of(configuration: Configuration) -> dict:
+    """The plan that the model samples by where a call names none."""
+    recipe, sampling = configuration.recipe, configuration.sampling
+    return {
+        "num_inference_steps": sampling.num_inference_steps,
+        "num_context_steps": sampling.num_context_steps,
+        "context_from": recipe.first_context,
+        "context_free": recipe.share_without_context > 0,
+    }
+
+
+def keep_first_context(configuration: Configuration, start: DualRatePipeline | None, tell: Callable) -> Configuration:
+    """A pair that is trained further keeps the time of its first context, unless a flag gives another."""
+    known = None if start is None or start.context_encoder is None else start.config.context_from
+    if known is None:
+        return configuration
+    tell(f"context_from: {known}, as the pair has it that is trained further; --context_from 1 ends it")
+    return configuration.with_recipe(context_from=known)
 
 
 def make_networks(configuration: Configuration, start: DualRatePipeline | None) -> TrainablePair:
@@ -137,6 +160,8 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
     name = configuration.start.pretrained_model_name_or_path
     start = open_start(name)
     configuration = follow_host(configuration, start, args, accelerator.print, as_pair=True)
+    if args.context_from is None:
+        configuration = keep_first_context(configuration, start, accelerator.print)
     check(configuration)
     images = open_images(configuration.data, **configuration.image_options)
     check_start(name, start, images)
@@ -154,10 +179,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         averaged.context_encoder,
         vae=images.vae,
         id2label=images.id2label or (start.id2label if start else None),
-        num_inference_steps=sampling.num_inference_steps,
-        num_context_steps=sampling.num_context_steps,
-        context_from=recipe.context_from if recipe.context_from < 1 else None,
-        context_free=recipe.share_without_context > 0,
+        **plan_of(configuration),
         guidance_scale=sampling.guidance_scale if images.num_classes or captions else 1.0,
         **components_of(captions),
         # Where the context is fresh, a denoiser that follows the encoder would at best repeat it.

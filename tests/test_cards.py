@@ -319,19 +319,24 @@ def test_the_card_of_a_single_rate_student_from_noise_shows_no_other_solver_and_
 
 
 @pytest.mark.parametrize(
-    ("changed", "k"),
+    ("changed", "k", "late"),
     [
-        ({"num_context_steps": 3}, 3),
-        ({"context_free": True, "refresh_steps": [4, 9]}, 2),
-        ({"context_free": True, "context_from": 0.25, "num_context_steps": 8}, 3),
-        ({"num_context_steps": None}, 12),
+        ({"num_context_steps": 3}, 3, None),
+        ({"context_free": True, "refresh_steps": [4, 9]}, 2, "The first 4 of 12 steps go without context."),
+        (
+            {"context_free": True, "context_from": 0.25, "num_context_steps": 8},
+            3,
+            "The first 9 of 12 steps go without context.",
+        ),
+        ({"num_context_steps": None}, 12, None),
     ],
 )
-def test_the_k_of_a_card_is_that_of_the_models_own_plan_whatever_was_measured(parts, changed, k):
+def test_the_k_of_a_card_is_that_of_the_models_own_plan_whatever_was_measured(parts, changed, k, late):
     """Mutant: the K of the first measurement, which may have been asked for."""
     evaluation, index, notes = parts
     text = card_of(evaluation, index | changed, notes)
     assert f"runs {k} times per image" in text and f"N = {index['num_inference_steps']}, K = {k}" in text
+    assert late in text if late else "go without context" not in text
 
 
 def test_the_card_of_a_pair_whose_encoder_denoises_counts_what_it_spares(parts):

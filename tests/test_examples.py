@@ -240,7 +240,7 @@ def test_a_class_that_is_called_3_is_drawn_when_3_is_asked_for(models, monkeypat
     """Wherever a name stands, it wins over the number; a number that names no class is a number, and said to be one."""
     pair = DualRatePipeline.from_pretrained(models / "pair")
     names = {0: "3", 1: "0", 2: "two"}
-    renamed = DualRatePipeline(**pair.components, id2label=names, num_inference_steps=2, num_context_steps=1)
+    renamed = DualRatePipeline.from_pipe(pair, id2label=names, num_inference_steps=2, num_context_steps=1)
     renamed.save_pretrained(models / "renamed")
     seen, original = [], generate.sample
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ The projection of the context is called beside the network's forward, so everyth
 """
 
 import copy
+import math
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.steps import make_dpm_solver
 
 needs_gpu = pytest.mark.skipif(not torch.accelerator.is_available(), reason="moves weights to an accelerator")
 N, K = 8, 2
@@ -30,7 +32,10 @@ def networks(pipe):
 def test_pipelines_made_from_components_or_another_pipeline_share_weights_and_defaults(make_pipe):
     pipe = make_pipe(id2label={1: "owl"}, num_inference_steps=6, num_context_steps=3, guidance_scale=1.5)
     expected = sample(pipe)
-    from_pipe, from_components = DualRatePipeline.from_pipe(pipe), DualRatePipeline(**pipe.components)
+    from_pipe, from_components = (
+        DualRatePipeline.from_pipe(pipe),
+        DualRatePipeline(**pipe.components, **pipe.parameters),
+    )
     for other in (from_pipe, from_components):
         other.set_progress_bar_config(disable=True)
         assert other.denoiser is pipe.denoiser and other.context_encoder is pipe.context_encoder
@@ -40,6 +45,36 @@ def test_pipelines_made_from_components_or_another_pipeline_share_weights_and_de
             assert other.config[name] == pipe.config[name]
     single_rate = DualRatePipeline.from_pipe(pipe, context_encoder=None)
     assert single_rate.context_encoder is None and pipe.context_encoder is not None
+
+
+def test_a_pipeline_made_from_another_leaves_the_precision_of_what_they_share(make_pipe):
+    """The host casts all components to float32. Mutant: they stay so."""
+    pipe = make_pipe()
+    pipe.context_encoder.to(torch.bfloat16)
+    other = DualRatePipeline.from_pipe(pipe)
+    assert other.context_encoder.dtype == torch.bfloat16 and other.denoiser.dtype == torch.float32
+    cast = DualRatePipeline.from_pipe(pipe, dtype=torch.bfloat16)
+    assert cast.context_encoder.dtype == cast.denoiser.dtype == torch.bfloat16
+
+
+def test_the_names_of_classes_are_those_that_were_registered_last(make_pipe):
+    pipe = make_pipe(id2label={1: "owl"})
+    pipe.register_to_config(id2label={2: "crow"})
+    assert pipe.id2label == {2: "crow"} and pipe.get_label_ids("crow") == [2]
+    with pytest.raises(ValueError, match="owl"):
+        pipe("owl", 1)
+
+
+def test_a_warning_of_a_call_points_at_the_line_that_called(make_pipe):
+    """Mutant: a stacklevel one lower or higher."""
+    pipe = make_pipe()
+    pipe.scheduler = make_dpm_solver(pipe.scheduler)
+    with torch.no_grad():
+        next(pipe.denoiser.parameters()).fill_(math.nan)
+    with pytest.warns(UserWarning) as seen:
+        pipe(0, 1, height=64, width=64)
+    for said in ("takes other steps", "was trained at", "hold NaN"):
+        assert [each.filename for each in seen if said in str(each.message)] == [__file__], said
 
 
 def test_networks_put_together_by_hand_say_what_nobody_told_of_their_use(make_pipe, tmp_path):
@@ -57,7 +92,11 @@ def test_networks_put_together_by_hand_say_what_nobody_told_of_their_use(make_pi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DualRatePipeline(**parts, num_inference_steps=6)
-        DualRatePipeline(**DualRatePipeline.from_pretrained(tmp_path).components)
+        loaded = DualRatePipeline.from_pretrained(tmp_path)
+        DualRatePipeline(**loaded.components, **loaded.parameters)
+    loaded.to("cpu")
+    with pytest.warns(UserWarning, match="takes num_inference_steps=64"):  # nothing of it clings to the networks
+        DualRatePipeline(**loaded.components)
 
 
 def test_a_copy_samples_the_same_and_shares_nothing(make_pipe):
@@ -204,7 +243,7 @@ def test_an_interrupted_or_failed_call_leaves_the_components_usable_elsewhere(ma
 
     with pytest.raises(KeyboardInterrupt):
         sample(pipe, callback_on_step_end=stop)
-    other = DualRatePipeline(**pipe.components)
+    other = DualRatePipeline(**pipe.components, **pipe.parameters)
     other.set_progress_bar_config(disable=True)
     assert torch.equal(sample(other), expected)
 

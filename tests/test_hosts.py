@@ -340,7 +340,7 @@ def test_latents_are_decoded_with_the_factors_of_their_autoencoder_and_sizes_are
     loaded = DualRatePipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     torch.testing.assert_close(loaded(generator=generator(), output_type="pt").images, images)
-    again = DualRatePipeline(**pipe.components)
+    again = DualRatePipeline(**pipe.components, **pipe.parameters)
     again.set_progress_bar_config(disable=True)
     torch.testing.assert_close(again(generator=generator(), output_type="pt").images, images)
     modular = DualRateBlocks().init_pipeline(str(tmp_path))
@@ -495,7 +495,7 @@ def test_an_encoder_of_more_levels_than_are_tapped_says_which_sizes_it_takes():
 def test_a_compiled_network_of_diffusers_is_an_encoder_as_it_was():
     pipe = make_pair()
     compiled = torch.compile(pipe.context_encoder, backend="eager")
-    again = DualRatePipeline(**{**pipe.components, "context_encoder": compiled})
+    again = DualRatePipeline.from_pipe(pipe, context_encoder=compiled)
     for each in (pipe, again):
         each.set_progress_bar_config(disable=True)
     images = [each(generator=generator(), output_type="latent").images for each in (pipe, again)]

@@ -511,7 +511,7 @@ def test_saved_lines_of_code_name_classes_of_ours_and_replace_no_file(make_pipe,
     assert (tmp_path / "denoiser/diffusers_dualrate.py").read_text() == "mine = 1"
     assert "import DualRatePipeline" in (tmp_path / "pipeline.py").read_text()
     assert [path.name for path in (tmp_path / "scheduler").iterdir()] == ["scheduler_config.json"]
-    Mine(**pipe.components).save_pretrained(tmp_path / "subclass")
+    Mine.from_pipe(pipe).save_pretrained(tmp_path / "subclass")
     assert not (tmp_path / "subclass/pipeline.py").exists()
 
 

@@ -1,5 +1,7 @@
 """Contexts that begin late: the light network opens alone, in the branch without context, and the pair finishes."""
 
+import warnings
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -154,7 +156,7 @@ def test_a_plan_whose_first_refresh_is_step_0_is_bit_equal_to_that_of_a_pair_wit
     make_pipe, context_from
 ):
     pipe = make_pipe()
-    late = DualRatePipeline(**pipe.components, context_free=True, context_from=context_from)
+    late = DualRatePipeline.from_pipe(pipe, context_free=True, context_from=context_from)
     late.set_progress_bar_config(disable=True)
     assert torch.equal(sample(late, (0, 3), N, 2), sample(pipe, (0, 3), N, 2))
     assert torch.equal(sample(late, (0, 3), N, refresh_steps=[0, 3]), sample(pipe, (0, 3), N, 2))
@@ -204,7 +206,7 @@ def test_a_default_plan_travels_with_the_model_and_what_a_call_asks_for_wins(mak
         pipe = make_pipe(**defaults, **more)
         pipe.save_pretrained(tmp_path / name)
         others = [DualRatePipeline.from_pretrained(tmp_path / name), DualRatePipeline.from_pipe(pipe)]
-        others += [DualRatePipeline(**pipe.components)]
+        others += [DualRatePipeline(**pipe.components, **pipe.parameters)]
         images = sample(pipe)
         for other in others:
             other.set_progress_bar_config(disable=True)
@@ -244,24 +246,41 @@ def test_a_newly_given_n_k_or_time_of_the_first_context_takes_the_place_of_named
     registered = DualRatePipeline.from_pipe(planned)
     registered.register_to_config(**given)
     others = [DualRatePipeline.from_pretrained(tmp_path, **given), DualRatePipeline.from_pipe(planned, **given)]
-    for other in [*others, DualRatePipeline(**planned.components, **given), registered]:
+    for other in [*others, registered]:
         assert refresh_steps(other.plan_run()) == expected
         other.save_pretrained(tmp_path / "again")
         assert refresh_steps(DualRatePipeline.from_pretrained(tmp_path / "again").plan_run()) == expected
     assert refresh_steps(planned.plan_run()) == [1, 4]
 
 
-def test_the_index_of_a_loaded_model_decides_whatever_pipeline_its_denoiser_comes_from(make_pipe, tmp_path):
-    """Null included. Mutant: what the denoiser carries fills the nulls."""
-    plain, other = make_pipe(num_inference_steps=N), make_pipe(
-        num_inference_steps=8, num_context_steps=2, context_free=True, context_from=0.5, guidance_interval=(-1.0, 1.0)
-    )  # fmt: skip
-    plain.save_pretrained(tmp_path)
-    denoiser = other.components["denoiser"]
-    loaded = DualRatePipeline.from_pretrained(tmp_path, denoiser=denoiser)
-    assert loaded.denoiser is denoiser
-    assert SamplingDefaults.of(loaded.config) == SamplingDefaults.of(plain.config)
-    assert SamplingDefaults.of(DualRatePipeline(**other.components).config) == SamplingDefaults.of(other.config)
+def test_named_steps_of_a_shorter_chain_are_kept_beside_a_larger_k_and_what_is_out_of_range_is_refused(
+    make_pipe, tmp_path
+):
+    """They are instead of K, which waits for another N. Mutant: both checked."""
+    pipe = make_pipe(num_inference_steps=16, num_context_steps=8)
+    pipe.register_to_config(num_inference_steps=N, refresh_steps=[0, 4])
+    pipe.save_pretrained(tmp_path)
+    for loaded in (
+        DualRatePipeline.from_pretrained(tmp_path),
+        DualRatePipeline.from_pretrained(tmp_path, num_inference_steps=N, refresh_steps=[0, 4]),
+    ):
+        assert refresh_steps(loaded.plan_run()) == [0, 4] and loaded.plan_run(16).num_context_steps == 8
+    for wrong in ({"refresh_steps": [70]}, {"num_context_steps": 7}, {"guidance_scale": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}.* must"):
+            pipe.register_to_config(**wrong)
+    assert refresh_steps(pipe.plan_run()) == [0, 4]
+
+
+def test_a_context_above_those_that_the_pair_learned_from_is_warned_of(make_pipe):
+    """Mutants: no warning; one for steps at the time itself."""
+    pipe = make_pipe(num_inference_steps=N, context_free=True, context_from=0.5)
+    with pytest.warns(UserWarning, match=r"above context_from=0\.5, where this pair's encoder never learned") as seen:
+        pipe(0, refresh_steps=[2, 4])
+    assert [each.filename for each in seen] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(0, refresh_steps=[3, 4])
+        pipe(0)
 
 
 def test_a_pair_that_never_learned_to_go_without_context_refuses_to_begin_late(make_pipe, watch):
@@ -291,7 +310,7 @@ def test_a_time_of_the_first_context_outside_the_chain_is_refused(make_pipe, con
 
 def test_more_refreshes_than_steps_are_left_or_no_step_at_all_are_refused(make_pipe):
     pipe = make_pipe(context_free=True, context_from=0.5)
-    with pytest.raises(ValueError, match="between 1 and the 3 of num_inference_steps=6 that may refresh, got 4"):
+    with pytest.raises(ValueError, match="between 1 and 3, as 3 of 6 steps come before the first context, got 4"):
         pipe.plan_run(N, 4)
     with pytest.raises(ValueError, match="context_from=0.5 leaves none of 1 steps for a context"):
         pipe.plan_run(1)

@@ -75,7 +75,7 @@ def test_no_chain_of_a_late_pair_has_a_context_above_its_context_from_nor_has_th
     begins = {(c.num_inference_steps, c.refresh_steps[0]) for c in planned.tried}
     assert all(1 - first / n <= context_from + 1e-9 for n, first in begins)
     assert any(1 - (first - 1) / n > context_from for n, first in begins)  # some begin as early as they may
-    with pytest.raises(ValueError, match="is less than one step costs"):
+    with pytest.raises(ValueError, match="is less than the cheapest plan costs"):
         plan_for(pipe, 1e-9)
     with pytest.raises(ValueError, match=r"context_from=0.01 leaves none of 64 steps"):
         plan_for(make_pipe(**LATE, context_from=0.01), 1.0)
@@ -179,7 +179,7 @@ def test_a_model_of_text_is_planned_on_prompts_that_are_embedded_once(make_text_
     assert json.loads((tmp_path / "planned" / "plan.json").read_text())["prompts"] == ["a red apple", "two fish"]
     with pytest.raises(ValueError, match="is a model of text: give --prompt_list, or data"):
         run(*flags[:-1], tmp_path / "other")
-    DualRatePipeline(**pipe.components | {"text_encoder": None, "tokenizer": None}).save_pretrained(tmp_path / "bare")
+    DualRatePipeline.from_pipe(pipe, text_encoder=None, tokenizer=None).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare has no text_encoder to embed prompts"):
         bare = ["--model", tmp_path / "bare", *few, "--output", tmp_path / "other"]
         run(*bare, "--prompt_list", tmp_path / "prompts.txt")
@@ -212,7 +212,7 @@ def test_a_choice_is_applied_to_a_copy_and_saved_as_the_default(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 1e-9}, "budget=1e-09 gflop is less than one step costs"),
+        ({"budget": 1e-9}, "budget=1e-09 gflop is less than the cheapest plan costs"),
         ({"budget": -1.0}, "budget must be"),
         ({"unit": "hours"}, "unit must be one of"),
         ({"num_images": 1}, "num_images must be"),
@@ -225,6 +225,25 @@ def test_a_budget_that_nothing_fits_and_bad_arguments_are_refused(pipe, watch, o
     with pytest.raises(ValueError, match=message):
         plan_for(pipe, **{"budget": 1.0} | options)
     assert not calls.encoder and not calls.denoiser
+
+
+def test_the_cheapest_plan_is_found_and_its_cost_told(make_pipe):
+    """It may be guided at few steps only. Mutants: the model's own interval alone; another first refresh."""
+    pipe = make_pipe(**LATE, context_from=0.5)
+    with pytest.raises(ValueError, match="cheapest plan costs") as refused:
+        plan_for(pipe, 1e-9)
+    least = float(str(refused.value).rstrip(".").split()[-1])
+    found = plan_for(pipe, 1.001 * least, num_images=2, num_trials=1, batch_size=2)
+    assert found.choice.cost == pytest.approx(least, rel=1e-3) and found.choice.guidance_interval is not None
+
+
+def test_a_criterion_that_gives_no_number_chooses_nothing(pipe):
+    """Mutants: nan is the least; nan is kept among what was tried."""
+    numbers = iter([math.nan, 2.0, 1.0, math.nan])
+    planned = plan_for(pipe, budget_of(pipe), criterion=lambda images: next(numbers), **FEW | {"num_trials": 4})
+    assert planned.choice.score == 1.0 and [choice.score for choice in planned.tried] == [2.0, 1.0]
+    with pytest.raises(ValueError, match="gave no finite number for any of 2 plans"):
+        plan_for(pipe, budget_of(pipe), criterion=lambda images: math.nan, **FEW | {"num_trials": 2})
 
 
 def test_a_scheduler_of_the_host_is_refused(make_pipe):

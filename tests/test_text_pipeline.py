@@ -90,7 +90,7 @@ def test_embeddings_computed_once_draw_the_same_images_and_need_no_encoder(make_
     expected = draw(pipe, PROMPTS, guidance_scale=2.0)
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
     embeds = dict(zip(names, pipe.encode_prompt(PROMPTS), strict=True))
-    bare = DualRatePipeline(**pipe.components | {"text_encoder": None, "tokenizer": None})
+    bare = DualRatePipeline.from_pipe(pipe, text_encoder=None, tokenizer=None)
     bare.set_progress_bar_config(disable=True)
     assert torch.equal(draw(bare, guidance_scale=2.0, **embeds), expected)
     own = {name: embeds[name] for name in names[:2]}  # the pipeline's encoder embeds the empty prompt

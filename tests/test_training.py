@@ -744,6 +744,12 @@ def test_what_cannot_work_is_refused_before_the_folder_is_made(folder, tmp_path,
         (["--context_dropout", -0.1], r"context_dropout must be a finite number in \[0, 1\), got -0.1"),
         (["--context_from", 0], r"context_from must be a finite number in \(0, 1\], got 0.0"),
         (["--context_from", 1.5], r"context_from must be a finite number in \(0, 1\], got 1.5"),
+        (
+            ["--context_from", 0.99],
+            "context_from=0.99 gives all of a batch of 8 rows a context.*larger train_batch_size",
+        ),
+        (["--context_from", 0.01], "context_from=0.01 gives none of a batch of 8 rows a context"),
+        (["--context_from", 0.1], "context_from=0.125 leaves none of 4 steps for a context"),
         (["--override", "training.context_ages=[]"], r"context_ages must be a list of shares of the chain, got \[\]"),
         (["--override", "training.context_ages=[-4]"], r"context_ages must be a finite number in \[0, 1\], got -4"),
         (["--override", "training.context_ages=[4]"], r"context_ages must be a finite number in \[0, 1\], got 4"),
@@ -892,6 +898,13 @@ def test_contexts_that_begin_late_make_a_step_cheaper_by_whole_rows(folder, tmp_
         "train_dual_rate",
     )
     assert configuration.recipe.share_above == 3 / 8
+    # Trained further, the pair keeps the time that it was trained with, until a flag gives another.
+    for name, flags, told in (("further", [], [5 / 8, True]), ("whole", ["--context_from", 1], [None, False])):
+        start = ["--pretrained_model_name_or_path", tmp_path / "late", "--context_dropout", 0, "--max_train_steps", 1]
+        train("dual", folder, tmp_path / name, *start, *flags)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert [index["context_from"], index["context_free"]] == told
+    assert "context_from: 0.625, as the pair has it that is trained further" in capsys.readouterr().out
     assert configuration.recipe.share_without_context == 3 / 8 + 5 / 8 * 0.5
 
 

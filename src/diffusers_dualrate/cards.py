@@ -17,6 +17,7 @@ from .latents import compression_of
 from .origins import Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
+from .refreshes import RefreshPlan
 from .repositories import CARD, content_of
 from .scheduler import DualRateScheduler
 from .steps import plan_steps
@@ -151,16 +152,19 @@ def complete_notes(notes: dict, evaluation: dict) -> dict:
     return said | {name: value for name, value in notes.items() if value}
 
 
-def describe_networks(evaluation: dict, index: dict, num_context_steps: int | None) -> str:
-    """How large the networks are, and how often each runs."""
-    parameters, n = evaluation["parameters"], index["num_inference_steps"]
-    if "context_encoder" not in parameters:
+def describe_networks(evaluation: dict, index: dict, plan: RefreshPlan | None) -> str:
+    """How large the networks are, how often each runs, and whether contexts begin late."""
+    parameters = evaluation["parameters"]
+    if plan is None:
         return f"One network of {parameters['denoiser']:,} parameters runs at every step."
-    light = n - num_context_steps if index.get("encoder_denoises") else n
-    return (
-        f"A context encoder of {parameters['context_encoder']:,} parameters runs {num_context_steps} times per image, and a "
+    heavy, light = plan.evaluations(bool(index.get("encoder_denoises")))
+    said = (
+        f"A context encoder of {parameters['context_encoder']:,} parameters runs {heavy} times per image, and a "
         f"denoiser of {parameters['denoiser']:,} parameters {light} times."
     )
+    if plan.num_steps_alone:
+        said += f" The first {plan.num_steps_alone} of {len(plan)} steps go without context."
+    return said
 
 
 def describe_origin(folder: Path) -> str:
@@ -260,8 +264,8 @@ def make_card(
     changes = find_changes(told, presets)
     is_pair, is_student = "context_encoder" in evaluation["parameters"], record["network"].startswith("distilled")
     is_measured, columns = "samples" in evaluation, list(evaluation.get("floor", ()))
-    k = plan_steps(DualRateScheduler(), SamplingDefaults.of(index)).plan.num_context_steps if is_pair else None
-    defaults = f"N = {index['num_inference_steps']}{f', K = {k}' if is_pair else ''}"
+    plan = plan_steps(DualRateScheduler(), SamplingDefaults.of(index)).plan if is_pair else None
+    defaults = f"N = {index['num_inference_steps']}{f', K = {plan.num_context_steps}' if plan else ''}"
     if is_guided := bool(data["classes"]) or takes_text(told):
         defaults += f" and guidance {index['guidance_scale']}"
     label = notes["example_label"] or next(iter((index["id2label"] or {}).values()), 0)
@@ -278,7 +282,7 @@ def make_card(
         is_on_hub=source is not None and not source.startswith("model_cards/"),
         picture=picture,
         notes=notes,
-        networks=describe_networks(evaluation, index, k),
+        networks=describe_networks(evaluation, index, plan),
         origin=origin,
         defaults=defaults,
         is_pair=is_pair,

@@ -39,11 +39,14 @@ class SamplingDefaults:
     id2label: Mapping[Any, str] | None = None
 
     def __post_init__(self):
-        plan_refreshes(self.num_inference_steps, self.num_context_steps)
+        if self.refresh_steps is None:
+            plan_refreshes(self.num_inference_steps, self.num_context_steps)
+        else:  # then K waits for another N
+            plan_refreshes(self.num_inference_steps, refresh_steps=self.refresh_steps)
+            if self.num_context_steps is not None:
+                check_integer("num_context_steps", self.num_context_steps, least=1)
         if self.context_from is not None:
             check_number("context_from", self.context_from, above=0, most=1)
-        if self.refresh_steps is not None:
-            plan_refreshes(self.num_inference_steps, refresh_steps=self.refresh_steps)
         check_boolean("context_free", self.context_free)
         check_number("guidance_scale", self.guidance_scale, least=1)
         check_interval(self.guidance_interval)

@@ -98,7 +98,7 @@ def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None, f
         warnings.warn(
             f"height and width are {height} and {width}, but the model was trained at {trained[0]} and {trained[1]}: "
             "images this far from it are hardly like those it learned from.",
-            stacklevel=5,
+            stacklevel=6,
         )
     return height // factor, width // factor
 
@@ -313,6 +313,12 @@ def make_chain(
         warnings.warn(
             f"{type(steps.scheduler).__name__} takes other steps than those the pair was trained for, unless it learned to "
             "follow its encoder (--follow_encoder): compare the images with those of DualRateScheduler.",
+            stacklevel=4,
+        )
+    first = defaults.context_from
+    if context_encoder is not None and first is not None and steps.refreshes_above(first):
+        warnings.warn(
+            f"refresh_steps ask for a context above context_from={first}, where this pair's encoder never learned.",
             stacklevel=4,
         )
     condition, null = inputs.asked.compute(encoding, device, inputs.times, inputs.guidance.scale > 1)

@@ -21,7 +21,7 @@ from .models import UViTContextEncoder, UViTDenoiser
 from .prompts import Wanted
 from .ranges import check_number
 from .sampling import sample_at_two_rates
-from .steps import ASKED, plan_steps
+from .steps import plan_steps
 from .text_encoding import TextEncoding
 
 _INPUTS = {
@@ -42,6 +42,7 @@ _INPUTS = {
     "generator": "Source of noise; in a list, one for each image.",
     "latents": "Noise to start from [B, C, height, width].",
 }
+_STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
 _CONDITIONS = (
     "class_labels",
     "prompt_embeds",
@@ -124,7 +125,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
         steps = plan_steps(
             components.scheduler,
             defaults,
-            **{name: arguments.pop(name) for name in ASKED},
+            **{name: arguments.pop(name) for name in _STEPS},
             is_pair=context_encoder is not None,
             device=device,
         )

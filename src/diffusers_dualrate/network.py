@@ -55,8 +55,6 @@ class NoiseLevelEmbedding(nn.Module):
 class ImageNetworkMixin:
     """What a pipeline asks of every network that it calls, ours or of diffusers."""
 
-    # Defaults of the pipeline that hands this network out among its components.
-    pipeline_defaults: ClassVar[dict] = {}
     # Where it was loaded from, if that was the Hub.
     origin: Origin | None = None
 

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,21 @@ from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .network import find_foreign, refuse_adapters, without_origin
 from .origins import KEY, Origin, access, write_into_config
-from .prompts import WANTED, ClassLabels, PromptMixin, Wanted
+from .prompts import ClassLabels, PromptMixin, Wanted
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
 from .sampling import sample_at_two_rates
-from .steps import ASKED, plan_steps
+from .steps import plan_steps
 from .text_encoding import TextEncoding
 
 _REQUIRED = ("denoiser", "scheduler")
-# What a single-rate model has no use for.
-_OF_A_PAIR = ("context_from", "refresh_steps", "encoder_denoises")
-_IS_LOADING = ContextVar("_IS_LOADING", default=False)  # then the model's index decides, not a given denoiser
 
 
 class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, DiffusionPipeline):
     """Generate images with a pair of networks at two rates, or with a single-rate network.
 
-    `DualRatePipeline(**pipe.components)` keeps the defaults of `pipe`, but for those that are given. Several calls may run
-    at once: the state of a call is its own.
+    `DualRatePipeline(**pipe.components, **pipe.parameters)` makes another of the same parts and defaults. Several calls may
+    run at once: the state of a call is its own.
 
     Args:
         denoiser: Network that runs at every step, or with `encoder_denoises` at those that do not refresh.
@@ -125,17 +121,14 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             "guidance_interval": guidance_interval,
             "encoder_denoises": encoder_denoises,
         }
-        known = {} if _IS_LOADING.get() else dict(denoiser.pipeline_defaults)
-        if context_encoder is None:
-            known = {name: value for name, value in known.items() if name not in _OF_A_PAIR}
         given = {name: value for name, value in given.items() if value is not None}
-        defaults = SamplingDefaults.of(known | end_named_steps(given))
+        defaults = SamplingDefaults.of(given)
         if context_encoder is not None:
             defaults.check_refreshes()
         check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
-        self._id2label = check_id2label(defaults.id2label, denoiser.config.num_classes)
-        names = {str(key): name for key, name in self._id2label.items()} or None
-        if not known and num_inference_steps is None:
+        id2label = check_id2label(defaults.id2label, denoiser.config.num_classes)
+        names = {str(key): name for key, name in id2label.items()} or None
+        if num_inference_steps is None:
             warnings.warn(describe_unsaid(defaults, given, denoiser, context_encoder), stacklevel=2)
         parts = {"context_encoder": context_encoder, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         self.register_modules(denoiser=denoiser, scheduler=scheduler, **parts)
@@ -163,21 +156,29 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         """Run the networks kernel by kernel again, and free what graphs hold."""
         self._recordings = None
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """All parts. The denoiser carries this pipeline's defaults to the next one made of them."""
-        parts = super().components
-        parts["denoiser"].pipeline_defaults = {name: self.config[name] for name in NAMES}
-        return parts
-
     def register_to_config(self, **kwargs) -> None:
-        """Change defaults; N, K or `context_from` take the place of `refresh_steps`."""
-        super().register_to_config(**end_named_steps(kwargs))
+        """Change defaults; N, K or `context_from` take the place of `refresh_steps`.
+
+        Raises:
+            ValueError: If a default is out of its range.
+        """
+        given = end_named_steps(kwargs)
+        if not given.keys().isdisjoint(NAMES):
+            SamplingDefaults.of({**getattr(self, "_internal_dict", {}), **given})
+        super().register_to_config(**given)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs) -> "DualRatePipeline":
-        """Take over the components and defaults of another pipeline, but for those that are given."""
-        return super().from_pipe(pipeline, **end_named_steps(kwargs))
+        """Take over the components and defaults of another pipeline, but for those that are given.
+
+        The components are shared, and keep their precision unless `dtype` is given.
+        """
+        parts: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        kept = {} if {"dtype", "torch_dtype"} & kwargs.keys() else {part: part.dtype for part in parts}
+        made = super().from_pipe(pipeline, **end_named_steps(kwargs))
+        for part, dtype in kept.items():  # the host casts all to float32
+            part.to(dtype=dtype)
+        return made
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "DualRatePipeline":
@@ -187,7 +188,6 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         `trust_remote_code` ask for it. An encoder that the repository names, and does not hold, comes from where it says.
         """
         index, kwargs = Path(str(pretrained_model_name_or_path), cls.config_name), end_named_steps(kwargs)
-        loading = _IS_LOADING.set(True)
         try:
             if index.is_file():
                 config = cls._dict_from_json_file(index)
@@ -199,8 +199,6 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         except OfHostError:  # a single-rate model, with its scheduler and its number of steps
             given = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
             return cls(**open_host_pipeline(pretrained_model_name_or_path, **kwargs) | given)
-        finally:
-            _IS_LOADING.reset(loading)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -239,7 +237,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
     @property
     def id2label(self) -> dict[int, str]:
         """Name of each class, empty where none are known."""
-        return dict(self._id2label)
+        return check_id2label(self.config.id2label, self.denoiser.config.num_classes)
 
     def plan_run(
         self,
@@ -320,24 +318,21 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         Raises:
             ValueError: If an argument is out of its range, before anything is computed.
         """
-        return self._draw(**{name: value for name, value in locals().items() if name != "self"})
-
-    def _draw(
-        self,
-        *,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        **asked: Any,
-    ) -> ImagePipelineOutput | tuple:
-        """What a call does with its arguments."""
         check_vae(self.vae, self.denoiser.config.in_channels, self.scheduler)  # which may be another than it was
-        callback, known = callback_on_step_end, self._callback_tensor_inputs
-        tensor_inputs = check_delivery(output_type, callback, callback_on_step_end_tensor_inputs, known)
+        tensor_inputs = check_delivery(
+            output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
-        given, is_pair = {name: asked.pop(name) for name in ASKED}, self.context_encoder is not None
-        steps = plan_steps(self.scheduler, defaults, **given, is_pair=is_pair, device=device)
+        steps = plan_steps(
+            self.scheduler,
+            defaults,
+            num_inference_steps,
+            num_context_steps,
+            refresh_steps=refresh_steps,
+            timesteps=timesteps,
+            is_pair=self.context_encoder is not None,
+            device=device,
+        )
         chain, noise = make_chain(
             self.denoiser,
             self.context_encoder,
@@ -345,11 +340,27 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             defaults,
             device,
             self._text_encoding,
-            wanted=Wanted(**{name: asked.pop(name) for name in WANTED}),
+            wanted=Wanted(
+                prompt,
+                class_labels,
+                negative_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_attention_mask,
+                max_sequence_length,
+            ),
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            batch_size=batch_size,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            generator=generator,
+            latents=latents,
             pixels_per_side=compression_of(self.vae),
-            **asked,
         )
-        latents = self._sample(chain, noise, callback, tensor_inputs)
+        latents = self._sample(chain, noise, callback_on_step_end, tensor_inputs)
         images = latents if self.vae is None or output_type == "latent" else decode(self.vae, latents)
         check_images(images, output_type)
         images = self.image_processor.postprocess(images, output_type=output_type)
@@ -359,7 +370,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
     def _sample(self, chain: Chain, noise: Tensor, callback: Callable | None, tensor_inputs: Sequence[str]) -> Tensor:
         """Go through the loop with what the host adds to it: progress, callbacks, interruption."""
         call = Call(chain.guidance, num_timesteps=len(chain.plan))
-        own = self._copy_for(call, chain)
+        own = self._with(_call=call, _running=[], scheduler=chain.scheduler)  # as callbacks see it
         latents, timesteps = noise, chain.timesteps
         try:
             with (
@@ -384,10 +395,6 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             if call in self._running:
                 self._running.remove(call)
         return latents
-
-    def _copy_for(self, call: Call, chain: Chain) -> "DualRatePipeline":
-        """This pipeline as the callbacks of one call see it."""
-        return self._with(_call=call, _running=[], scheduler=chain.scheduler)
 
     def _with(self, **attributes: Any) -> "DualRatePipeline":
         """A shallow copy that has other attributes."""

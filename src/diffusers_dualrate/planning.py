@@ -79,7 +79,7 @@ class Choice:
     def apply_to(self, pipe: DualRatePipeline) -> DualRatePipeline:
         """A pipeline of the same networks that samples so by default; the one that is given stays as it is."""
         scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=self.second_order)
-        planned = DualRatePipeline(**pipe.components | {"scheduler": scheduler})
+        planned = DualRatePipeline(**pipe.components | {"scheduler": scheduler}, **pipe.parameters)
         steps = self.refresh_steps
         planned.register_to_config(
             num_inference_steps=self.num_inference_steps,
@@ -96,7 +96,7 @@ class Planned:
 
     Args:
         choice: The best of what was tried.
-        tried: All that was tried, in its order.
+        tried: All that was tried and had a finite score, in its order.
         budget: What an image may cost.
         unit: One of `UNITS`.
         criterion: In words.
@@ -141,16 +141,10 @@ class _Search:
         self.tried: dict[tuple, Choice] = {}
 
     def _start(self, choice: Choice, rows: slice, guidance_scale: float | None = None):
-        pipe, latents = self.pipe, self.noise.start[rows]
+        pipe, latents, is_pair = self.pipe, self.noise.start[rows], self.pipe.context_encoder is not None
         scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=choice.second_order)
-        steps = plan_steps(
-            scheduler,
-            self.defaults,
-            choice.num_inference_steps,
-            refresh_steps=choice.refresh_steps,
-            is_pair=pipe.context_encoder is not None,
-            device=pipe.device,
-        )
+        n, refreshes = choice.num_inference_steps, choice.refresh_steps
+        steps = plan_steps(scheduler, self.defaults, n, refresh_steps=refreshes, is_pair=is_pair, device=pipe.device)
         return make_chain(
             pipe.denoiser,
             pipe.context_encoder,
@@ -264,16 +258,22 @@ class _Search:
         starts = self.starts(n)
         return sorted({*starts[:1], *(round(share * n) for share in _OPENINGS)} & {*starts})
 
-    def first_candidates(self, budget: float) -> list[Choice]:
+    def first_candidates(self, budget: float, interval: tuple[float, float] | None) -> list[Choice]:
         """Even plans that use the budget, from few steps to many."""
         found: list[Choice] = []
         for n in range(1, _MOST_STEPS + 1):
-            filled = [self.fill(n, alone, True, self.interval, budget) for alone in self.openings(n)]
+            filled = [self.fill(n, alone, True, interval, budget) for alone in self.openings(n)]
             if filled and not any(filled):
                 break
             found += filter(None, filled)
         used = [choice for choice in found if choice.cost >= _LEAST_SHARE * budget]
         return used or found
+
+    def least_cost(self) -> float:
+        """What an image costs by the fewest steps that there are, guided at the fewest of them."""
+        n = next(n for n in range(1, _MOST_STEPS + 1) if self.openings(n))
+        steps = None if self.pipe.context_encoder is None else (n - 1,)
+        return min(self.cost(Choice(n, steps, True, interval, 0.0)) for interval in self.intervals())
 
     def neighbours(self, choice: Choice, budget: float) -> list[Choice]:
         """What differs from a choice in one thing: order, one refresh by a step, guidance, steps."""
@@ -316,7 +316,8 @@ class _Search:
             choice = waiting.pop(0)
             if choice.key in self.tried:
                 continue
-            choice = replace(choice, score=float(criterion(self.sample(choice))))
+            score = float(criterion(self.sample(choice)))
+            choice = replace(choice, score=math.inf if math.isnan(score) else score)
             self.tried[choice.key] = choice
             note()
             if choice.score < best:
@@ -356,7 +357,7 @@ def plan_for(
         batch_size: Images of a batch.
 
     Raises:
-        ValueError: If an argument is out of its range, or no plan costs so little.
+        ValueError: If an argument is out of its range, no plan costs so little, or none has a finite score.
     """
     check_choice("unit", unit, UNITS)
     check_number("budget", budget, above=0)
@@ -368,14 +369,12 @@ def plan_for(
         raise ValueError(f"A plan is one for DualRateScheduler, and the model has {type(pipe.scheduler).__name__}.")
     if pipe.denoiser.config.cross_attention_dim is not None or prompts is not None:
         prompts = check_prompts("prompts of a model of text", prompts)
+    pipe.plan_run(_MOST_STEPS, 1)  # refuses a first context that even the longest chain leaves no step for
     search = _Search(pipe, num_images, seed, batch_size, prompts)
     search.price(unit)
-    waiting = search.first_candidates(budget)
+    waiting = next(filter(None, (search.first_candidates(budget, each) for each in search.intervals())), [])
     if not waiting:
-        n = next((n for n in range(1, _MOST_STEPS) if search.openings(n)), _MOST_STEPS)
-        cheapest = search.fill(n, pipe.plan_run(n, 1).num_steps_alone, True, None, math.inf)
-        assert cheapest is not None
-        raise ValueError(f"budget={budget} {unit} is less than one step costs, {cheapest.cost:.4g}.")
+        raise ValueError(f"budget={budget} {unit} is less than the cheapest plan costs, {search.least_cost():.4g}.")
     first = min(len(waiting), (num_trials + 1) // 2)
     waiting = [waiting[i * len(waiting) // first] for i in range(first)]
 
@@ -383,11 +382,12 @@ def plan_for(
         if criterion is None:
             criterion = _distance_from_long_chain(search)
         search.go(criterion, waiting, budget, num_trials, progress_bar.update)
-    best = min(search.tried.values(), key=lambda choice: choice.score)
+    if not (known := tuple(choice for choice in search.tried.values() if math.isfinite(choice.score))):
+        raise ValueError(f"The criterion gave no finite number for any of {len(search.tried)} plans: see its images.")
     machine = f"{platform.machine()}, {pipe.device}, {torch.get_num_threads()} threads"
     name = getattr(criterion, "__name__", type(criterion).__name__)
     told = budget, unit, name, num_images, seed, machine if unit == "milliseconds" else None
-    return Planned(best, tuple(search.tried.values()), *told)
+    return Planned(min(known, key=lambda choice: choice.score), known, *told)
 
 
 def _distance_from_long_chain(search: _Search) -> Callable[[Tensor], float]:

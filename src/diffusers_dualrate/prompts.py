@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -198,9 +198,6 @@ class Asked:
         return conditions[0], conditions[1]
 
 
-WANTED = tuple(field.name for field in fields(Wanted))
-
-
 class PromptMixin:
     """What a pipeline offers beside its call to those who look up classes or embed prompts."""
 
@@ -209,7 +206,7 @@ class PromptMixin:
     text_encoder: Any
     tokenizer: Any
     _execution_device: torch.device
-    _id2label: dict[int, str]
+    id2label: Any
 
     @property
     def _text_encoding(self) -> TextEncoding | None:
@@ -222,7 +219,7 @@ class PromptMixin:
         Args:
             class_labels: A number, a name of `id2label`, a list of either, or an integer tensor [B] or [].
         """
-        return find_label_ids(class_labels, self.denoiser.config.num_classes, self._id2label)
+        return find_label_ids(class_labels, self.denoiser.config.num_classes, self.id2label)
 
     def encode_prompt(
         self,

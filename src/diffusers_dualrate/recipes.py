@@ -126,6 +126,12 @@ class PairRecipe(SingleRateRecipe):
         check_number("context_dropout", self.context_dropout, least=0, below=1)  # else no encoder is
         for name in ("freeze_encoder", "follow_encoder"):
             check_boolean(name, getattr(self, name))
+        if self.context_from < 1 and self.share_above in (0, 1):
+            kept = "all" if self.share_above == 0 else "none"
+            raise ValueError(
+                f"context_from={self.context_from} gives {kept} of a batch of {self.train_batch_size} rows a context, since it is "
+                "rounded to whole rows: choose another time, or a larger train_batch_size."
+            )
         if self.follow_encoder and self.context_dropout:
             raise ValueError(f"--follow_encoder needs --context_dropout 0, got {self.context_dropout}.")
 
@@ -133,6 +139,11 @@ class PairRecipe(SingleRateRecipe):
     def share_above(self) -> float:
         """Share of rows whose times lie above that of the first context."""
         return round((1 - self.context_from) * self.train_batch_size) / self.train_batch_size
+
+    @property
+    def first_context(self) -> float | None:
+        """Time of the first context as it is trained, in whole rows of the batch; `None` for the noisy end."""
+        return 1 - self.share_above if self.share_above else None
 
     @property
     def share_without_context(self) -> float:

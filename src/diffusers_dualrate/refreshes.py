@@ -116,7 +116,9 @@ def plan_refreshes(
     left = n - alone
     k = left if num_context_steps is None else check_integer("num_context_steps", num_context_steps)
     if not 1 <= k <= left:
-        limit = f"the {left} of num_inference_steps={n} that may refresh" if alone else f"num_inference_steps={n}"
+        limit = (
+            f"{left}, as {alone} of {n} steps come before the first context" if alone else f"num_inference_steps={n}"
+        )
         raise ValueError(f"num_context_steps must be between 1 and {limit}, got {k}.")
     steps = {alone + j * left // k for j in range(k)}
     return RefreshPlan(tuple(step in steps for step in range(n)))
@@ -148,6 +150,11 @@ def count_even_steps_above(num_inference_steps: int, context_from: float) -> int
     return sum(1 - step / n > context_from + 1e-9 for step in range(n))
 
 
+def is_above(log_snr: float, level: float) -> bool:
+    """Whether an image is noisier than another by more than rounding."""
+    return log_snr < level - _ROUNDED
+
+
 def count_steps_above(log_snrs: Iterable[float], context_from: float, level: float) -> int:
     """Number of steps that are noisier than the first context, and so go without.
 
@@ -160,11 +167,10 @@ def count_steps_above(log_snrs: Iterable[float], context_from: float, level: flo
         ValueError: If no step is left for a context.
     """
     steps = [float(log_snr) for log_snr in log_snrs]
-    alone = sum(log_snr < level - _ROUNDED for log_snr in steps)
+    alone = sum(is_above(log_snr, level) for log_snr in steps)
     if alone == len(steps):
         raise ValueError(
-            f"context_from={context_from} leaves none of {alone} steps for a context: take more steps, or name "
-            "refresh_steps."
+            f"context_from={context_from} leaves none of {alone} steps for a context: give a larger num_inference_steps."
         )
     return alone
 

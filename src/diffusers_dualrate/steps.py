@@ -12,11 +12,8 @@ from torch import Tensor
 from .defaults import SamplingDefaults
 from .guidance import Guidance
 from .ranges import check_integer
-from .refreshes import MOST_STEPS, RefreshPlan, count_steps_above, plan_refreshes
+from .refreshes import MOST_STEPS, RefreshPlan, count_steps_above, is_above, plan_refreshes
 from .scheduler import DualRateScheduler
-
-ASKED = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
-"""Names of what a call may say of its steps."""
 
 
 class ChainSteps(NamedTuple):
@@ -35,6 +32,11 @@ class ChainSteps(NamedTuple):
     def guided_by(self, guidance: Guidance) -> list[bool]:
         """Whether guidance acts at each step."""
         return [guidance.acts_at(log_snr) for log_snr in self.log_snrs.tolist()]
+
+    def refreshes_above(self, context_from: float) -> bool:
+        """Whether a context is made of a noisier image than those at a time, a share of the chain."""
+        steps = self.log_snrs[[i for i, refreshes in enumerate(self.plan) if refreshes]].tolist()
+        return any(is_above(log_snr, float(_log_snr_at(self.scheduler, context_from))) for log_snr in steps)
 
 
 def plan_steps(
