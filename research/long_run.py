@@ -2,19 +2,23 @@
 
     python -m research.long_run --output_dir /tmp/long-run
 
-The second run is killed at random moments, and its disk fills: the system then refuses what it writes beyond a random
-size. It is started again each time, with `--resume_from_checkpoint latest`. Its clock jumps, and so do the times of its
-files. It has ended when it ends by itself. Then every file of its last checkpoint must be that of the first run, bit for
-bit.
+The second run is killed and its disk fills, in turns, at random moments. What stands for a full disk is a limit of the
+system: it refuses what a file of a checkpoint has beyond a random size. The run is started again each time, with
+`--resume_from_checkpoint latest`. Its clock jumps, and so do the times of its files. It has ended when it ends by itself.
+Then every file of its last checkpoint must be that of the first run, bit for bit. A run without a fault of each kind
+proves nothing, and fails.
 """
 
 import argparse
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -31,6 +35,7 @@ from . import EXAMPLES
 
 NETWORK = {"level_channels": [8], "level_types": ["res"], "level_blocks": [1], "embedding_dim": 8}
 FAULTS = ("kill", "full disk")
+SIZES = 500, 30_000  # bytes of the smallest and the largest file of a checkpoint, about
 WEEK = 7 * 24 * 3600.0
 
 # What forks after this has everything imported, and has computed nothing.
@@ -69,7 +74,9 @@ def flags_of(args: argparse.Namespace, name: str) -> list[str]:
 
 def train(flags: list[str], log: Path, jumps: int | None) -> None:
     """Body of a child: a run, whose clock jumps to and fro by up to a week where a seed of the jumps is given."""
-    sys.stdout = sys.stderr = open(log, "a")
+    # Through another process: else a limit on files would hold for the log, and end the run there.
+    writer = subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    sys.stdout = sys.stderr = writer.stdin
     if jumps is not None:
         tell, chance = time.time, random.Random(jumps)
         time.time = lambda: tell() + chance.uniform(-WEEK, WEEK)
@@ -87,19 +94,21 @@ def train_under_faults(args: argparse.Namespace) -> Counter:
     """Run to the end, through kills and a disk that fills; returns how often each happened."""
     chance, happened, folder = random.Random(args.seed), Counter(), args.output_dir / "faulty"
     flags = flags_of(args, "faulty")
-    while True:
+    for fault in itertools.cycle(FAULTS):
         log = args.output_dir / "faulty.log"
+        told = log.stat().st_size if log.exists() else 0
         child = PROCESSES.Process(target=train, args=(flags, log, chance.randrange(2**32)))
         child.start()
         child.join(chance.expovariate(1 / args.seconds))
         if child.is_alive():
-            fault = chance.choice(FAULTS)
             if fault == "kill":
                 os.kill(child.pid, signal.SIGKILL)
             else:
-                limit = int(2 ** chance.uniform(0, 17))  # bytes; the rest of its files may have been written
+                limit = int(math.exp(chance.uniform(*map(math.log, SIZES))))
                 resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             child.join()
+            if fault == "full disk" and child.exitcode and "could not be written" not in log.read_text()[told:]:
+                fault = "full disk, elsewhere"
             happened[fault if child.exitcode else f"{fault}, too late"] += 1
         if child.exitcode == 0:
             return happened
@@ -108,9 +117,12 @@ def train_under_faults(args: argparse.Namespace) -> Counter:
         found = list_checkpoints(folder)
         print(f"{dict(happened)}: goes on from {found[-1].name if found else 'the beginning'}", flush=True)
         let_jump(folder, chance)
+    raise AssertionError("the cycle has no end")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.output_dir.exists():
+        raise ValueError(f"--output_dir {args.output_dir} exists: give a new folder.")
     make_images(args.output_dir / "images")
     whole = PROCESSES.Process(target=train, args=(flags_of(args, "whole"), args.output_dir / "whole.log", None))
     whole.start()
@@ -124,6 +136,8 @@ def main(args: argparse.Namespace) -> None:
     )
     differing = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
     print(f"{args.max_train_steps:,} steps, faults: {dict(happened)}; files that differ: {differing or 'none'}")
+    if missing := [fault for fault in FAULTS if not happened[fault]]:
+        raise SystemExit(f"Nothing is proved, since there was no {' and no '.join(missing)}: lower --seconds.")
     if differing:
         raise SystemExit(1)
 

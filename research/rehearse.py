@@ -35,7 +35,8 @@ from diffusers_dualrate.streams import StreamedImages
 PEAK = 989e12  # FLOP/s of an H100 SXM, dense bfloat16, as its maker states it
 SHARE = 0.4  # of that peak which a training reaches: ASSUMED, not measured
 MEMORY = 80e9  # bytes of one GPU
-DISK = 25e9  # bytes that two checkpoints, the model and the images take, and some more
+DISK = 5  # sizes of a checkpoint that two of them, the model and the images take, and some more
+CLASSES = 10  # of made-up images, where a preset names no number
 INTERVAL = 5000  # steps between checkpoints, as the commands of examples/README.md have it
 # Bytes of a parameter: weight, gradient, DDP's copy of it, two moments of Adam, EMA; and the weight in bfloat16. A checkpoint
 # holds the weight, the moments and the EMA.
@@ -225,19 +226,18 @@ def main(args: argparse.Namespace) -> dict:
     whole = ["--preset", args.preset, "--train_data_dir", "images", "--output_dir", str(args.output_dir / "run")]
     configuration = configure(train_dual_rate.parse_args(whole), "train_dual_rate")
     shapes = configuration.networks.denoiser
-    if not args.plan and shapes["num_classes"] is None:
-        raise ValueError(
-            f"--preset {args.preset} has no num_classes, and the made-up images have classes: add --plan."
-        )
+    with torch.device("meta"):
+        networks = train_dual_rate.make_networks(configuration, None)
+    needed = DISK * SAVED * sum(parameter.numel() for parameter in networks.parameters())
     there = next(folder for folder in args.output_dir.resolve().parents if folder.is_dir())
-    if not args.plan and (free := shutil.disk_usage(there).free) < DISK:
+    if not args.plan and (free := shutil.disk_usage(there).free) < needed:
         raise ValueError(
-            f"--output_dir {args.output_dir} has {free / 1e9:.0f} GB of free disk, and {DISK / 1e9:.0f} are needed."
+            f"--output_dir {args.output_dir} has {free / 1e9:.0f} GB of free disk, and {needed / 1e9:.0f} are needed."
         )
     args.output_dir.mkdir(parents=True)
     report = {"preset": args.preset}
     if not args.plan:
-        make_shards(args.output_dir / "images", shapes["sample_size"], shapes["num_classes"])
+        make_shards(args.output_dir / "images", shapes["sample_size"], shapes["num_classes"] or CLASSES)
         report["streamed"] = time_stream(args.output_dir / "images", configuration)
         report["measured"] = rehearse(args)
     report["planned"] = plan(configuration, args.train_batch_size)

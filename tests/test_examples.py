@@ -656,11 +656,20 @@ def test_benchmark_times_arms_in_turns_and_writes_one_record(tmp_path, capsys):
     names.append("single-rate taylorseer")
     assert [(row["arm"], row["batch_size"]) for row in rows] == [(name, size) for size in (1, 2) for name in names]
     assert all(row["seconds"] > 0 < row["overhead"] for row in rows)
-    heavy, pair, solver, *_ = rows
+    heavy, pair, solver, *_, cached = rows[:6]
+    assert 1 < cached["times_fewer_flops"] < 4  # what a cache leaves out
     assert heavy["share"] == 1 and solver["times_fewer_flops"] == pytest.approx(4 / 3)
     assert pair["times_less_time"] == pytest.approx(heavy["seconds"] / pair["seconds"])
     assert pair["share"] == pytest.approx(pair["times_less_time"] * pair["flops"] / heavy["flops"])
     assert "tiny, float32, eager, process time on one thread" in capsys.readouterr().out
+
+
+def test_benchmark_leaves_out_a_cache_that_acts_on_nothing(capsys):
+    """Digits have no attention, and the same size twice is timed once."""
+    flags = ["--batch_size", "1", "1", "--cache_interval", "2"]
+    rows = run_benchmark("--preset", "digits8", *flags)["rows"]
+    assert [row["arm"] for row in rows] == ["single-rate", "dual-rate"]
+    assert "Left out: single-rate taylorseer." in capsys.readouterr().out
 
 
 def test_benchmark_counts_evaluations_of_compiled_networks_in_half_precision_too(monkeypatch, capsys):

@@ -164,7 +164,8 @@ class Recordings:
             return Recording(inputs, *self._record(lambda: function(*arguments), device))
         except RuntimeError as error:  # also of too little memory
             self._kept.clear()
-            self._failure = f"a call could not be recorded ({str(error).splitlines()[0]})"
+            why = str(error).splitlines()[0]
+            self._failure = f"a call could not be recorded ({why}); enable_cuda_graphs() again tries anew"
             warnings.warn(f"CUDA graphs are off, and calls run without them: {self._failure}.", stacklevel=2)
             self._told.add(self._failure)
             return None

@@ -1,5 +1,6 @@
-"""The progress bar of a run, and what the numbers in it mean."""
+"""The progress bar of a run, and what the numbers in it mean. Where it cannot be written, the run goes on without it."""
 
+import contextlib
 from collections.abc import Mapping
 
 from tqdm.auto import tqdm
@@ -30,17 +31,21 @@ class Progress:
 
     def advance(self) -> None:
         """Count a step."""
-        self._bar.update()
+        with contextlib.suppress(OSError):
+            self._bar.update()
 
     def show(self, numbers: Mapping[str, float], images_per_second: float | None = None) -> None:
         """Put numbers beside the bar."""
         new = [name for name in numbers if name in _MEANINGS.keys() - self._explained]
         self._explained.update(new)
-        if new and self._is_shown:
-            self._bar.write("\n".join(f"{name}: {_MEANINGS[name]}" for name in new))
         shown = {name: f"{value:.4f}" for name, value in numbers.items()}
-        self._bar.set_postfix(shown if images_per_second is None else shown | {"images/s": f"{images_per_second:.0f}"})
+        shown |= {} if images_per_second is None else {"images/s": f"{images_per_second:.0f}"}
+        with contextlib.suppress(OSError):
+            if new and self._is_shown:
+                self._bar.write("\n".join(f"{name}: {_MEANINGS[name]}" for name in new))
+            self._bar.set_postfix(shown)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
