@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +26,7 @@ import train_classifier
 import train_dual_rate
 import train_single_rate
 from conftest import draw_classes, fill_with_noise, reset_accelerate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, latent_cache
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser, inventory, latent_cache
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.autoencoders import open_vae
@@ -179,6 +181,23 @@ def test_a_cache_is_another_one_under_another_limit_of_pixels(folder, tmp_path):
     vae = make_vae(shift_factor=0.25)
     other = LatentImages(limited, vae, tmp_path, augmentation=FLIPPED, seed=3)
     assert other.folder != cached(folder, tmp_path, vae).folder
+
+
+def test_a_cache_is_another_one_for_a_file_of_rows_in_which_one_image_was_exchanged(folder, tmp_path, monkeypatch):
+    """Also where the fingerprint of the data does not look into it. Mutant: it is the fingerprint alone."""
+    monkeypatch.setattr(inventory, "_SAMPLED", 2)
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    paths, caches = sorted(folder.glob("*/*.png"))[:4], []
+    for number, fourth in enumerate((paths[3], tmp_path / "black.png")):
+        files = [{"bytes": path.read_bytes(), "path": f"{i}.png"} for i, path in enumerate([*paths[:3], fourth])]
+        rows = {"image": files, "label": [0, 0, 1, 1]}
+        data = Dataset.from_dict(rows, Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])}))
+        data.to_parquet(str(tmp_path / f"{number}" / "train.parquet"))
+        images = LabelledImages(
+            load_images(str(tmp_path / f"{number}"), label_column="label"), 16, label_column="label"
+        )
+        caches.append(LatentImages(images, make_vae(), tmp_path, augmentation=FLIPPED, seed=3))
+    assert caches[0].fingerprint == caches[1].fingerprint and caches[0].folder != caches[1].folder
 
 
 def test_processes_encode_a_share_of_the_files_each_and_together_what_one_does(folder, tmp_path, monkeypatch):

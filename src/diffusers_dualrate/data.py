@@ -335,6 +335,15 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         """What these images are, whatever their path, as of [`inventory.fingerprint_rows`]."""
         return fingerprint_rows(self._files, self._column, self._all_labels, self.id2label, self._all_captions)
 
+    @property
+    def byte_counts(self) -> list[int | None]:
+        """Bytes of each image that its row holds; `None` of one in a file, whose size the fingerprint has."""
+        import pyarrow.compute  # a second, for latents alone
+
+        column = f"{self._column}.bytes"
+        batches = self._files.flatten().select_columns(column).with_format("arrow").iter(10_000)
+        return [count for batch in batches for count in pyarrow.compute.binary_length(batch[column]).to_pylist()]
+
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], or `caption`, bytes [2048].
 

@@ -71,6 +71,8 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         made = {"vae": fingerprint_of_vae(vae), "images": self.fingerprint, "size": [images.height, images.width]}
         told = made | {"count": self._count, "views": self._views, "on_corrupt": images.on_corrupt}
         told["max_image_pixels"] = images.max_image_pixels  # another image stands in for one of more
+        if any(counts := images.byte_counts):  # the fingerprint has looked into some rows only
+            told["bytes"] = counts
         self.name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = Path(folder, self.name)
         latent_bytes = 4 * 2 * self.channels * self.height * self.width * self._views
