@@ -118,21 +118,21 @@ from diffusers_dualrate.provenance import environment
 from diffusers_dualrate.ranges import check_integer, check_output
 from diffusers_dualrate.recipes import DistillationRecipe
 from diffusers_dualrate.repositories import read_record
+from diffusers_dualrate.sampling_settings import Measurement, SamplingSetting, measure_sampling
 from diffusers_dualrate.tables import PROMPT_METRICS, prompt_rows, sample_rows, v_loss_rows
 from diffusers_dualrate.text_encoding import load_text_encoding
-from diffusers_dualrate.ways import Asked, Way, measure_sampling
 
 # The nearest image is looked for among all.
 _NEAREST_LIMIT = 10_000
 
 
 def choose_steps(args, pipe):
-    """N, K and guidance to sample with: what was asked for, else the model's."""
-    defaults, n, k = SamplingDefaults.of(pipe.config), args.num_inference_steps, args.num_context_steps
+    """N, K and guidance to sample with: what was asked for, else the model's. A K of `None` is that of its own refreshes."""
+    defaults, n = SamplingDefaults.of(pipe.config), args.num_inference_steps
     n = defaults.num_inference_steps if n is None else n
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
-    k = None if pipe.context_encoder is None else pipe.plan_run(n, k).num_context_steps
+    k = None if pipe.context_encoder is None else args.num_context_steps
     guidance_scale, _ = defaults.choose_guidance(
         args.guidance_scale, None, bool(pipe.denoiser.config.num_classes or pipe.text_encoder)
     )
@@ -141,14 +141,14 @@ def choose_steps(args, pipe):
     return {"num_inference_steps": n, "num_context_steps": k, "guidance_scale": guidance_scale}
 
 
-def plan_ways(args, pipe):
-    """All ways to sample, so that one that is not possible is refused before anything is measured."""
+def plan_settings(args, pipe):
+    """All settings of sampling, so that one that is not possible is refused before anything is measured."""
     orders = {None: type(pipe.scheduler).__name__, False: "ancestral", True: "second-order ancestral"}
-    steps, names_refreshes = choose_steps(args, pipe), args.num_context_steps is not None
-    k, ways = steps["num_context_steps"], [(orders[pipe.scheduler.config.get("second_order")], steps)]
+    steps = choose_steps(args, pipe)
+    k, settings = steps["num_context_steps"], [(orders[pipe.scheduler.config.get("second_order")], steps)]
     for n in args.solver_steps:
-        ways.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
-    return [Way.plan(pipe, solver, each, names_refreshes) for solver, each in ways]
+        settings.append(("dpmsolver++", steps | {"num_inference_steps": n, "num_context_steps": k and min(k, n)}))
+    return [SamplingSetting.plan(pipe, solver, each) for solver, each in settings]
 
 
 def describe_floor(args, images):
@@ -313,7 +313,7 @@ def main(args, open_images=sources.open_images):
     check_text_encoder(args.model, pipe)
     if classifier is not None:
         check_classifier(args.classifier, classifier, images.channels, images.num_classes)
-    ways = plan_ways(args, pipe)
+    settings = plan_settings(args, pipe)
     text_judge = None
     if args.text_encoder:
         text_judge = TextJudge(load_text_encoding(args.text_encoder), classifier, accelerator.device)
@@ -360,7 +360,7 @@ def main(args, open_images=sources.open_images):
     if told is not None and isinstance(Configuration.from_json(told).recipe, DistillationRecipe):
         report["images_by_phase"] = Configuration.from_json(told).recipe.images_by_phase
     else:
-        noised = floor_images, args.num_noises, ways[0].taken.plan, args.batch_size
+        noised = floor_images, args.num_noises, settings[0].taken.plan, args.batch_size
         report["v_loss"] = measure_v_losses(pipe, compared, *noised, accelerator)
     extractors = own | published
     how = (num_reference, args.cache_dir, args.batch_size, accelerator)
@@ -370,10 +370,12 @@ def main(args, open_images=sources.open_images):
     report["prompt_lists"] = {
         name: measure_real_prompts(*judged, real, args.batch_size, accelerator) for name, judged in lists.items()
     }
-    asked = Asked(images, reference, extractors, judges, lists, args.num_samples, args.seeds, args.batch_size)
+    measurement = Measurement(
+        images, reference, extractors, judges, lists, args.num_samples, args.seeds, args.batch_size
+    )
     report["samples"] = []
-    for way in ways:
-        found, first = measure_sampling(pipe, way, asked, accelerator)
+    for setting in settings:
+        found, first = measure_sampling(pipe, setting, measurement, accelerator)
         report["samples"].append(found)
         if args.grid and len(report["samples"]) == 1 and accelerator.is_main_process:
             draw_first(first, pipe, images, prompts, args)

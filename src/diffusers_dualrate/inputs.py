@@ -17,7 +17,7 @@ from .defaults import SamplingDefaults, check_id2label, check_interval
 from .guidance import Guidance
 from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
-from .prompts import Asked, Wanted
+from .prompts import CheckedConditioning, Conditioning
 from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps
@@ -41,7 +41,7 @@ class Inputs:
         latents: Noise to start from; `None` to draw it.
     """
 
-    asked: Asked
+    asked: CheckedConditioning
     times: int
     shape: tuple[int, int, int, int]
     guidance: Guidance
@@ -53,7 +53,7 @@ def check_inputs(
     id2label: Mapping[int, str],
     encoding: TextEncoding | None,
     *,
-    wanted: Wanted,
+    conditioning: Conditioning,
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
     batch_size: int | None,
@@ -65,7 +65,7 @@ def check_inputs(
     latents: Tensor | None,
 ) -> Inputs:
     """Check the arguments of a call that say what is drawn; they are documented there."""
-    asked = wanted.check(denoiser.config, id2label, encoding)
+    asked = conditioning.check(denoiser.config, id2label, encoding)
     names = "prompts" if denoiser.config.cross_attention_dim is not None else "class_labels"
     if len(asked) and batch_size not in (None, len(asked)):
         raise ValueError(f"batch_size is {batch_size!r}, but there are {len(asked)} {names}.")
@@ -126,7 +126,7 @@ def _check_latents(latents: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError("latents must be finite, got NaN or infinity among them.")
 
 
-def _check_guidance(scale: float, interval: tuple[float, float] | None, asked: Asked) -> Guidance:
+def _check_guidance(scale: float, interval: tuple[float, float] | None, asked: CheckedConditioning) -> Guidance:
     scale = check_number("guidance_scale", scale, least=1)
     if scale > 1 and not asked.has_null:
         needed = (
@@ -266,7 +266,7 @@ def make_chain(
     device: str | torch.device,
     encoding: TextEncoding | None = None,
     *,
-    wanted: Wanted,
+    conditioning: Conditioning,
     guidance_scale: float | None,
     guidance_interval: tuple[float, float] | None,
     generator: torch.Generator | list[torch.Generator] | None,
@@ -281,18 +281,18 @@ def make_chain(
         defaults: What the model says where the call does not.
         device: Where the networks compute.
         encoding: The model's text encoder, if it has one.
-        wanted: What the call says of what the images show.
+        conditioning: What the call says of what the images show.
         guidance_scale: As the call gives it.
         guidance_interval: As the call gives it.
         generator: As the call gives it.
         options: The other arguments of [`check_inputs`].
     """
-    scale, interval = defaults.choose_guidance(guidance_scale, guidance_interval, wanted.has_condition)
+    scale, interval = defaults.choose_guidance(guidance_scale, guidance_interval, conditioning.has_condition)
     inputs = check_inputs(
         denoiser,
         check_id2label(defaults.id2label, denoiser.config.num_classes),
         encoding,
-        wanted=wanted,
+        conditioning=conditioning,
         guidance_scale=scale,
         guidance_interval=interval,
         generator=generator,

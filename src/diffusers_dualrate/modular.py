@@ -18,7 +18,7 @@ from .defaults import NAMES, SamplingDefaults
 from .inputs import check_components, make_chain
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
-from .prompts import Wanted
+from .prompts import Conditioning
 from .ranges import check_number
 from .sampling import sample_at_two_rates
 from .steps import plan_steps
@@ -86,10 +86,10 @@ class DualRateTextBlock(ModularPipelineBlocks):
         given = {name: getattr(block_state, name) for name in (*_PROMPTS, *_CONDITIONS)}
         needs_encoder = any(given[name] is not None for name in _PROMPTS)
         if needs_encoder or (encoding is not None and config.cross_attention_dim is not None):
-            wanted, defaults = Wanted(**given), SamplingDefaults.of(components.config)
-            scale, _ = defaults.choose_guidance(block_state.guidance_scale, None, wanted.has_condition)
+            conditioning, defaults = Conditioning(**given), SamplingDefaults.of(components.config)
+            scale, _ = defaults.choose_guidance(block_state.guidance_scale, None, conditioning.has_condition)
             guides = check_number("guidance_scale", scale, least=1) > 1
-            text, null = wanted.encode(config, encoding, device, 1, guides)
+            text, null = conditioning.encode(config, encoding, device, 1, guides)
             negative = (None, None) if null is None else (null.tokens, null.mask)
             embeds = (text.tokens, negative[0], text.mask, negative[1])
             for name, tensor in zip(_CONDITIONS[1:], embeds, strict=True):
@@ -135,7 +135,7 @@ class DualRateSampleBlock(ModularPipelineBlocks):
             steps,
             defaults,
             device,
-            wanted=Wanted(**{name: arguments.pop(name) for name in _CONDITIONS}),
+            conditioning=Conditioning(**{name: arguments.pop(name) for name in _CONDITIONS}),
             num_images_per_prompt=1,
             pixels_per_side=compression_of(vae),
             **arguments,

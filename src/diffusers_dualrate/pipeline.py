@@ -30,7 +30,7 @@ from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .network import find_foreign, refuse_adapters, without_origin
 from .origins import KEY, Origin, access, write_into_config
-from .prompts import ClassLabels, PromptMixin, Wanted
+from .prompts import ClassLabels, Conditioning, PromptMixin
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
 from .sampling import sample_at_two_rates
@@ -322,6 +322,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         tensor_inputs = check_delivery(
             output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
+        texts = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
         steps = plan_steps(
             self.scheduler,
@@ -340,16 +341,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             defaults,
             device,
             self._text_encoding,
-            wanted=Wanted(
-                prompt,
-                class_labels,
-                negative_prompt,
-                prompt_embeds,
-                negative_prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_attention_mask,
-                max_sequence_length,
-            ),
+            conditioning=Conditioning(prompt, class_labels, negative_prompt, *texts, max_sequence_length),
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             batch_size=batch_size,

@@ -23,7 +23,7 @@ from .flops import context_flops, network_flops, plan_cost, text_flops
 from .guidance import Guidance
 from .inputs import make_chain
 from .pipeline import DualRatePipeline
-from .prompts import Wanted, check_prompts
+from .prompts import Conditioning, check_prompts
 from .ranges import check_choice, check_integer, check_number
 from .refreshes import RefreshPlan, count_even_steps_above, plan_refreshes
 from .sampling import sample_at_two_rates
@@ -131,10 +131,10 @@ class _Search:
         known = prompts or range(config.num_classes or 0)
         shown = [known[i * len(known) // num_images] for i in range(num_images)] if known else None
         self.scale, interval = self.defaults.choose_guidance(None, None, shown is not None)
-        self.wanted = Wanted(class_labels=shown)
+        self.conditioning = Conditioning(class_labels=shown)
         if prompts is not None:  # each is embedded once for all candidates
             text, mask, null, null_mask = pipe.encode_prompt(cast(list[str], shown), self.scale > 1)
-            self.wanted = Wanted(None, None, None, text, null, mask, null_mask)
+            self.conditioning = Conditioning(None, None, None, text, null, mask, null_mask)
         self.interval = None if interval is None else (interval[0], interval[1])
         self.noise = BrownianNoise((num_images, config.in_channels, *pipe.denoiser.image_size), PLANNING_SEED, seed)
         self._steps: dict[int, ChainSteps] = {}
@@ -151,7 +151,7 @@ class _Search:
             steps,
             self.defaults,
             pipe.device,
-            wanted=self.wanted.of_rows(rows),
+            conditioning=self.conditioning.of_rows(rows),
             guidance_scale=self.scale if guidance_scale is None else guidance_scale,
             guidance_interval=choice.guidance_interval or (-math.inf, math.inf),
             batch_size=len(latents),

@@ -17,7 +17,7 @@ ClassLabels = int | str | Sequence[int | str] | Tensor
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Conditioning:
     """What a call says of what the images are to show, as it is given; the pipeline's call documents each."""
 
     prompt: ClassLabels | None = None
@@ -34,11 +34,11 @@ class Wanted:
         """Whether there is anything to guide towards."""
         return not (self.prompt is None and self.class_labels is None and self.prompt_embeds is None)
 
-    def of_rows(self, rows: slice) -> "Wanted":
+    def of_rows(self, rows: slice) -> "Conditioning":
         """What some of the images are to show, where each has a class or embeddings of its own."""
-        return Wanted(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
+        return Conditioning(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
 
-    def check(self, config: Any, id2label: Mapping[int, str], encoding: TextEncoding | None) -> "Asked":
+    def check(self, config: Any, id2label: Mapping[int, str], encoding: TextEncoding | None) -> "CheckedConditioning":
         """Check it against what a model takes.
 
         Args:
@@ -56,8 +56,10 @@ class Wanted:
             raise ValueError("prompt and class_labels of a model of classes are the same: give one of them.")
         labels = self.class_labels if self.prompt is None else self.prompt
         if labels is None:
-            return Asked()
-        return Asked(class_labels=find_label_ids(labels, config.num_classes, id2label), null=config.num_classes)
+            return CheckedConditioning()
+        return CheckedConditioning(
+            class_labels=find_label_ids(labels, config.num_classes, id2label), null=config.num_classes
+        )
 
     def encode(
         self,
@@ -78,7 +80,7 @@ class Wanted:
         text, null = asked.compute(encoding, device, check_integer("num_images_per_prompt", times, 1), guides)
         return cast(Text, text), cast(Text | None, null)
 
-    def _check_text(self, config: Any, encoding: TextEncoding | None) -> "Asked":
+    def _check_text(self, config: Any, encoding: TextEncoding | None) -> "CheckedConditioning":
         if self.class_labels is not None:
             raise ValueError("This model takes text: give prompt instead of class_labels.")
         if (self.prompt is None) == (self.prompt_embeds is None):
@@ -114,7 +116,7 @@ class Wanted:
                     f"negative_prompt needs one entry for each of {shape[0]} prompts, got {len(negatives)}."
                 )
         negates = self.negative_prompt is not None or self.negative_prompt_embeds is not None
-        return Asked(None, prompts, text, negatives, null, length=shape[1], negates=negates)
+        return CheckedConditioning(None, prompts, text, negatives, null, length=shape[1], negates=negates)
 
     def _check_company(self) -> None:
         """Refuse what would have no effect for want of what it belongs to."""
@@ -128,7 +130,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckedConditioning:
     """What the images of a call are to show, checked: classes, or prompts, or texts. Nothing is computed yet.
 
     Args:
@@ -251,7 +253,7 @@ class PromptMixin:
         Returns:
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds and negative_prompt_attention_mask of a call.
         """
-        wanted = Wanted(
+        wanted = Conditioning(
             prompt=prompt,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,

@@ -1,4 +1,4 @@
-"""The ways to sample a model that a measurement compares: what each evaluates, costs and shows."""
+"""The settings of sampling that a measurement compares: what each evaluates, costs and shows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ from .steps import ChainSteps, make_dpm_solver, plan_steps
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a model is asked for and measured by, alike in every way to sample it.
+class Measurement:
+    """What a model is asked for and measured by, alike in every setting of sampling.
 
     Args:
         images: The data set, whose classes or captions are drawn.
@@ -47,89 +47,85 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to sample a model, planned and so known to be possible.
+class SamplingSetting:
+    """How a model is sampled, planned and so known to be possible.
 
     Args:
         solver: Its name; under dpmsolver++ the scheduler is that solver.
         scheduler: What the model samples with.
-        steps: N, K and guidance.
-        called: The same as a call names them.
+        called: N, K and guidance as a call names them; K is `None` for the model's own refreshes.
         taken: The steps of a chain.
     """
 
     solver: str
     scheduler: SchedulerMixin
-    steps: dict[str, Any]
     called: dict[str, Any]
     taken: ChainSteps
 
     @classmethod
-    def plan(cls, pipe: DualRatePipeline, solver: str, steps: dict[str, Any], names_refreshes: bool) -> Self:
-        """Plan a way.
-
-        Args:
-            pipe: The model.
-            solver: Its name.
-            steps: N, K and guidance.
-            names_refreshes: Whether K is one that was asked for. Otherwise it is the model's, or the steps that the model
-                names.
+    def plan(cls, pipe: DualRatePipeline, solver: str, called: dict[str, Any]) -> Self:
+        """Plan a setting.
 
         Raises:
-            ValueError: If there is no such way.
+            ValueError: If there is no such plan.
         """
         scheduler = make_dpm_solver(pipe.scheduler) if solver == "dpmsolver++" else pipe.scheduler
-        called = steps if names_refreshes else steps | {"num_context_steps": None}
         n, k, is_pair = called["num_inference_steps"], called["num_context_steps"], pipe.context_encoder is not None
         taken = plan_steps(scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
-        return cls(solver, scheduler, steps, called, taken)
+        return cls(solver, scheduler, called, taken)
 
 
 def measure_sampling(
-    pipe: DualRatePipeline, way: Way, asked: Asked, accelerator: Accelerator
+    pipe: DualRatePipeline, setting: SamplingSetting, measurement: Measurement, accelerator: Accelerator
 ) -> tuple[dict[str, Any], dict[str | None, Tensor]]:
     """Sample a set of images for each seed, and each prompt of the lists.
 
     Args:
-        pipe: The model.
-        way: How it is sampled.
-        asked: What is drawn and measured.
+        pipe: The model; it stays as it is.
+        setting: How it is sampled.
+        measurement: What is drawn, and how it is measured.
         accelerator: Knows this process and how many there are.
 
     Returns:
         The metrics beside what an image costs; and the first images, by name of the list, of the samples under `None`.
     """
-    own_scheduler, solver, steps, called, taken = pipe.scheduler, way.solver, way.steps, way.called, way.taken
-    pipe.scheduler = way.scheduler
-    plan, guidance = taken.plan, Guidance.of(steps["guidance_scale"], pipe.config.guidance_interval)
+    pipe = DualRatePipeline(**pipe.components | {"scheduler": setting.scheduler}, **pipe.parameters)
+    pipe.set_progress_bar_config(disable=True)
+    called, plan = setting.called, setting.taken.plan
+    guidance = Guidance.of(called["guidance_scale"], pipe.config.guidance_interval)
     per_seed, first, calls = [], dict[str | None, Tensor](), 0
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
-        for seed in asked.seeds:
-            shown = shown_by(asked.images, choose(asked.images, asked.count, seed))
-            batches = sampled_batches(pipe, shown, asked.count, seed, called, asked.batch_size, accelerator)
-            measured = measure_images(batches, asked.extractors, asked.judges, accelerator)
-            calls += math.ceil(asked.count / asked.batch_size)
-            per_seed.append(metrics_of(measured, asked.reference, asked.count))
+        for seed in measurement.seeds:
+            shown = shown_by(measurement.images, choose(measurement.images, measurement.count, seed))
+            batches = sampled_batches(
+                pipe, shown, measurement.count, seed, called, measurement.batch_size, accelerator
+            )
+            measured = measure_images(batches, measurement.extractors, measurement.judges, accelerator)
+            calls += math.ceil(measurement.count / measurement.batch_size)
+            per_seed.append(metrics_of(measured, measurement.reference, measurement.count))
             assert measured.first is not None  # there are samples
             first.setdefault(None, measured.first)
     prompts = {}
-    for name, (texts, judges) in asked.lists.items():
-        found, first[name] = measure_prompts(pipe, texts, judges, asked.seeds, called, asked.batch_size, accelerator)
+    for name, (texts, judges) in measurement.lists.items():
+        found, first[name] = measure_prompts(
+            pipe, texts, judges, measurement.seeds, called, measurement.batch_size, accelerator
+        )
         prompts[name] = found
-    pipe.scheduler = own_scheduler
-    # Every way to sample proves what it evaluated, all processes together.
+    # Every setting proves what it evaluated, all processes together.
     heavy, light = plan.evaluations(spared := pipe.config.encoder_denoises)
     counted = [sum(counts) for counts in zip(*gather_object([evaluations]), strict=True)]
     if counted != [heavy * calls, light * calls]:
-        raise RuntimeError(f"{solver} made {counted} evaluations of {heavy} and {light} in each of {calls} batches.")
+        raise RuntimeError(
+            f"{setting.solver} made {counted} evaluations of {heavy} and {light} in each of {calls} batches."
+        )
     path = pipe.denoiser, pipe.context_encoder, plan
     report = {
-        "solver": solver,
-        **steps,
+        "solver": setting.solver,
+        **called,
         "num_context_steps": heavy or None,
         "evaluations": {"context_encoder": heavy, "denoiser": light},
         "flops": plan_flops(*path, encoder_denoises=spared),
-        "flops_with_guidance": plan_flops(*path, guided=taken.guided_by(guidance), encoder_denoises=spared),
+        "flops_with_guidance": plan_flops(*path, guided=setting.taken.guided_by(guidance), encoder_denoises=spared),
         **spread(per_seed),
     }
     return report | ({"prompts": prompts} if prompts else {}), first
