@@ -9,18 +9,14 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .chain import Chain
-from .defaults import SamplingDefaults, check_id2label, check_interval
+from .defaults import SamplingDefaults, check_interval
 from .guidance import Guidance
 from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
 from .prompts import CheckedConditioning, Conditioning
 from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
-from .scheduler import DualRateScheduler
-from .steps import ChainSteps
 from .text_encoding import TextEncoding, width_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -256,86 +252,3 @@ def check_images(images: Tensor, output_type: str) -> None:
     """Warn of images that are not finite. Images that stay on the device are not checked, since a call would wait for it."""
     if output_type in ("pil", "np") and not images.isfinite().all():
         warnings.warn("The images hold NaN or infinity: see weights, guidance_scale and dtype.", stacklevel=4)
-
-
-def make_chain(
-    denoiser: UViTDenoiser,
-    context_encoder: UViTContextEncoder | None,
-    steps: ChainSteps,
-    defaults: SamplingDefaults,
-    device: str | torch.device,
-    encoding: TextEncoding | None = None,
-    *,
-    conditioning: Conditioning,
-    guidance_scale: float | None,
-    guidance_interval: tuple[float, float] | None,
-    generator: torch.Generator | list[torch.Generator] | None,
-    **options,
-) -> tuple[Chain, Tensor]:
-    """Check what a call asks for, and make its chain and the noise that it starts from.
-
-    Args:
-        denoiser: The light network.
-        context_encoder: The heavy network; `None` for a single-rate model.
-        steps: The steps of the chain, from [`plan_steps`].
-        defaults: What the model says where the call does not.
-        device: Where the networks compute.
-        encoding: The model's text encoder, if it has one.
-        conditioning: What the call says of what the images show.
-        guidance_scale: As the call gives it.
-        guidance_interval: As the call gives it.
-        generator: As the call gives it.
-        options: The other arguments of [`check_inputs`].
-    """
-    scale, interval = defaults.choose_guidance(guidance_scale, guidance_interval, conditioning.has_condition)
-    inputs = check_inputs(
-        denoiser,
-        check_id2label(defaults.id2label, denoiser.config.num_classes),
-        encoding,
-        conditioning=conditioning,
-        guidance_scale=scale,
-        guidance_interval=interval,
-        generator=generator,
-        **options,
-    )
-    networks = (denoiser,) if context_encoder is None else (denoiser, context_encoder)
-    for network in networks:
-        if inputs.guidance.scale > 1 and not network.config.get("has_null_class", True):
-            raise ValueError(
-                f"guidance_scale={inputs.guidance.scale} needs networks that learned to go without a class, and the "
-                f"{type(network.network).__name__} of diffusers did not."
-            )
-        if any(side % network.stride for side in inputs.shape[2:]):  # of the denoiser's alone they were checked
-            stride = network.stride * options["pixels_per_side"]
-            raise ValueError(f"height and width must be divisible by {stride} for the context_encoder.")
-    check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
-    if context_encoder is not None and not isinstance(steps.scheduler, DualRateScheduler):
-        warnings.warn(
-            f"{type(steps.scheduler).__name__} takes other steps than those the pair was trained for, unless it learned to "
-            "follow its encoder (--follow_encoder): compare the images with those of DualRateScheduler.",
-            stacklevel=4,
-        )
-    first = defaults.context_from
-    if context_encoder is not None and first is not None and steps.refreshes_above(first):
-        warnings.warn(
-            f"refresh_steps ask for a context above context_from={first}, where this pair's encoder never learned.",
-            stacklevel=4,
-        )
-    condition, null = inputs.asked.compute(encoding, device, inputs.times, inputs.guidance.scale > 1)
-    noise = inputs.latents
-    if noise is None:
-        noise = randn_tensor(inputs.shape, generator, torch.device(device), torch.float32)
-    # The images stay in float32 whatever the networks compute in.
-    noise = noise.to(device, torch.float32) * steps.scheduler.init_noise_sigma
-    chain = Chain(
-        denoiser,
-        context_encoder,
-        steps,
-        condition,
-        inputs.guidance,
-        generator,
-        defaults.encoder_denoises,
-        device,
-        null=null,
-    )
-    return chain, noise

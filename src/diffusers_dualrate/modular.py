@@ -13,9 +13,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, ConfigSpec, InputParam, OutputParam
 
-from .chain import own_caches
+from .chain import make_chain, own_caches
 from .defaults import NAMES, SamplingDefaults
-from .inputs import check_components, make_chain
+from .inputs import check_components
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .prompts import Conditioning

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adapters import LoraMixin
 from .callbacks import CONDITIONS, Call, CallStateMixin, call_back
-from .chain import Chain, own_caches
+from .chain import Chain, make_chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label, end_named_steps
 from .graphs import Recordings, lend
 from .hosts import HostNetwork, OfHostError, check_own, open_host_pipeline
@@ -24,7 +24,6 @@ from .inputs import (
     check_encoder_denoises,
     check_images,
     describe_unsaid,
-    make_chain,
 )
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser

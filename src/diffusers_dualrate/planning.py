@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .brownian import BrownianNoise
+from .chain import make_chain
 from .defaults import SamplingDefaults
 from .evaluation import energy_distance
 from .flops import context_flops, network_flops, plan_cost, text_flops
 from .guidance import Guidance
-from .inputs import make_chain
 from .pipeline import DualRatePipeline
 from .prompts import Conditioning, check_prompts
 from .ranges import check_choice, check_integer, check_number
