@@ -41,7 +41,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--cache_interval",
         type=int,
-        help="Time the heavy network under TaylorSeer of diffusers, too, at this interval.",
+        help="Time the heavy network under TaylorSeer and Pyramid Attention Broadcast of diffusers, too, at this interval.",
     )
     parser.add_argument("--repeats", type=int, default=20, help="Loops of each arm.")
     parser.add_argument("--device", default="cpu", help="Where the loops run.")
@@ -75,7 +75,7 @@ from statistics import median, quantiles
 
 import torch
 from accelerate import Accelerator
-from diffusers import TaylorSeerCacheConfig
+from diffusers import PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -92,6 +92,14 @@ from diffusers_dualrate.refreshes import plan_refreshes
 from diffusers_dualrate.steps import make_dpm_solver
 
 PRESETS = Path(__file__).with_name("presets")
+CACHES = {  # of diffusers, by the interval of what they compute anew
+    "taylorseer": lambda interval, pipe: TaylorSeerCacheConfig(cache_interval=interval),
+    "pab": lambda interval, pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=interval,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+}
 
 
 def find_device(name):
@@ -227,13 +235,13 @@ def make_arms(args, networks, device):
         if args.student_steps:
             pipes["single-rate student"] = alone, args.student_steps[0], 0
             pipes["dual-rate student"] = pair, *args.student_steps
-        if args.cache_interval and mode == "eager":  # caches leave a whole graph
-            cached = copy.deepcopy(heavy)
+        for name in CACHES if args.cache_interval and mode == "eager" else ():  # caches leave a whole graph
+            pipe = DualRatePipeline(copy.deepcopy(heavy), scheduler, **defaults)
             try:
-                cached.enable_cache(TaylorSeerCacheConfig(cache_interval=args.cache_interval))
-                pipes["single-rate taylorseer"] = DualRatePipeline(cached, scheduler, **defaults), n, 0
+                pipe.denoiser.enable_cache(CACHES[name](args.cache_interval, pipe))
+                pipes[f"single-rate {name}"] = pipe, n, 0
             except ValueError as error:  # of a network without attention
-                print(f"Left out: single-rate taylorseer. {error}")
+                print(f"Left out: single-rate {name}. {error}")
         present = dict.fromkeys(part for pipe, *_ in pipes.values() for part in (pipe.context_encoder, pipe.denoiser))
         present = [network for network in present if network is not None]
         watch = None if mode == "graphs" else Stopwatch(*present, on_cpu=device.type == "cpu")
