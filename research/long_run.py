@@ -47,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", type=Path, required=True, help="Where both runs are kept.")
     parser.add_argument("--max_train_steps", type=int, default=10_000)
     parser.add_argument("--checkpointing_steps", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=8.0, help="Mean time from a start to the next fault.")
+    parser.add_argument("--seconds", type=float, default=4.0, help="Mean time from a checkpoint to the next fault.")
     parser.add_argument("--seed", type=int, default=0, help="Of the faults.")
     return parser.parse_args(argv)
 
@@ -98,7 +98,10 @@ def train_under_faults(args: argparse.Namespace) -> Counter:
         log = args.output_dir / "faulty.log"
         told = log.stat().st_size if log.exists() else 0
         child = PROCESSES.Process(target=train, args=(flags, log, chance.randrange(2**32)))
+        before = list_checkpoints(folder)[-1:]
         child.start()
+        while list_checkpoints(folder)[-1:] == before and child.is_alive():
+            time.sleep(0.01)
         child.join(chance.expovariate(1 / args.seconds))
         if child.is_alive():
             if fault == "kill":

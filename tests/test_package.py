@@ -148,13 +148,14 @@ def test_the_package_is_typed():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda path: path.name)
-def test_a_file_has_at_most_400_lines_and_a_function_80(path):
+def test_a_file_has_at_most_400_lines_and_a_function_80_beside_its_docstring(path):
     source = path.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 400
     functions = [
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    assert not {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 80}
+    lengths = {f.name: f.end_lineno - f.lineno + 1 - len((ast.get_docstring(f) or "").splitlines()) for f in functions}
+    assert not {name: length for name, length in lengths.items() if length > 80}
 
 
 @pytest.fixture(scope="module")

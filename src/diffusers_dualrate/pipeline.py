@@ -175,8 +175,9 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         parts: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         kept = {} if {"dtype", "torch_dtype"} & kwargs.keys() else {part: part.dtype for part in parts}
         made = super().from_pipe(pipeline, **end_named_steps(kwargs))
-        for part, dtype in kept.items():  # the host casts all to float32
-            part.to(dtype=dtype)
+        for part, dtype in kept.items():
+            if part.dtype != dtype:  # the host casts to float32
+                part.to(dtype=dtype)
         return made
 
     @classmethod

@@ -8,7 +8,7 @@ from research import long_run, rehearse
 @pytest.mark.slow
 def test_a_run_through_kills_full_disks_and_a_jumping_clock_ends_as_one_without(tmp_path, capsys):
     """It fails by itself where there was no kill, or no checkpoint that could not be written."""
-    flags = ["--max_train_steps", "100", "--checkpointing_steps", "5", "--seconds", "1"]
+    flags = ["--max_train_steps", "100", "--checkpointing_steps", "5", "--seconds", "0.2"]
     args = long_run.parse_args(["--output_dir", str(tmp_path / "run"), *flags])
     long_run.main(args)
     assert "files that differ: none" in capsys.readouterr().out
