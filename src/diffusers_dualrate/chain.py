@@ -283,15 +283,5 @@ def make_chain(
         noise = randn_tensor(inputs.shape, generator, torch.device(device), torch.float32)
     # The images stay in float32 whatever the networks compute in.
     noise = noise.to(device, torch.float32) * steps.scheduler.init_noise_sigma
-    chain = Chain(
-        denoiser,
-        context_encoder,
-        steps,
-        condition,
-        inputs.guidance,
-        generator,
-        defaults.encoder_denoises,
-        device,
-        null=null,
-    )
-    return chain, noise
+    asked = condition, inputs.guidance, generator, defaults.encoder_denoises, device
+    return Chain(denoiser, context_encoder, steps, *asked, null=null), noise
