@@ -128,7 +128,7 @@ def _write_section(study, data):
             ]
             lines += [
                 "",
-                f"Points below / level with / above `single-rate-sized` alone, equal {budget}: {', '.join(listed)}.",
+                f"Points below / level with / above `single-rate-sized` alone, equal {budget}: {'; '.join(listed)}.",
             ]
     return "\n".join(lines)
 
