@@ -112,7 +112,7 @@ def test_each_arm_is_held_against_the_sized_network_alone():
             "dual-rate-mmd": {"below": 1},
         }
         counts = "1 / 0 / 0" if verdict == "below" else "0 / 0 / 1"
-        sentence = f"`single-rate-sized` alone, equal steps: dual-rate {counts}, dual-rate-mmd 1 / 0 / 0."
+        sentence = f"`single-rate-sized` alone, equal steps: dual-rate {counts}; dual-rate-mmd 1 / 0 / 0."
         assert sentence in report.write_table(study)
 
 
