@@ -65,9 +65,10 @@ def follow_host(
     name = (
         f"the {type(host.network).__name__} of {start.pretrained_model_name_or_path or start.student or start.teacher}"
     )
-    if host.config.cross_attention_dim is not None:
+    if host.config.pooled_projection_dim is not None:
         raise ValueError(
-            f"{name[0].upper()}{name[1:]} draws of texts, and can be sampled, but not trained or learned from."
+            f"{name[0].upper()}{name[1:]} takes texts with pooled embeddings, which captions here have none of: it can be "
+            "sampled, but not trained or learned from."
         )
     sides = tuple(side * compression_of(model.vae) for side in host.image_size)
     if args.resolution is not None and sides != (args.resolution, args.resolution):

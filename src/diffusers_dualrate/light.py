@@ -12,6 +12,7 @@ import torch
 from .flops import network_flops
 from .hosts import HostNetwork
 from .models import UViTDenoiser
+from .text_encoding import TEXT_OPTIONS
 
 LEAST, MOST = 1 / 6, 1 / 4
 """FLOPs of a light network as a share of the heavy network's."""
@@ -65,6 +66,7 @@ def _shape_of_width(encoder: HostNetwork, share: float) -> dict:
         "sample_size": encoder.config.sample_size,
         "in_channels": encoder.config.in_channels,
         "num_classes": encoder.config.num_classes,
+        **{option: encoder.config[option] for option in TEXT_OPTIONS},
         "patch_size": patch_size,
         "level_channels": widths,
         "level_types": ["transformer" if tokens else "res" for tokens in attends],
