@@ -132,7 +132,9 @@ def choose_steps(args, pipe):
     n = defaults.num_inference_steps if n is None else n
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
-    k = None if pipe.context_encoder is None else args.num_context_steps
+    k = args.num_context_steps
+    if pipe.context_encoder is None and k is not None:
+        raise ValueError(f"--num_context_steps {k} is for a pair, and {args.model} is one network: leave it out.")
     guidance_scale, _ = defaults.choose_guidance(
         args.guidance_scale, None, bool(pipe.denoiser.config.num_classes or pipe.text_encoder)
     )

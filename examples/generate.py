@@ -222,9 +222,14 @@ def main(args):
     guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, bool(num_classes or args.prompt))
     if steps is None:
         steps = defaults.num_inference_steps
+    if pipe.context_encoder is None and args.num_context_steps is not None:
+        raise ValueError(
+            f"--num_context_steps {args.num_context_steps} is for a pair, and {args.model} is one network: leave it out."
+        )
     pipe.plan_run(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
+    solver = None if single is None else make_dpm_solver(single.scheduler)
     count = args.num_images_per_class * (len(shown) if shown else args.num_columns)
     print(choose_threads(count * network_flops(pipe.context_encoder or pipe.denoiser)))
     common = (args, shown, guidance_scale)
@@ -239,7 +244,7 @@ def main(args):
     ]
     if single is not None:
         rows.append(sample(single, "single-rate", *common, num_inference_steps=steps))
-        single.scheduler = make_dpm_solver(single.scheduler)
+        single.scheduler = solver
         rows.append(
             sample(single, "single-rate, DPM-Solver++", *common, num_inference_steps=args.solver_steps),
         )

@@ -22,8 +22,9 @@ from .conditions import Condition, Text, join, take_rows
 from .defaults import SamplingDefaults, check_id2label
 from .graphs import call_directly
 from .guidance import Guidance
-from .inputs import check_encoder_denoises, check_inputs
+from .inputs import check_encoder_denoises, check_inputs, check_null_class
 from .models import UViTContextEncoder, UViTDenoiser
+from .noise_process import NOISE_ALONE
 from .prompts import Conditioning
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps
@@ -255,15 +256,16 @@ def make_chain(
         **options,
     )
     networks = (denoiser,) if context_encoder is None else (denoiser, context_encoder)
+    check_null_class(inputs.guidance.scale, *networks)
     for network in networks:
-        if inputs.guidance.scale > 1 and not network.config.get("has_null_class", True):
-            raise ValueError(
-                f"guidance_scale={inputs.guidance.scale} needs networks that learned to go without a class, and the "
-                f"{type(network.network).__name__} of diffusers did not."
-            )
         if any(side % network.stride for side in inputs.shape[2:]):  # of the denoiser's alone they were checked
             stride = network.stride * options["pixels_per_side"]
             raise ValueError(f"height and width must be divisible by {stride} for the context_encoder.")
+        if steps.log_snrs.min() <= NOISE_ALONE and not hasattr(network, "process"):
+            raise ValueError(
+                f"{type(steps.scheduler).__name__} has a step without any signal, whose log-SNR this network does not know: "
+                "leave out rescale_betas_zero_snr."
+            )
     check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
     if context_encoder is not None and not isinstance(steps.scheduler, DualRateScheduler):
         warnings.warn(

@@ -28,6 +28,7 @@ class Kind:
         text_is_masked: Whether what fills a text up is left out, in the text encoder and here.
         text_is_lowered: Whether it learned from texts in lower case, without spaces at their ends.
         refused: Options that would ask for more than a text.
+        is_square: Whether it draws squares only.
     """
 
     stride: Callable[[Any], int]
@@ -40,6 +41,7 @@ class Kind:
     text_is_masked: bool = True
     text_is_lowered: bool = False
     refused: tuple[str, ...] = ()
+    is_square: bool = False
 
 
 def _unet_taps(network: nn.Module) -> list[str]:
@@ -84,6 +86,7 @@ KINDS = {
         call=lambda network, z, t, labels: network(z, t, labels).sample,
     ),
     "DiTTransformer2DModel": Kind(
+        is_square=True,
         num_classes=lambda config: config.num_embeds_ada_norm,
         stride=lambda config: config.patch_size,
         taps=_last_transformer_block,
@@ -115,15 +118,3 @@ KINDS = {
     ),
 }
 """Classes of diffusers that can be taken as they are; one more is one entry more."""
-
-# Of a pipeline of diffusers: the component that is its network, its own defaults, and the length of its texts where it differs
-# from that of its network's class.
-TEXT_LENGTHS = {"PixArtSigmaPipeline": 300}
-PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDPMPipeline": ("unet", {"num_inference_steps": 1000}),
-    "DDIMPipeline": ("unet", {"num_inference_steps": 50}),
-    "DiTPipeline": ("transformer", {"num_inference_steps": 50, "guidance_scale": 4.0}),
-    "StableDiffusionPipeline": ("unet", {"num_inference_steps": 50, "guidance_scale": 7.5}),
-    "PixArtAlphaPipeline": ("transformer", {"num_inference_steps": 20, "guidance_scale": 4.5}),
-    "PixArtSigmaPipeline": ("transformer", {"num_inference_steps": 20, "guidance_scale": 4.5}),
-}

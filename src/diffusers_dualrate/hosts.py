@@ -6,16 +6,15 @@ says how it was trained, where that class does not look. Feature maps are the ou
 
 import copy
 import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import diffusers
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import CacheMixin
 from diffusers.models.embeddings import LabelEmbedding
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from . import diffusion
 from .conditions import Condition, ProjectedText, Text, blank_text
-from .host_kinds import KINDS, PIPELINES, TEXT_LENGTHS
+from .host_kinds import KINDS
 from .network import ImageNetworkMixin, check_loaded, per_sample, refuse_adapters
 from .noise_process import NoiseProcess
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
@@ -99,6 +98,15 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
             )
         if config.get("class_embed_type") is not None:
             raise ValueError(f"{name} with class_embed_type={config.class_embed_type!r} takes no numbers of classes.")
+        if config.get("time_embedding_type") not in (None, "positional"):
+            raise ValueError(
+                f"{name} with time_embedding_type={config.time_embedding_type!r} has no timesteps between two whole ones: only "
+                "'positional' can be taken."
+            )
+        if config.get("sample_size") is None:
+            raise ValueError(
+                f"{name} has no sample_size in its configuration, the size of its images: write it there."
+            )
         for option in self._kind.refused:
             if config.get(option) is not None:
                 raise ValueError(f"{name} with {option}={config[option]!r} takes more than a text.")
@@ -121,6 +129,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
             in_channels=config.in_channels,
             num_classes=self._kind.num_classes(config),
             has_null_class=self._kind.has_null_class,
+            is_square=self._kind.is_square,
             cross_attention_dim=self._kind.text_dim(config),
             text_length=check_integer(
                 "text_length", self._kind.text_length if text_length is None else text_length, 1
@@ -331,66 +340,3 @@ def _as_map(tap: str, features: Tensor | None, sample: Tensor, stride: int) -> T
     if not isinstance(features, Tensor) or features.ndim != 3 or features.shape[1] != height * width:
         raise ValueError(f"The tap {tap!r} gives no map: neither [B, channels, H, W] nor {height} x {width} tokens.")
     return features.transpose(1, 2).unflatten(2, (height, width))
-
-
-class OfHostError(Exception):
-    """What is to be loaded is one of `PIPELINES`."""
-
-
-def check_own(json_file: str | os.PathLike, index: dict) -> dict:
-    """Tell a model_index.json of diffusers' own pipelines from one of ours.
-
-    Args:
-        json_file: Where it was read from.
-        index: What it holds.
-
-    Returns:
-        `index`, of ours.
-
-    Raises:
-        OfHostError: If it is of one of `PIPELINES`.
-        ValueError: If it is of another pipeline of diffusers.
-    """
-    name = index["_class_name"]
-    if isinstance(name, str) and name in PIPELINES:
-        raise OfHostError
-    if isinstance(name, str) and "denoiser" not in index and hasattr(diffusers, name):
-        raise ValueError(
-            f"{json_file} is of a {name}; of diffusers' own pipelines these can be loaded: {', '.join(PIPELINES)}."
-        )
-    return index
-
-
-def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any]:
-    """Take one of the `PIPELINES` apart.
-
-    Args:
-        pretrained_model_name_or_path: Its folder, or its name on the Hub.
-        kwargs: Of `DiffusionPipeline.from_pretrained`. A `scheduler` samples, and says nothing of how the network was trained.
-
-    Returns:
-        The arguments of a [`DualRatePipeline`] that samples the same: its network and, for one that predicts velocity, its
-        scheduler, with what else it has of autoencoder, names of classes and defaults.
-    """
-    for name in ("denoiser", "context_encoder"):
-        if kwargs.pop(name, None) is not None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a pipeline of diffusers, loaded as it is: give no {name}."
-            )
-    given = kwargs.pop("scheduler", None)
-    pipeline = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-    component, defaults = PIPELINES[type(pipeline).__name__]
-    network = getattr(pipeline, component)
-    if "device_map" not in kwargs:  # else weights may wait elsewhere
-        missing = [name for name, weight in network.named_parameters() if weight.device.type == "meta"]
-        check_loaded(f"{component} of {pretrained_model_name_or_path}", network, missing)
-    process = NoiseProcess.of(pipeline.scheduler)
-    scheduler = pipeline.scheduler if given is None else given
-    parts: dict[str, Any] = {
-        "denoiser": HostNetwork(network, process, text_length=TEXT_LENGTHS.get(type(pipeline).__name__)),
-        "scheduler": type(scheduler).from_config(scheduler.config, prediction_type="v_prediction"),
-        **{name: pipeline.components.get(name) for name in ("vae", "text_encoder", "tokenizer")},
-        "id2label": DiffusionPipeline.load_config(pretrained_model_name_or_path, **place_of(kwargs)).get("id2label"),
-    }
-    steps = min(defaults["num_inference_steps"], process.config.num_train_timesteps)
-    return {**parts, **defaults, "num_inference_steps": steps}

@@ -87,6 +87,10 @@ def _check_size(denoiser: UViTDenoiser, height: int | None, width: int | None, f
     trained, stride = tuple(side * factor for side in denoiser.image_size), denoiser.stride * factor
     height = trained[0] if height is None else check_integer("height", height, 1, LONGEST_SIDE)
     width = trained[1] if width is None else check_integer("width", width, 1, LONGEST_SIDE)
+    if denoiser.config.get("is_square") and height != width:
+        raise ValueError(
+            f"A {type(denoiser.network).__name__} of diffusers draws squares only, got height {height} and width {width}."
+        )
     if height % stride or width % stride:
         raise ValueError(f"height and width must be divisible by {stride}, got {height} and {width}.")
     ratios = [side / other for side, other in zip((height, width), trained, strict=True)]
@@ -221,6 +225,16 @@ def _check_class(name: str, part: object, *classes: type) -> None:
     if not isinstance(getattr(part, "_orig_mod", part), classes):
         expected = " or a ".join(cls.__name__ for cls in classes)
         raise ValueError(f"{name} must be a {expected}, got {'None' if part is None else type(part).__name__}.")
+
+
+def check_null_class(guidance_scale: float, *networks: Any) -> None:
+    """Refuse guidance of networks of which one knows no class that stands for none; `None` is no network."""
+    for network in networks:
+        if network is not None and guidance_scale > 1 and not network.config.get("has_null_class", True):
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs networks that learned to go without a class, and the "
+                f"{type(network.network).__name__} of diffusers did not."
+            )
 
 
 def check_encoder_denoises(

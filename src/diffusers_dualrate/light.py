@@ -55,6 +55,8 @@ def _plan(shape: dict, blocks: int) -> UViTDenoiser:
 def _shape_of_width(encoder: HostNetwork, share: float) -> dict:
     """The arguments, but for the number of blocks, where levels have a share of the maps' widths."""
     (height, _), shapes = encoder.image_size, encoder.context_shapes
+    if not shapes:
+        raise ValueError("The heavy network hands out no feature maps: name submodules in its taps.")
     patch_size = height // shapes[0][1]
     sizes = [shape[1:] for shape in shapes]
     if sizes != list(_sizes_of(encoder.image_size, patch_size, len(sizes))):

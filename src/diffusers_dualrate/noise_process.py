@@ -24,8 +24,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 # Of a scheduler's configuration, what says how the betas of a table were made.
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-# A table that ends in noise alone, of log-SNR −∞, ends here instead.
-_LEAST_LOG_SNR = -80.0
+NOISE_ALONE = -80.0
+"""Log-SNR that stands for −∞, where a table ends in noise alone."""
 # What single precision cannot tell from a whole timestep.
 _WHOLE = 1e-3
 
@@ -72,7 +72,7 @@ class NoiseProcess(ConfigMixin):
         """Log-SNR of every timestep [num_train_timesteps], falling; `None` for a flow."""
         if prediction_type != "flow":
             scheduler = DDPMScheduler(**{name: self.config[name] for name in ("num_train_timesteps", *_BETAS)})
-            self.log_snrs = torch.logit(scheduler.alphas_cumprod.double()).clamp(min=_LEAST_LOG_SNR).float()
+            self.log_snrs = torch.logit(scheduler.alphas_cumprod.double()).clamp(min=NOISE_ALONE).float()
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> Self:

@@ -17,7 +17,8 @@ from .callbacks import CONDITIONS, Call, CallStateMixin, call_back
 from .chain import Chain, make_chain, own_caches
 from .defaults import NAMES, SamplingDefaults, check_id2label, end_named_steps
 from .graphs import Recordings, lend
-from .hosts import HostNetwork, OfHostError, check_own, open_host_pipeline
+from .host_pipelines import OfHostError, check_own, open_host_pipeline
+from .hosts import HostNetwork
 from .inputs import (
     check_components,
     check_delivery,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .defaults import SamplingDefaults
 from .guidance import Guidance
+from .noise_process import NOISE_ALONE
 from .ranges import check_integer
 from .refreshes import MOST_STEPS, RefreshPlan, count_steps_above, is_above, plan_refreshes
 from .scheduler import DualRateScheduler
@@ -99,7 +100,13 @@ def plan_steps(
 
 
 def make_dpm_solver(scheduler: DualRateScheduler) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++(2M) for the process of our scheduler, with steps even in log-SNR: the fast solver to compare with."""
+    """DPM-Solver++(2M) for the process of a scheduler, with steps even in log-SNR: the fast solver to compare with.
+
+    Raises:
+        ValueError: If the process ends in noise alone.
+    """
+    if scheduler.betas[-1] >= 1:
+        raise ValueError("DPM-Solver++ has no steps for a process that ends in noise alone: leave its steps out.")
     return DPMSolverMultistepScheduler(
         trained_betas=scheduler.betas.tolist(), prediction_type="v_prediction", use_lu_lambdas=True
     )
@@ -145,7 +152,7 @@ def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
 
     Raises:
         ValueError: If the scheduler has neither `sigmas` nor `alphas_cumprod` to read it from, leaves the
-            variance-preserving process, runs towards noise, or has steps of noise alone.
+            variance-preserving process, or runs towards noise.
     """
     if isinstance(scheduler, DualRateScheduler):
         return scheduler.step_log_snrs
@@ -163,9 +170,5 @@ def log_snr_of_steps(scheduler: SchedulerMixin) -> Tensor:
     if sigmas is not None and len(sigmas) == len(timesteps) + 1:
         # Solvers that place their steps in log-SNR round the timesteps but not these: σ/α in our terms.
         return -2 * torch.log(torch.as_tensor(sigmas[:-1]).cpu().float())
-    log_snrs = torch.logit(scheduler.alphas_cumprod.cpu().double()[timesteps.long()]).float()
-    if not log_snrs.isfinite().all():
-        raise ValueError(
-            f"{name} has a step without any signal, whose log-SNR no network knows: leave out rescale_betas_zero_snr."
-        )
-    return log_snrs
+    log_snrs = torch.logit(scheduler.alphas_cumprod.cpu().double()[timesteps.long()])
+    return log_snrs.clamp(min=NOISE_ALONE).float()
