@@ -16,6 +16,7 @@ from diffusers import (
 
 import evaluate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, NoiseProcess
+from diffusers_dualrate.prompts import find_label_ids
 from diffusers_dualrate.sampling_settings import SamplingSetting
 from diffusers_dualrate.steps import make_dpm_solver
 from test_hosts import generator, make_dit, make_unet, make_vae
@@ -84,3 +85,8 @@ def test_what_one_network_cannot_be_asked_is_said_before_anything_is_measured():
     args = SimpleNamespace(num_inference_steps=4, num_context_steps=2, guidance_scale=None, model="X")
     with pytest.raises(ValueError, match="--num_context_steps 2 is for a pair, and X is one network: leave it out"):
         evaluate.choose_steps(args, pipe)
+
+
+def test_each_word_of_a_class_that_has_several_names_it_and_a_whole_name_comes_first():
+    names = {0: "goldfish, Carassius auratus", 1: "tench", 2: "carp, tench"}
+    assert find_label_ids(["goldfish", "Carassius auratus", "tench", "carp"], 3, names) == [0, 0, 1, 2]

@@ -166,7 +166,7 @@ def test_a_run_explains_its_numbers_at_the_first_step_and_says_at_its_end_what_t
     )
     assert learn.preset == str(tmp_path / "run/configuration.json") and learn.label_column == "label"
     assert learn.train_data_dir == str(folder)  # as it was given, not its last name
-    assert set(commands) == ({"Look at it", "Measure it"} if script == "dual" else {"Measure it"})
+    assert set(commands) == {"Look at it", "Measure it"}
     for command in commands.values():
         script_of, _, flags = command.partition(".py ")
         args = importlib.import_module(script_of.rpartition("/")[2]).parse_args(shlex.split(flags))

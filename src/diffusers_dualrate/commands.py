@@ -119,15 +119,14 @@ def next_commands(folder: str | Path, configuration: Configuration, pipeline: Du
     told = {**configuration.to_json(), "data": dataclasses.asdict(configuration.data)}
     prompt = f" --prompt {shlex.quote(EXAMPLE_PROMPT)}" if takes_text(told) else ""
     look = f"Look at it: python examples/generate.py --model {shlex.quote(str(folder))}{prompt} --output samples.png"
-    lines = [] if pipeline.context_encoder is None else [look]  # it draws pairs
     if not pipeline.denoiser.config.num_classes:
-        return [*lines, f"Measure it: {evaluation_command(folder, told)}"]
+        return [look, f"Measure it: {evaluation_command(folder, told)}"]
     classifier = Path(folder).parent / "classifier.safetensors"
     preset = Path(folder) / FILE if "training" in told else told["preset"]  # a student's has no part `training`
     learn = f"python examples/train_classifier.py --preset {shlex.quote(str(preset))}"
     learn = " ".join([learn, *_list_data_flags(told), f"--output {shlex.quote(str(classifier))}"])
     return [
-        *lines,
+        look,
         f"Make what measures distances, once for each data set: {learn}",
         f"Measure it: {evaluation_command(folder, told, classifier)}",
     ]

@@ -219,7 +219,10 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
         if name not in KINDS:
             raise ValueError(f"{place} holds a {name}, which is none of {', '.join(KINDS)}.")
         if not isinstance(said, dict):
-            raise ValueError(f"{place} lacks {_HOST} in its config.json, which says how the network was trained.")
+            raise ValueError(
+                f"{place} lacks {_HOST} in its config.json, which says how the network was trained: load it by "
+                f"{name}.from_pretrained, and wrap it as HostNetwork(network, NoiseProcess.of(scheduler))."
+            )
         own = {key: said[key] for key in ("taps", *_SAID) if key in said}
         process = NoiseProcess(**{key: value for key, value in said.items() if key not in own})
         options = {**kwargs, "use_safetensors": True}

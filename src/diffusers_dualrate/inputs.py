@@ -216,7 +216,8 @@ def check_components(
         theirs = [shape[1:] for shape in encoder.context_shapes]
         if theirs != ours:
             raise ValueError(
-                f"The pair does not fit: the encoder's maps are of sizes {theirs}, the denoiser's of {ours}."
+                f"The pair does not fit: the encoder's maps are of sizes {theirs}, the denoiser's of {ours}. A pair is trained "
+                "further with the preset that its own run recorded, --preset RUN/configuration.json."
             )
 
 

@@ -340,7 +340,10 @@ def find_label_ids(
         )
     elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
         class_labels = [class_labels]
-    numbers = {name: number for number, name in reversed(list(id2label.items()))}
+    whole = {name: number for number, name in reversed(list(id2label.items()))}
+    # ImageNet's names are several words for one class, parted by commas; a `DiTPipeline` takes each.
+    parts = {part.strip(): number for name, number in whole.items() for part in name.split(",")}
+    numbers = {**parts, **whole}
     ids = [_find_label_id(label, num_classes, numbers) for label in class_labels]
     if not ids:
         raise ValueError("class_labels is empty.")
