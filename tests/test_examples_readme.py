@@ -66,7 +66,9 @@ def test_the_commands_run_from_the_data_set_to_the_evaluation(title, eight, tmp_
         elif script == "train_classifier":
             argv += ["--max_train_steps", "2", "--held_out", "0.25"]
         else:
-            argv += ["--num_samples", "8", "--num_inference_steps", "2", "--num_context_steps", "1"]
+            argv += ["--num_samples", "8", "--num_inference_steps", "2"]
+            is_pair = "single-rate" not in argv[argv.index("--model") + 1]
+            argv += ["--num_context_steps", "1"] if is_pair else []
             argv += ["--num_noises", "8", "--cache_dir", str(tmp_path / "cache")]
         run(script, argv)
         scripts.append(script)
