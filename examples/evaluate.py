@@ -98,6 +98,7 @@ from diffusers_dualrate.evaluation import file_hash
 from diffusers_dualrate.flops import block_multiply_adds, decode_flops, network_flops, training_flops
 from diffusers_dualrate.folders import check_output_dir
 from diffusers_dualrate.image_sets import FRESH_SEED, choose, pixel_options, shown_by
+from diffusers_dualrate.inputs import check_context_steps
 from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.metrics import (
     check_classifier,
@@ -132,9 +133,7 @@ def choose_steps(args, pipe):
     n = defaults.num_inference_steps if n is None else n
     if n < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {n}.")
-    k = args.num_context_steps
-    if pipe.context_encoder is None and k is not None:
-        raise ValueError(f"--num_context_steps {k} is for a pair, and {args.model} is one network: leave it out.")
+    check_context_steps(args.model, pipe, k := args.num_context_steps)
     guidance_scale, _ = defaults.choose_guidance(
         args.guidance_scale, None, bool(pipe.denoiser.config.num_classes or pipe.text_encoder)
     )

@@ -51,6 +51,7 @@ from diffusers_dualrate.decoding import MAX_IMAGE_PIXELS
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.flops import count_evaluations, decode_flops, network_flops, plan_flops
 from diffusers_dualrate.guidance import Guidance
+from diffusers_dualrate.inputs import check_context_steps
 from diffusers_dualrate.latents import compression_of
 from diffusers_dualrate.processes import choose_threads
 from diffusers_dualrate.prompts import check_text_encoder
@@ -222,13 +223,11 @@ def main(args):
     guidance_scale, _ = defaults.choose_guidance(args.guidance_scale, None, bool(num_classes or args.prompt))
     if steps is None:
         steps = defaults.num_inference_steps
-    if pipe.context_encoder is None and args.num_context_steps is not None:
-        raise ValueError(
-            f"--num_context_steps {args.num_context_steps} is for a pair, and {args.model} is one network: leave it out."
-        )
+    check_context_steps(args.model, pipe, args.num_context_steps)
     pipe.plan_run(steps, args.num_context_steps)
     if single is not None and args.solver_steps > len(single.scheduler):
         raise ValueError(f"--solver_steps must be at most {len(single.scheduler)}, got {args.solver_steps}.")
+    # Now, since it may be refused.
     solver = None if single is None else make_dpm_solver(single.scheduler)
     count = args.num_images_per_class * (len(shown) if shown else args.num_columns)
     print(choose_threads(count * network_flops(pipe.context_encoder or pipe.denoiser)))

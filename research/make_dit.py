@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import nn
 
 from diffusers_dualrate import DualRateScheduler
+from diffusers_dualrate.latents import compression_of
 
 from . import EXAMPLES
 
@@ -48,7 +49,7 @@ def main(args):
     names = load_dataset(args.dataset_name, split="train").features["label"].names
     vae = AutoencoderKL.from_pretrained(args.vae)
     if args.transformer is None:
-        sample_size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        sample_size = vae.config.sample_size // compression_of(vae)
         transformer = make_transformer(sample_size, vae.config.latent_channels, len(names))
     else:
         transformer = DiTTransformer2DModel.from_pretrained(args.transformer)

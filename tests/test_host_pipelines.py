@@ -1,6 +1,7 @@
 """Pipelines of diffusers whose scheduler, weights or shape need care: each is drawn, or says in a sentence why not."""
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,11 @@ from diffusers import (
 
 import evaluate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, NoiseProcess
+from diffusers_dualrate.defaults import SamplingDefaults
+from diffusers_dualrate.noise_process import NOISE_ALONE
 from diffusers_dualrate.prompts import find_label_ids
 from diffusers_dualrate.sampling_settings import SamplingSetting
-from diffusers_dualrate.steps import make_dpm_solver
+from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 from test_hosts import generator, make_dit, make_unet, make_vae
 
 
@@ -38,8 +41,9 @@ def test_pipelines_whose_own_scheduler_needs_care_are_drawn(kind, tmp_path):
         "flow": "was trained as a flow, and is sampled by DualRateScheduler",
         "clipped latents": "would clip latents",
     }
-    with pytest.warns(UserWarning, match=said[kind]) if kind in said else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match=said[kind]) if kind in said else contextlib.nullcontext() as warned:
         ours = DualRatePipeline.from_pretrained(tmp_path)
+    assert all(Path(warning.filename) == Path(__file__) for warning in warned or ())
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
     asked = {} if ours.denoiser.config.num_classes is None else {"class_labels": 1}
@@ -48,6 +52,8 @@ def test_pipelines_whose_own_scheduler_needs_care_are_drawn(kind, tmp_path):
     if kind == "zero signal":
         expected = theirs(num_inference_steps=5, generator=generator(), output_type="np").images
         np.testing.assert_allclose(drawn, expected, atol=1e-5)
+        steps = plan_steps(ours.scheduler, SamplingDefaults.of(ours.config), 5, is_pair=False)
+        assert steps.log_snrs[0] == NOISE_ALONE < steps.log_snrs[1]  # a number, as the network's own process has it
         with pytest.raises(ValueError, match="no steps for a process that ends in noise alone"):
             make_dpm_solver(ours.scheduler)
     if kind == "clipped latents":
@@ -77,11 +83,16 @@ def test_pickled_weights_of_a_pipeline_of_diffusers_are_named_with_a_way_out(tmp
         DualRatePipeline.from_pretrained(tmp_path)
 
 
-def test_what_one_network_cannot_be_asked_is_said_before_anything_is_measured():
+def test_what_one_network_cannot_be_asked_is_said_before_anything_is_measured(make_pipe):
     pipe = DualRatePipeline(HostNetwork(make_unet(num_class_embeds=2), NoiseProcess()), DualRateScheduler())
     called = {"num_inference_steps": 4, "num_context_steps": None, "guidance_scale": 2.0}
     with pytest.raises(ValueError, match="guidance_scale=2.0 needs networks that learned to go without a class"):
         SamplingSetting.plan(pipe, "ancestral", called)
+    ours = make_pipe(single_rate=True)
+    process = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    ours.scheduler = DDIMScheduler(prediction_type="v_prediction", **process)
+    with pytest.raises(ValueError, match="DDIMScheduler has a step without any signal"):
+        SamplingSetting.plan(ours, "ancestral", called)
     args = SimpleNamespace(num_inference_steps=4, num_context_steps=2, guidance_scale=None, model="X")
     with pytest.raises(ValueError, match="--num_context_steps 2 is for a pair, and X is one network: leave it out"):
         evaluate.choose_steps(args, pipe)

@@ -20,11 +20,13 @@ from diffusers import (
 import distill
 from conftest import fill_with_noise, make_text_encoder, make_tokenizer
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTContextEncoder, UViTDenoiser
+from diffusers_dualrate.captions import CaptionEmbeddings
 from diffusers_dualrate.conditions import Text
 from diffusers_dualrate.configuration import Start
 from diffusers_dualrate.flops import network_flops
 from diffusers_dualrate.hosts import HostNetwork
 from diffusers_dualrate.inventory import draw_caption
+from diffusers_dualrate.light import shape_light
 from diffusers_dualrate.metrics import measure_v_loss
 from diffusers_dualrate.noise_process import NoiseProcess
 from diffusers_dualrate.sources import open_captions
@@ -135,6 +137,20 @@ def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     loaded.text_encoder = loaded.tokenizer = None
     with pytest.raises(ValueError, match="The model has no text_encoder"):
         measure_v_loss(loaded, Captioned(), 2, None, 2, Accelerator(cpu=True))
+
+
+def test_a_light_network_is_shaped_with_the_text_that_it_will_attend_to():
+    """Mutant: it is shaped without text, whose keys and values cost FLOPs, too."""
+    encoder = HostNetwork(make_unet(), NoiseProcess(), prediction_hand_over=True)
+    shape = shape_light(encoder)
+    assert (shape["cross_attention_dim"], shape["text_length"], shape["text_is_masked"]) == (8, 77, False)
+    assert 1 / 6 <= network_flops(UViTDenoiser(**shape)) / network_flops(encoder) <= 1 / 4
+
+
+def test_captions_are_at_most_as_long_as_their_encoder_takes():
+    """As prompts are. Of Stable Diffusion v-loss failed where the tokenizer takes fewer tokens than the network."""
+    encoding = TextEncoding(make_text_encoder(), make_tokenizer())
+    assert CaptionEmbeddings(encoding, 77).embed(["two fish"], "cpu").tokens.shape[1] == encoding.most_tokens < 77
 
 
 def test_a_student_reads_prompts_by_the_rules_of_its_teacher(tmp_path):

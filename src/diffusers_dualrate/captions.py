@@ -23,11 +23,11 @@ class CaptionEmbeddings:
 
     Args:
         encoding: Text encoder and tokenizer; the encoder is frozen.
-        length: Number of tokens that captions are filled up or cut to.
+        length: Number of tokens that captions are filled up or cut to, if the encoder takes so many.
     """
 
     def __init__(self, encoding: TextEncoding, length: int):
-        self.encoding, self.length = encoding, length
+        self.encoding, self.length = encoding, min(length, encoding.most_tokens)
         encoding.text_encoder.eval().requires_grad_(False)
         self._kept: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()  # and how many tokens are the caption's own
         self._num_bytes = 0

@@ -22,9 +22,8 @@ from .conditions import Condition, Text, join, take_rows
 from .defaults import SamplingDefaults, check_id2label
 from .graphs import call_directly
 from .guidance import Guidance
-from .inputs import check_encoder_denoises, check_inputs, check_null_class
+from .inputs import check_encoder_denoises, check_inputs, check_noise_levels, check_null_class
 from .models import UViTContextEncoder, UViTDenoiser
-from .noise_process import NOISE_ALONE
 from .prompts import Conditioning
 from .scheduler import DualRateScheduler
 from .steps import ChainSteps
@@ -257,15 +256,11 @@ def make_chain(
     )
     networks = (denoiser,) if context_encoder is None else (denoiser, context_encoder)
     check_null_class(inputs.guidance.scale, *networks)
+    check_noise_levels(steps, *networks)
     for network in networks:
         if any(side % network.stride for side in inputs.shape[2:]):  # of the denoiser's alone they were checked
             stride = network.stride * options["pixels_per_side"]
             raise ValueError(f"height and width must be divisible by {stride} for the context_encoder.")
-        if steps.log_snrs.min() <= NOISE_ALONE and not hasattr(network, "process"):
-            raise ValueError(
-                f"{type(steps.scheduler).__name__} has a step without any signal, whose log-SNR this network does not know: "
-                "leave out rescale_betas_zero_snr."
-            )
     check_encoder_denoises(defaults.encoder_denoises, context_encoder, denoiser)
     if context_encoder is not None and not isinstance(steps.scheduler, DualRateScheduler):
         warnings.warn(

@@ -15,8 +15,10 @@ from .defaults import SamplingDefaults, check_interval
 from .guidance import Guidance
 from .hosts import HostNetwork
 from .models import UViTContextEncoder, UViTDenoiser
+from .noise_process import NOISE_ALONE
 from .prompts import CheckedConditioning, Conditioning
 from .ranges import LONGEST_SIDE, check_choice, check_integer, check_number
+from .steps import ChainSteps
 from .text_encoding import TextEncoding, width_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -228,6 +230,18 @@ def _check_class(name: str, part: object, *classes: type) -> None:
         raise ValueError(f"{name} must be a {expected}, got {'None' if part is None else type(part).__name__}.")
 
 
+def check_noise_levels(steps: ChainSteps, *networks: Any) -> None:
+    """Refuse a step of noise alone, where one of the networks is ours and never saw it; `None` is no network."""
+    if steps.log_snrs.min() > NOISE_ALONE:
+        return
+    # A network of diffusers knows its own process, in which the step is one of training.
+    if any(network is not None and not hasattr(network, "process") for network in networks):
+        raise ValueError(
+            f"{type(steps.scheduler).__name__} has a step without any signal, whose log-SNR this network does not know: "
+            "leave out rescale_betas_zero_snr."
+        )
+
+
 def check_null_class(guidance_scale: float, *networks: Any) -> None:
     """Refuse guidance of networks of which one knows no class that stands for none; `None` is no network."""
     for network in networks:
@@ -236,6 +250,14 @@ def check_null_class(guidance_scale: float, *networks: Any) -> None:
                 f"guidance_scale={guidance_scale} needs networks that learned to go without a class, and the "
                 f"{type(network.network).__name__} of diffusers did not."
             )
+
+
+def check_context_steps(name: object, pipe: Any, num_context_steps: int | None) -> None:
+    """Refuse a number of refreshes of a model that is one network and has none."""
+    if pipe.context_encoder is None and num_context_steps is not None:
+        raise ValueError(
+            f"--num_context_steps {num_context_steps} is for a pair, and {name} is one network: leave it out."
+        )
 
 
 def check_encoder_denoises(

@@ -14,7 +14,7 @@ from .defaults import SamplingDefaults
 from .flops import count_evaluations, plan_flops
 from .guidance import Guidance
 from .image_sets import choose, sampled_batches, shown_by
-from .inputs import check_null_class
+from .inputs import check_noise_levels, check_null_class
 from .inventory import ImageSet
 from .metrics import Extractors, Measured, measure_images, metrics_of, spread
 from .pipeline import DualRatePipeline
@@ -72,8 +72,9 @@ class SamplingSetting:
         """
         scheduler = make_dpm_solver(pipe.scheduler) if solver == "dpmsolver++" else pipe.scheduler
         n, k, is_pair = called["num_inference_steps"], called["num_context_steps"], pipe.context_encoder is not None
-        check_null_class(called["guidance_scale"], pipe.denoiser, pipe.context_encoder)
         taken = plan_steps(scheduler, SamplingDefaults.of(pipe.config), n, k, is_pair=is_pair)
+        check_null_class(called["guidance_scale"], pipe.denoiser, pipe.context_encoder)
+        check_noise_levels(taken, pipe.denoiser, pipe.context_encoder)
         return cls(solver, scheduler, called, taken)
 
 

@@ -131,11 +131,10 @@ def open_captions(
         networks = trained.context_encoder, trained.denoiser
         embeds = TextEncoding.of(trained.text_encoder, trained.tokenizer, *networks)
         assert embeds is not None  # there is an encoder
-        return CaptionEmbeddings(embeds, min(trained.denoiser.config.text_length, embeds.most_tokens))
+        return CaptionEmbeddings(embeds, trained.denoiser.config.text_length)
     if name is None:
         raise ValueError("Captions need --text_encoder, which embeds them, or a trained model that has one.")
-    encoding = load_text_encoding(name)
-    return CaptionEmbeddings(encoding, min(configuration.networks.denoiser["text_length"], encoding.most_tokens))
+    return CaptionEmbeddings(load_text_encoding(name), configuration.networks.denoiser["text_length"])
 
 
 def components_of(captions: CaptionEmbeddings | None) -> dict[str, Any]:

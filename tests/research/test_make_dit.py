@@ -14,6 +14,8 @@ def test_a_dit_pipeline_is_made_untrained_and_of_trained_weights_and_is_one_of_o
     make_dit.main(make_dit.parse_args([*flags, str(tmp_path / "new")]))
     theirs, ours = DiTPipeline.from_pretrained(tmp_path / "new"), DualRatePipeline.from_pretrained(tmp_path / "new")
     assert len(ours.id2label) == ours.denoiser.config.num_classes == 97 and theirs.labels["food-fruit"] == 40
+    blocks = theirs.transformer.transformer_blocks
+    assert len(blocks) == 6 and not any(block.norm1.linear.weight.any() for block in blocks)  # each the identity
     noise = torch.randn(2, 2, 16, 16)
     assert not ours.denoiser(noise, 0.0, torch.tensor([1, 97])).sample.any()  # nothing was learned
     torch.testing.assert_close(
