@@ -30,11 +30,11 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # now, since what follows takes seconds to import
 
-from diffusers_dualrate.cards import describe_origin, make_card
+from diffusers_dualrate.cards import make_card
 from diffusers_dualrate.commands import EVALUATION, GRID, evaluation_command
 from diffusers_dualrate.configuration import FILE
 from diffusers_dualrate.records import read_json
-from diffusers_dualrate.repositories import CARD, claim_repository, upload_model
+from diffusers_dualrate.repositories import CARD, claim_repository, describe_origin, upload_model
 
 PRESETS, SHIPPED = Path(__file__).with_name("presets"), Path(__file__).parents[1] / "model_cards"
 
@@ -43,11 +43,16 @@ def read_measurement(folder):
     """The folder's evaluation.json.
 
     Raises:
-        ValueError: If there is none; the message has the command that makes it.
+        ValueError: If there is none; the message has the command that makes it. Also if no training left its record.
     """
+    if not (folder / FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {FILE}, which a training of this package leaves: a card is made of it. "
+            f"Write {CARD} by hand for a model that was trained elsewhere."
+        )
     if (folder / EVALUATION).is_file():
         return read_json(folder / EVALUATION)
-    told = read_json(folder / FILE) if (folder / FILE).is_file() else None
+    told = read_json(folder / FILE)
     raise ValueError(f"{folder} has no {EVALUATION}: measure it first, by {evaluation_command(folder, told)}")
 
 

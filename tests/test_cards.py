@@ -228,6 +228,11 @@ def test_a_file_that_no_card_can_be_made_of_is_named(tmp_path, name, text, messa
     assert not (tmp_path / "model/README.md").exists()
 
 
+def test_a_model_of_another_training_is_told_that_no_card_can_be_made_of_it(tmp_path):
+    with pytest.raises(ValueError, match="has no configuration.json, .* Write README.md by hand"):
+        make_card.main(make_card.parse_args([str(tmp_path)]))
+
+
 def test_a_folder_without_a_measurement_is_refused_with_the_command_that_measures_it(tmp_path):
     """The command has the data of the run, and evaluate.py takes it as it stands."""
     shutil.copytree(PAIR, tmp_path / "my model", ignore=shutil.ignore_patterns("*.safetensors", "README.md"))

@@ -297,7 +297,16 @@ def test_a_pair_that_never_learned_to_go_without_context_refuses_to_begin_late(m
         sample(pipe, (0,), N)
     assert not calls.encoder and not calls.denoiser
     single = make_pipe(single_rate=True, context_from=0.5)  # without meaning
-    assert refresh_steps(single.plan_run(N, refresh_steps=[1])) == []
+    assert refresh_steps(single.plan_run(N)) == []
+
+
+@pytest.mark.parametrize("asked", [{"num_context_steps": 1}, {"refresh_steps": [0]}])
+def test_refreshes_of_a_model_without_encoder_are_refused(make_pipe, watch, asked):
+    pipe = make_pipe(single_rate=True)
+    calls = watch(pipe)
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} has no effect, since there is no context encoder"):
+        pipe(0, N, **asked)
+    assert not calls.denoiser
 
 
 @pytest.mark.parametrize("context_from", [0, -0.5, 1.5, "late", float("nan")])

@@ -30,11 +30,12 @@ from diffusers_dualrate import DualRatePipeline, DualRateScheduler, UViTDenoiser
 from diffusers_dualrate.arguments import configure
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.autoencoders import open_vae
-from diffusers_dualrate.cards import describe_origin, make_card
+from diffusers_dualrate.cards import make_card
 from diffusers_dualrate.configuration import Data
 from diffusers_dualrate.data import LabelledImages, load_images
 from diffusers_dualrate.latent_cache import LatentImages
 from diffusers_dualrate.latents import decode, encode, moments_of
+from diffusers_dualrate.repositories import describe_origin
 from diffusers_dualrate.sources import check_start, open_images, open_start
 
 FLIPPED = Augmentation(flip=True)

@@ -50,7 +50,7 @@ def test_a_callback_gets_the_pipeline_the_step_the_timestep_and_the_tensors_it_a
 
 def test_a_single_rate_model_has_no_context_to_hand_out(make_pipe):
     seen = []
-    run(make_pipe(single_rate=True), lambda _, i, t, tensors: seen.append(tensors["context"]), EVERYTHING)
+    run(make_pipe(single_rate=True), lambda _, i, t, tensors: seen.append(tensors["context"]), EVERYTHING, k=None)
     assert seen == [None] * 6
 
 

@@ -110,6 +110,8 @@ def open_vae(name: str, *, is_blueprint: bool = False) -> ModelMixin:
         return cast(ModelMixin, cls.from_pretrained(name, **place, use_safetensors=True)).requires_grad_(False)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, OSError):
+            said = f"there is no autoencoder of that name, as a folder, on the Hub or in its cache ({said})"
         raise ValueError(f"--vae {name} cannot be loaded: {said}.") from error
 
 

@@ -7,18 +7,19 @@ A card depends on nothing else, so it can be made again at any time.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .commands import EVALUATION, EXAMPLE_PROMPT, GRID, evaluation_command, find_changes, takes_text, training_command
-from .configuration import FILE, Configuration
+from .configuration import FILE, Configuration, Start
 from .defaults import SamplingDefaults
 from .latents import compression_of
-from .origins import Origin
+from .origins import TRAINING, Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
 from .refreshes import RefreshPlan
-from .repositories import CARD, content_of
+from .repositories import CARD, describe_origin
 from .scheduler import DualRateScheduler
 from .steps import plan_steps
 from .tables import LEGEND, PROMPT_METRICS, name_rival, percent, prompt_rows, sample_rows, v_loss_rows
@@ -167,25 +168,8 @@ def describe_networks(evaluation: dict, index: dict, plan: RefreshPlan | None) -
     return said
 
 
-def describe_origin(folder: Path) -> str:
-    """What a card says of a context encoder that the repository names, and of an autoencoder that is somebody's.
-
-    Empty where it holds all, and nothing is known to be another's.
-    """
-    said = []
-    if encoder := Origin.in_folder(Path(folder, "context_encoder")):
-        size = sum(Path(folder, name).stat().st_size for name in content_of(folder) if name.endswith(".safetensors"))
-        said.append(
-            f"This repository holds {size / 1e6:.1f} MB of weights. Its context encoder comes from elsewhere as the model is "
-            f"loaded: {encoder.describe('encoder')}"
-        )
-    if autoencoder := Origin.in_folder(Path(folder, "vae")):
-        said.append(f"Its autoencoder is a copy of another repository's: {autoencoder.describe('autoencoder')}")
-    return " ".join(said)
-
-
-def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCardData:
-    """What the Hub reads of a card."""
+def describe_model(evaluation: dict, notes: dict, columns: list[str], base: Origin | None) -> ModelCardData:
+    """What the Hub reads of a card; `base` is the published model that this one was made of."""
     data, is_student = evaluation["data"], evaluation["training"]["network"].startswith("distilled")
     metrics = [
         *(["mse"] if evaluation.get("v_loss") else []),
@@ -197,7 +181,8 @@ def describe_model(evaluation: dict, notes: dict, columns: list[str]) -> ModelCa
     tags = ["dual-rate-diffusion", kind]
     tags.append("latent-space" if evaluation.get("vae") else "pixel-space")
     return ModelCardData(
-        license=notes["license"],
+        license=notes["license"] or (None if base is None else base.license),
+        base_model=None if base is None else base.repository,
         library_name="diffusers",
         pipeline_tag="text-to-image" if is_of_text else "unconditional-image-generation",
         tags=[*tags, "arxiv:2605.18190", *(["arxiv:2406.04103"] if is_student else [])],
@@ -272,10 +257,13 @@ def make_card(
     shown = f"class_labels={json.dumps(label)}" if data["classes"] else ""
     if takes_text(told):
         shown = json.dumps(notes["example_label"] or EXAMPLE_PROMPT)
+    base = None if record.get("base") is None else Origin(**record["base"])
+    if base is not None and base.repository not in origin:
+        origin = f"{origin} It was made of {base.describe('model')}".strip()
     title = "this student" if is_student else "this pair" if is_pair else "this model"
     recipe = told.get("training") or told["distillation"]
     return ModelCard.from_template(
-        describe_model(evaluation, notes, columns),
+        describe_model(evaluation, notes, columns, base),
         template_path=str(TEMPLATE),
         model=evaluation["model"],
         source=source or evaluation["model"],
@@ -301,6 +289,19 @@ def make_card(
     ).content
 
 
+def record_training(folder: Path, start: Start, **facts: Any) -> None:
+    """Write training.json: what a training did, and the published model that it started from, or else learned from.
+
+    Args:
+        folder: Folder of the model.
+        start: The models that the training was told of.
+        facts: The rest of the record.
+    """
+    base = Origin.of_model(start.teacher or start.pretrained_model_name_or_path)
+    record = facts | {"base": base and base.to_json()}
+    (folder / TRAINING).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def write_first_card(folder: Path, pipeline: DualRatePipeline, images: int | None, repo_id: str | None) -> Path:
     """Write the card of a model that was just trained, unless one lies there that has figures or that somebody wrote.
 
@@ -316,7 +317,7 @@ def write_first_card(folder: Path, pipeline: DualRatePipeline, images: int | Non
     card = folder / CARD
     if card.is_file() and UNMEASURED not in card.read_text(encoding="utf-8"):
         return card
-    told, trained = (read_json(folder / name) for name in (FILE, "training.json"))
+    told, trained = (read_json(folder / name) for name in (FILE, TRAINING))
     pictures = sorted(folder.glob("samples/*.png"))
     text = make_card(
         describe_unmeasured(pipeline, folder.resolve().name, told, trained, images),

@@ -184,7 +184,7 @@ class ImageReader:
         if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
             raise ValueError(f"`resolution` is {resolution!r}, but must be one or two positive integers.")
         if channels not in (1, 3):
-            raise ValueError(f"`channels` is {channels!r}, but must be 1 or 3.")
+            raise ValueError(f"`channels` is {channels!r}, but images have 1 or 3; networks of latents need --vae.")
         if on_corrupt not in ("raise", "skip"):
             raise ValueError(f"`on_corrupt` is {on_corrupt!r}, but must be 'raise' or 'skip'.")
         most = 2 * MAX_IMAGE_PIXELS  # beyond, Pillow refuses by itself

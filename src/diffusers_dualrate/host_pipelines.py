@@ -104,9 +104,10 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
     except OSError as error:
         if "safetensors" not in str(error):
             raise
+        variant = f" of the variant {kwargs['variant']}" if kwargs.get("variant") else ""
         raise OSError(
-            f"{pretrained_model_name_or_path} lacks safetensors weights of the variant {kwargs.get('variant')}: load it by "
-            "diffusers, and save it anew by save_pretrained."
+            f"{pretrained_model_name_or_path} has no safetensors weights{variant}: load it by diffusers, and save it anew by "
+            "save_pretrained."
         ) from error
     component, defaults = PIPELINES[type(pipeline).__name__]
     network = getattr(pipeline, component)

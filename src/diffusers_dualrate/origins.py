@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .records import build, read_json
 
-CONFIG = "config.json"
+CONFIG, TRAINING = "config.json", "training.json"
 KEY = "_origin"
 """Where config.json names the origin; a name that diffusers' own classes pass over."""
 
@@ -126,6 +126,20 @@ class Origin:
                 if origin := said or cls.find(place, subfolder=inner):
                     return origin if said else dataclasses.replace(origin, license=origin._find_license())
         return None
+
+    @classmethod
+    def of_model(cls, name: str | None) -> Self | None:
+        """The published model that a model is, or was made of, with its licence; `None` where nobody knows.
+
+        Args:
+            name: Its folder, or its name on the Hub; `None` for no model.
+        """
+        record = None if name is None else Path(name, TRAINING)
+        if record is not None and record.is_file():
+            base = read_json(record).get("base")
+            return None if base is None else cast(Self, build(cls, f"base of {record}", base))
+        found = (cls.behind(name, part) for part in ("denoiser", "unet", "transformer"))
+        return next((dataclasses.replace(origin, subfolder=None) for origin in found if origin is not None), None)
 
     @classmethod
     def in_folder(cls, folder: str | os.PathLike) -> Self | None:

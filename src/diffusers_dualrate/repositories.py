@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants, create_repo, hf_hub_download, uplo
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .origins import OriginError
+from .origins import Origin, OriginError
 from .registration import register
 
 # Whatever can be saved or loaded comes through here, so the host knows of it before that.
@@ -119,7 +119,16 @@ class RepositoryMixin:
             for name in records_of(source):
                 Path(folder, name).parent.mkdir(exist_ok=True)
                 shutil.copy(source / name, Path(folder, name))
+            self._mend_card(source, Path(folder))
             return upload_folder(repo_id=repo_id, folder_path=folder, **hub)
+
+    @staticmethod
+    def _mend_card(source: Path, folder: Path) -> None:
+        """Let a copied card say where the parts of its new folder come from, which may hold what the old one left out."""
+        card, index = folder / CARD, "model_index.json"
+        if (source / index).is_file() and (before := describe_origin(source)) != (now := describe_origin(folder)):
+            text = card.read_text(encoding="utf-8")
+            card.write_text(text.replace(before, now) if before else text, encoding="utf-8")
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict:
@@ -221,6 +230,23 @@ def content_of(folder: str | os.PathLike) -> list[str]:
     ]
     files += [index, *(path for path in [Path(folder, "pipeline.py")] if path.is_file())]
     return sorted({path.relative_to(folder).as_posix() for path in files} | set(records_of(folder)))
+
+
+def describe_origin(folder: Path) -> str:
+    """What a card says of a context encoder that the repository names, and of an autoencoder that is somebody's.
+
+    Empty where it holds all, and nothing is known to be another's.
+    """
+    said = []
+    if encoder := Origin.in_folder(Path(folder, "context_encoder")):
+        size = sum(Path(folder, name).stat().st_size for name in content_of(folder) if name.endswith(".safetensors"))
+        said.append(
+            f"This repository holds {size / 1e6:.1f} MB of weights. Its context encoder comes from elsewhere as the model is "
+            f"loaded: {encoder.describe('encoder')}"
+        )
+    if autoencoder := Origin.in_folder(Path(folder, "vae")):
+        said.append(f"Its autoencoder is a copy of another repository's: {autoencoder.describe('autoencoder')}")
+    return " ".join(said)
 
 
 def claim_repository(name: str) -> str:

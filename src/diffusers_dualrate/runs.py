@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader
 
 from .autoencoders import EncodedImages, encode_batch, fingerprint_of_images
 from .captions import CaptionEmbeddings, TrainingConditions
-from .cards import write_first_card
+from .cards import record_training, write_first_card
 from .checkpoints import (
     gather,
     keep_newest,
@@ -380,17 +380,17 @@ class Run:
         num_corrupt = self._count_corrupt()
         if accelerator.is_main_process:
             self.pipeline.save_pretrained(self.output_dir)
-            record = {
-                "network": network,
-                "images_seen": self.step * self.recipe.train_batch_size,
-                "corrupt_images": num_corrupt,
-                "seconds": round(self._seconds_in_all, 1),
-            }
-            (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+            record_training(
+                self.output_dir,
+                self.configuration.start,
+                network=network,
+                images_seen=self.step * self.recipe.train_batch_size,
+                corrupt_images=num_corrupt,
+                seconds=round(self._seconds_in_all, 1),
+            )
             card = write_first_card(self.output_dir, self.pipeline, self._count, self._repo_id)
             accelerator.print(f"The model is in {self.output_dir}, and its card is {card}.")
-            for line in next_commands(self.output_dir, self.configuration, self.pipeline):
-                accelerator.print(line)
+            accelerator.print(*next_commands(self.output_dir, self.configuration, self.pipeline), sep="\n")
             if self._repo_id is not None:
                 accelerator.print(f"It is published: {upload_model(self.output_dir, self._repo_id)}")
         if num_corrupt:

@@ -61,7 +61,7 @@ def plan_steps(
         num_context_steps: Number K of refreshes.
         refresh_steps: Instead of K, the steps that refresh.
         timesteps: Instead of N, the timesteps themselves, falling.
-        is_pair: Whether there is an encoder. A single-rate model has a plan without refreshes.
+        is_pair: Whether there is an encoder. A single-rate model has a plan without refreshes, and takes none.
         device: Where the chain's tensors live.
 
     Raises:
@@ -72,6 +72,9 @@ def plan_steps(
         num_inference_steps = defaults.num_inference_steps
     if (num_inference_steps is None) == (timesteps is None):
         raise ValueError("Give either num_inference_steps or timesteps.")
+    for name, value in (("num_context_steps", num_context_steps), ("refresh_steps", refresh_steps)):
+        if value is not None and not is_pair:
+            raise ValueError(f"{name} has no effect, since there is no context encoder: leave it out.")
     if num_context_steps is None and refresh_steps is None and num_inference_steps == defaults.num_inference_steps:
         refresh_steps = defaults.refresh_steps
     if isinstance(scheduler, DualRateScheduler):
