@@ -19,7 +19,7 @@ from diffusers_dualrate.latents import compression_of
 
 from . import EXAMPLES
 
-SHAPE = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 6, "patch_size": 2}
+SHAPE = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6, "patch_size": 2}
 
 
 def parse_args(argv=None):
