@@ -80,6 +80,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # now, since what follows takes seconds to import
 
+import hashlib
 import json
 import shlex
 import warnings
@@ -248,13 +249,12 @@ def take_up_rivals(report, pipe, images, args, accelerator):
     for name, path in paths.items():
         sources.check_classes(path, rivals[name], images)
         measured = read_record(path, EVALUATION) or {}
-        is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier"))
+        is_alike = all(measured.get(key) == report[key] for key in ("data", "classifier", "captions"))
+        same = f"the same {'captions, judge of them, prompt lists, ' if report['captions'] else ''}data and classifier"
         if path in args.rivals and not is_alike:
-            raise ValueError(f"{path} has no evaluation.json of the same data and classifier: measure it first.")
+            raise ValueError(f"{path} has no evaluation.json of {same}: measure it first.")
         if not is_alike and accelerator.is_main_process:
-            warnings.warn(
-                f"{path} has no evaluation.json of the same data and classifier, so no samples.", stacklevel=2
-            )
+            warnings.warn(f"{path} has no evaluation.json of {same}, so no samples.", stacklevel=2)
         report["rivals"][name] = {
             "model": Path(path).name,
             **dict(zip(("configuration", "training"), read_records(path), strict=True)),
@@ -270,6 +270,18 @@ def take_up_rivals(report, pipe, images, args, accelerator):
             images_seen = found["training"]["images_seen"]
             found["training_flops"] = training_flops(model, configuration.recipe, images_seen, teacher)
     return {name: rivals[name] for name in compared}
+
+
+def describe_captions(args, text_judge, prompts):
+    """What samples of text are asked for and judged by; `None` for a model of none."""
+    if args.caption_column is None:
+        return None
+    lists = {name: hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] for name, texts in prompts.items()}
+    return {
+        "column": args.caption_column,
+        "judge": None if text_judge is None else text_judge.fingerprint,
+        "prompt_lists": lists,
+    }
 
 
 def make_judges(classifier, text_judge, images, captions, fresh, augmentation, args, accelerator):
@@ -349,6 +361,7 @@ def main(args, open_images=sources.open_images):
         "classifier": None
         if classifier is None
         else {"file": Path(args.classifier).name, "sha256": file_hash(args.classifier), **classifier.facts},
+        "captions": describe_captions(args, text_judge, prompts),
         "configuration": told,
         "training": trained,
         "vae": None

@@ -341,7 +341,9 @@ def main(args):
     if args.text_encoder is None:
         text_encoder.save_pretrained(args.output_dir / "text_encoder")
         tokenizer.save_pretrained(args.output_dir / "tokenizer")
-    image_encoder.half().save(args.output_dir / IMAGE_ENCODER, **facts, **{name: getattr(args, name) for name in recipe})
+    image_encoder.half().save(
+        args.output_dir / IMAGE_ENCODER, **facts, **{name: getattr(args, name) for name in recipe}
+    )
 
 
 def pick(dataset, keeps):

@@ -17,9 +17,9 @@ from diffusers import (
 
 import evaluate
 from diffusers_dualrate import DualRatePipeline, DualRateScheduler, HostNetwork, NoiseProcess
+from diffusers_dualrate.class_labels import find_label_ids
 from diffusers_dualrate.defaults import SamplingDefaults
 from diffusers_dualrate.noise_process import NOISE_ALONE
-from diffusers_dualrate.prompts import find_label_ids
 from diffusers_dualrate.sampling_settings import SamplingSetting
 from diffusers_dualrate.steps import make_dpm_solver, plan_steps
 from test_hosts import generator, make_dit, make_unet, make_vae

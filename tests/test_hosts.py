@@ -17,7 +17,9 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
+    TaylorSeerCacheConfig,
     UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
@@ -120,6 +122,9 @@ def test_a_scheduler_says_the_process_or_is_refused(scheduler, message):
     else:
         process = NoiseProcess.of(scheduler)
         assert (process.log_snrs is None) == isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        if process.log_snrs is not None:
+            expected = torch.logit(scheduler.alphas_cumprod.double()).float()
+            torch.testing.assert_close(process.log_snrs, expected, atol=0.01, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -583,3 +588,81 @@ def test_a_call_that_fails_keeps_no_feature_maps():
     with pytest.raises(RuntimeError):
         host(torch.zeros(1, 3, 7, 7), 0.0)  # halves that do not fit each other
     assert host._taken is None
+
+
+def test_another_pipeline_of_the_same_components_keeps_the_autoencoder():
+    pipe = make_latent_pipe(make_vae())
+    other = DualRatePipeline.from_pipe(pipe)
+    assert other.vae is pipe.vae and DualRatePipeline.from_pipe(pipe, vae=None).vae is None
+    assert other(num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_a_network_of_diffusers_is_saved_as_variant_and_in_shards_as_any_component(tmp_path):
+    pipe = make_pair()
+    pipe.save_pretrained(tmp_path)
+    weights = tmp_path / "context_encoder" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert weights.read_bytes() == before and weights.with_suffix(".fp16.safetensors").is_file()
+    make_pair().save_pretrained(tmp_path / "shards", max_shard_size="2KB")
+    assert (tmp_path / "shards/context_encoder/diffusion_pytorch_model.safetensors.index.json").is_file()
+
+
+def test_a_network_of_another_configuration_than_the_published_one_is_saved_as_a_whole(tmp_path):
+    """Only what is fetched would count of it. Kills: weights alone compared."""
+    published = tmp_path / "models--org--unet/snapshots" / ("a" * 40)
+    make_unet().save_pretrained(published)
+    for name, changes in (("same", {}), ("changed", {"center_input_sample": True})):
+        unet = UNet2DModel.from_pretrained(published)
+        changed = UNet2DModel.from_config({**unet.config, **changes}).eval()
+        changed.load_state_dict(unet.state_dict())
+        changed.register_to_config(_name_or_path=str(published))
+        pipe = make_pair()
+        pipe.register_modules(context_encoder=HostNetwork(changed, pipe.context_encoder.process))
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(tmp_path / name)
+        assert bool(list((tmp_path / name / "context_encoder").glob("*.safetensors"))) == bool(changes)
+        again = DualRatePipeline.from_pretrained(tmp_path / name, cache_dir=tmp_path)
+        again.set_progress_bar_config(disable=True)
+        expected = pipe(generator=generator(), output_type="latent").images
+        torch.testing.assert_close(again(generator=generator(), output_type="latent").images, expected)
+
+
+@pytest.mark.parametrize("config", [TaylorSeerCacheConfig(cache_interval=3), FirstBlockCacheConfig(threshold=0.1)])
+def test_a_cache_that_would_change_nothing_or_break_is_refused(config):
+    host = HostNetwork(make_unet(), NoiseProcess())
+    with pytest.raises(ValueError, match="acts on no module of this network|does not fit a UNet2DModel with taps"):
+        host.enable_cache(config)
+
+
+def test_checkpointing_of_a_network_of_diffusers_ends_as_it_begins():
+    host = HostNetwork(make_unet(), NoiseProcess())
+    host.enable_gradient_checkpointing()
+    assert host.network.is_gradient_checkpointing
+    host.disable_gradient_checkpointing()
+    assert not host.network.is_gradient_checkpointing
+
+
+def test_a_folder_that_is_no_network_of_ours_is_said_in_one_sentence(tmp_path):
+    host = HostNetwork(make_unet(), NoiseProcess())
+    host.save_pretrained(tmp_path / "host")
+    loaded, info = HostNetwork.from_pretrained(tmp_path / "host", output_loading_info=True)
+    assert isinstance(loaded, HostNetwork) and not info["missing_keys"]
+    config = json.loads((tmp_path / "host/config.json").read_text())
+    config["_host_network"]["beta_ende"] = 0.02
+    (tmp_path / "host/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="_host_network in the config.json of .* has an unknown entry, beta_ende"):
+        HostNetwork.from_pretrained(tmp_path / "host")
+    with pytest.raises(OSError, match="gone cannot be loaded: there is no such folder"):
+        HostNetwork.from_pretrained(tmp_path / "gone")
+
+
+def test_a_scheduler_whose_table_is_not_that_of_its_betas_is_refused():
+    scheduler = DDIMScheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**0.5
+    with pytest.raises(ValueError, match="The betas in the configuration of DDIMScheduler do not give its table"):
+        NoiseProcess.of(scheduler)
+    assert (
+        NoiseProcess.of(DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")).log_snrs
+        is not None
+    )

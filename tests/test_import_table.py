@@ -113,6 +113,7 @@ def test_the_table_says_what_the_design_rests_on():
         "diffusion",
         "conditions",
         "augmentation",
+        "caches",
         "decoding",
         "folders",
         "guidance",

@@ -446,3 +446,35 @@ def test_tiles_slices_and_offloading_serve_the_autoencoder_of_a_pipeline(kind, m
     pipe.enable_model_cpu_offload(device="cpu")
     torch.testing.assert_close(draw(), whole, atol=1e-5, rtol=1e-4)
     assert pipe.vae._hf_hook.prev_module_hook.model is denoiser, "the autoencoder comes after the networks"
+
+
+def test_a_changed_autoencoder_is_nobodys_copy(make_networks, tmp_path):
+    first = tmp_path / "models--org--ae/snapshots" / ("a" * 40)
+    make_vae().save_pretrained(first)
+    denoiser = make_networks(denoiser={"context_channels": None}, in_channels=4)[1]
+    vae = open_vae(str(first))
+    next(vae.parameters()).data.add_(0.1)
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(clip_sample=False), vae=vae, num_inference_steps=1)
+    pipe.save_pretrained(tmp_path / "changed")
+    assert describe_origin(tmp_path / "changed") == ""
+
+
+def test_an_autoencoder_with_factors_of_each_channel_is_refused(tmp_path):
+    make_vae(latents_mean=[0.5] * 4, latents_std=[2.0] * 4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its latents_mean and latents_std are not applied here"):
+        open_vae(str(tmp_path))
+
+
+def test_a_file_that_takes_the_place_of_another_of_its_size_is_encoded_anew(tmp_path):
+    """The fingerprint looks into 256 images; this one is none of them."""
+    (tmp_path / "images").mkdir()
+    folder = draw_classes(tmp_path / "images", 150, (4, 4))
+    dataset = load_images(train_data_dir=folder, label_column="label")
+    images = LabelledImages(dataset, 16, label_column="label")
+    vae = make_vae()
+    name = LatentImages(images, vae, tmp_path / "cache", augmentation=FLIPPED, seed=0).name
+    for path in sorted(folder.rglob("*.png")):
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    changed = LabelledImages(dataset, 16, label_column="label")
+    assert changed.fingerprint == images.fingerprint
+    assert LatentImages(changed, vae, tmp_path / "cache", augmentation=FLIPPED, seed=0).name != name

@@ -8,10 +8,12 @@ from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -105,10 +107,32 @@ def test_a_pipeline_of_text_draws_the_same_images_here(name, length, tmp_path):
     assert str(tmp_path) not in (tmp_path / "alone" / "config.json").read_text()
 
 
+def test_a_scheduler_that_extrapolates_noise_is_replaced_with_a_word_on_it(tmp_path):
+    """PNDM works on what the network predicts. Of velocities it would be a method of first order."""
+    theirs = make_theirs("stable diffusion")
+    theirs.scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear")
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match="is sampled by DPMSolverMultistepScheduler: its PNDMScheduler extrapolates"
+    ) as warned:
+        ours = DualRatePipeline.from_pretrained(tmp_path)
+    assert [warning.filename for warning in warned if "PNDM" in str(warning.message)] == [__file__]
+    saved = PNDMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    theirs.scheduler = DPMSolverMultistepScheduler.from_config(saved.config)
+    noise, options = (
+        torch.randn(1, 4, 8, 8),
+        {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "latent"},
+    )
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    expected = theirs(PROMPTS[0], latents=noise.clone(), height=64, width=64, **options).images
+    torch.testing.assert_close(ours(PROMPTS[0], latents=noise, **options).images, expected, atol=2e-3, rtol=2e-3)
+
+
 def test_a_heavy_network_of_text_guides_a_light_one(tmp_path):
     encoder = HostNetwork(make_unet(), NoiseProcess(), prediction_hand_over=True)
     shape = {"sample_size": 8, "in_channels": 4, "level_channels": (8, 16), "level_types": ("res", "transformer")}
-    text = {"cross_attention_dim": 8, "text_length": 6, "attends_to_text": False}
+    text = {"cross_attention_dim": 8, "text_length": 6, "text_is_masked": False, "attends_to_text": False}
     denoiser = UViTDenoiser(
         **shape, **text, level_blocks=(1, 1), attention_head_dim=8, embedding_dim=16,
         context_channels=encoder.context_channels, prediction_hand_over=True,
@@ -188,7 +212,7 @@ def test_a_student_reads_prompts_by_the_rules_of_its_teacher(tmp_path):
     assert not torch.equal(before.encode_prompt("A Red Apple ")[0], before.encode_prompt("a red apple")[0])
     # At most as many tokens as the tokenizer makes; PixArt itself would take 120.
     assert student.denoiser.config.text_length == 6 and student.context_encoder.config.text_is_lowered
-    unmasked = SimpleNamespace(config=SimpleNamespace(text_is_masked=False, text_is_lowered=False))
+    unmasked = SimpleNamespace(config={"text_is_masked": False, "text_is_lowered": False})
     assert not TextEncoding.of(parts["text_encoder"], parts["tokenizer"], None, unmasked).is_masked
 
 
@@ -214,6 +238,60 @@ def test_a_flow_of_sd3_gives_the_velocity_of_its_own_prediction():
     assert other.config.text_length == 2 * host.config.text_length and network_flops(other) > network_flops(host) > 0
     with pytest.raises(ValueError, match="pooled"):
         host(z_s, 0.0, text._replace(pooled=None))
+
+
+def make_sd3_pipe():
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "caption_projection_dim": 8}
+    widths = {"joint_attention_dim": 8, "pooled_projection_dim": 6, "out_channels": 4, "pos_embed_max_size": 8}
+    network = fill_with_noise(SD3Transformer2DModel(**shape, **widths, **ATTENTION), 0)
+    host = HostNetwork(network, NoiseProcess.of(FlowMatchEulerDiscreteScheduler()))
+    scheduler = DualRateScheduler(log_snr_min=-6.0, log_snr_max=6.0, clip_sample=False)
+    parts = {"text_encoder": make_text_encoder(), "tokenizer": make_tokenizer()}
+    return DualRatePipeline(host, scheduler, **parts, num_inference_steps=1, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_network_that_takes_pooled_embeddings_draws_from_embeddings(scale):
+    """One step from noise: x = α z − σ v, with v guided. Kills: the pooled of a branch lost, swapped or not repeated."""
+    pipe = make_sd3_pipe()
+    pipe.set_progress_bar_config(disable=True)
+    z, (tokens, nothing) = torch.randn(4, 4, 8, 8), torch.randn(2, 2, 5, 8)
+    pooled, pooled_nothing = torch.randn(2, 2, 6)
+    asked = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "guidance_scale": scale}
+    if scale > 1:
+        asked |= {"negative_prompt_embeds": nothing, "negative_pooled_prompt_embeds": pooled_nothing}
+    drawn = pipe(**asked, latents=z, num_images_per_prompt=2, output_type="latent").images
+    level, mask = torch.tensor(-6.0), torch.ones(4, 5, dtype=torch.bool)
+
+    def predict(tokens, pooled):
+        text = Text(tokens.repeat_interleave(2, 0), mask, pooled.repeat_interleave(2, 0))
+        with torch.no_grad():
+            return pipe.denoiser(z, level, text).sample
+
+    v = null = predict(nothing, pooled_nothing)
+    v = null + scale * (predict(tokens, pooled) - null)
+    expected = torch.sigmoid(level).sqrt() * z - torch.sigmoid(-level).sqrt() * v
+    torch.testing.assert_close(drawn, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt": "a red apple"}, "takes texts with pooled embeddings: give prompt_embeds and pooled_prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 5, 8)}, "takes pooled embeddings, too: give pooled_prompt_embeds beside prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 5, 8), "pooled_prompt_embeds": torch.zeros(2, 6)}, r"shape \[1, 6\], got \[2, 6\]"),
+        ({"prompt_embeds": torch.zeros(1, 5, 8), "pooled_prompt_embeds": torch.full((1, 6), torch.nan)}, "pooled_prompt_embeds must be finite"),
+        ({"prompt_embeds": torch.zeros(1, 5, 8), "pooled_prompt_embeds": torch.zeros(1, 6), "guidance_scale": 2.0}, "negative_prompt_embeds"),
+    ],
+)  # fmt: skip
+def test_what_a_network_that_takes_pooled_embeddings_must_be_given_is_said(asked, message):
+    with pytest.raises(ValueError, match=message):
+        make_sd3_pipe()(**asked)
+
+
+def test_a_network_without_pooled_embeddings_takes_none(make_text_pipe):
+    with pytest.raises(ValueError, match="takes no pooled embeddings: leave pooled_prompt_embeds out"):
+        make_text_pipe()(prompt_embeds=torch.zeros(1, 5, 8), pooled_prompt_embeds=torch.zeros(1, 6))
 
 
 def test_what_a_network_of_text_cannot_do_is_said():

@@ -297,3 +297,9 @@ def test_a_text_without_a_token_draws_finite_images(make_text_pipe):
     pipe.tokenizer = make_tokenizer(ends=False)
     assert not pipe.tokenizer("").input_ids
     assert draw(pipe, PROMPTS, guidance_scale=2.0).isfinite().all()
+    names = "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"
+    embeds = dict(zip(names, pipe.encode_prompt(PROMPTS), strict=True))
+    assert not embeds["negative_prompt_attention_mask"].any()
+    torch.testing.assert_close(
+        draw(pipe, None, guidance_scale=2.0, **embeds), draw(pipe, PROMPTS, guidance_scale=2.0), rtol=0, atol=1e-4
+    )

@@ -1,7 +1,9 @@
 """Training on captions, as a user does it: folders with metadata.jsonl, tiny real text encoders."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +17,16 @@ import generate
 import train_dual_rate
 import train_single_rate
 from conftest import PRESET, make_text_encoder, make_tokenizer, reset_accelerate
-from diffusers_dualrate import DualRatePipeline
-from diffusers_dualrate.captions import CaptionEmbeddings
+from diffusers_dualrate import DualRatePipeline, UViTDenoiser
+from diffusers_dualrate.arguments import configure
+from diffusers_dualrate.captions import CaptionEmbeddings, TrainingConditions
 from diffusers_dualrate.data import LabelledImages, load_images
 from diffusers_dualrate.evaluation import ImageClassifier
-from diffusers_dualrate.inventory import captions_from_bytes
+from diffusers_dualrate.image_sets import shown_by
+from diffusers_dualrate.inventory import caption_to_bytes, captions_from_bytes, check_captions
 from diffusers_dualrate.metrics import make_nearest_judge
-from diffusers_dualrate.prompt_lists import TextJudge, judges_of_captions
+from diffusers_dualrate.prompt_lists import TextJudge, judges_of_captions, read_prompts
+from diffusers_dualrate.sources import open_captions
 from diffusers_dualrate.streams import StreamedImages
 from diffusers_dualrate.text_encoding import TextEncoding, load_text_encoding
 
@@ -81,6 +86,123 @@ def test_a_pair_learns_from_captions_draws_prompts_and_goes_on_bit_for_bit(root)
     train(train_dual_rate, root, "halves", *half, "--max_train_steps", "2")
     again = train(train_dual_rate, root, "halves", *half, "--resume_from_checkpoint", "latest")
     assert all(torch.equal(weight, weights_of(again)[name]) for name, weight in weights_of(pipe).items())
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(root, tmp_path):
+    """Two words have changed their numbers, and the text encoder is the same."""
+    flags = ("--checkpointing_steps", "2", "--max_train_steps", "2", "--network", "heavy")
+    train(train_single_rate, root, "words", *flags)
+    shutil.copytree(root / "encoder", tmp_path / "encoder")
+    path = tmp_path / "encoder/tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["apple"], vocab["fish"] = vocab["fish"], vocab["apple"]
+    path.write_text(json.dumps(content))
+    flags += ("--resume_from_checkpoint", "latest", "--max_train_steps", "3", "--text_encoder", tmp_path / "encoder")
+    with pytest.raises(ValueError, match="tokenizer"):
+        train(train_single_rate, root, "words", *map(str, flags), encoder=False)
+
+
+def test_a_text_encoder_beside_a_trained_model_reads_as_that_model_learned(root, make_text_pipe):
+    """Saved without its text encoder, it still says how it read texts."""
+    pipe = make_text_pipe(text_encoder=None, tokenizer=None)
+    for network in (pipe.denoiser, pipe.context_encoder):
+        network.register_to_config(text_is_masked=False, text_is_lowered=True)
+    flags = ["--preset", str(root / "tiny.json"), "--train_data_dir", str(root / "images"), "--caption_column", "text"]
+    flags += ["--text_encoder", str(root / "encoder"), "--output_dir", str(root / "none")]
+    config, images = configure(train_dual_rate.parse_args(flags), "train_dual_rate"), open_set(root)
+    encoding = open_captions(config, images, pipe).encoding
+    assert (encoding.is_masked, encoding.is_lowered) == (False, True)
+    told = dataclasses.replace(config.networks, denoiser=config.networks.denoiser | {"text_is_lowered": True})
+    encoding = open_captions(dataclasses.replace(config, networks=told), images).encoding
+    assert (encoding.is_masked, encoding.is_lowered) == (True, True)
+    pipe.denoiser.register_to_config(text_is_lowered=False)
+    with pytest.raises(ValueError, match="text_is_lowered is True in the encoder and False in the denoiser"):
+        DualRatePipeline(**pipe.components, **pipe.parameters)
+
+
+def test_what_stands_for_no_caption_is_the_empty_prompt_of_sampling(root, monkeypatch):
+    """Mutants: another text in its place; `drop_condition` left out; a row dropped that should not be."""
+    encoding, images = load_text_encoding(str(root / "encoder")), open_set(root)
+    conditions = TrainingConditions(images, CaptionEmbeddings(encoding, 6), "cpu")
+    empty = encoding.encode([""], 6, "cpu")
+    torch.testing.assert_close(conditions.null.tokens[conditions.null.mask], empty.tokens[empty.mask])
+    assert torch.equal(conditions.null.mask, empty.mask)
+    num_dropped, forward = [], UViTDenoiser.forward
+
+    def count(self, sample, log_snr, condition=None, *args, **kwargs):
+        if self.training:
+            null = condition.mask.sum(1) == empty.mask.sum()
+            num_dropped.append((int(null.sum()), len(null)))
+        return forward(self, sample, log_snr, condition, *args, **kwargs)
+
+    monkeypatch.setattr(UViTDenoiser, "forward", count)
+    train(train_single_rate, root, "dropped", "--network", "heavy", "--override", "training.label_dropout=0.999")
+    assert num_dropped and all(dropped == of for dropped, of in num_dropped)
+    num_dropped.clear()
+    train(train_single_rate, root, "kept", "--network", "heavy", "--override", "training.label_dropout=0")
+    assert num_dropped and not any(dropped for dropped, _ in num_dropped)
+
+
+def test_kept_embeddings_hold_no_more_than_they_count(root):
+    encoding = dataclasses.replace(load_text_encoding(str(root / "encoder")), is_masked=False)
+    captions = CaptionEmbeddings(encoding, 6)
+    captions.embed(["a red apple"], "cpu"), captions.embed(["two fish"], "cpu")
+    held = sum(tokens.untyped_storage().nbytes() for tokens, _ in captions._kept.values())
+    assert held == captions._num_bytes
+
+
+def test_samples_are_asked_for_every_caption_of_an_image_as_real_images_show_them(root):
+    images = open_set(root)
+    first, other = zip(*images.captions[:4], strict=True)
+    shown = shown_by(images, [[repeat, 0] for repeat in range(40)])
+    assert {*shown} == {first[0], other[0]} and min(shown.count(first[0]), shown.count(other[0])) > 8
+    assert shown_by(images, [[0, index] for index in range(8)]) != [own[0] for own in images.captions]
+
+
+def test_a_caption_that_no_batch_could_carry_is_named(root):
+    long = "word " * 2000
+    with pytest.raises(
+        ValueError, match="The row 1 has a caption of 10000 bytes in the column 'text'; one may have 8192"
+    ):
+        check_captions(["a star", long], "text", 1)
+    caption = "ü" * 4096
+    assert captions_from_bytes(caption_to_bytes(caption)[None]) == [caption]
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_judge_needs_a_text_encoder_with_a_pooled_output_of_the_width_of_the_image_encoder(kind):
+    encoding = TextEncoding(make_text_encoder(kind), make_tokenizer())
+    said = (
+        "A T5EncoderModel has no pooled output"
+        if kind == "t5"
+        else "directions of 8 values, and the image encoder of 7"
+    )
+    with pytest.raises(ValueError, match=said):
+        TextJudge(encoding, ImageClassifier(3, 7), "cpu")
+
+
+def test_a_list_of_prompts_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "list.txt").write_text("a red apple\n", encoding="utf-8-sig")
+    assert read_prompts("--prompt_lists", tmp_path / "list.txt") == ["a red apple"]
+
+
+def test_the_light_network_of_the_preset_of_text_can_do_without_attention_to_it():
+    preset = Path(train_dual_rate.__file__).with_name("presets") / "emoji64.json"
+    flags = [
+        "--preset",
+        str(preset),
+        "--train_data_dir",
+        "images",
+        "--output_dir",
+        "runs/none",
+        "--caption_column",
+        "text",
+    ]
+    flags += ["--resolution", "64", "--override", "denoiser.attends_to_text=false"]
+    told = configure(train_dual_rate.parse_args(flags), "train_dual_rate")
+    assert told.networks.denoiser["attends_to_text"] is False
+    assert told.networks.context_encoder.get("attends_to_text", True)
 
 
 def test_a_picture_of_prompts_is_drawn_by_their_model_alone(make_text_pipe, make_pipe, tmp_path):
@@ -297,7 +419,5 @@ def test_a_text_encoder_is_found_alone_or_in_a_pipeline_and_named_where_it_is_mi
 def test_a_row_without_a_caption_is_named(root, tmp_path, value):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
-    from diffusers_dualrate.inventory import check_captions
-
     with pytest.raises(ValueError, match="The row 1 must hold a caption .*'text'"):
         check_captions(value, "text", 1)

@@ -103,6 +103,10 @@ def open_vae(name: str, *, is_blueprint: bool = False) -> ModelMixin:
         kind = config.get("_class_name")
         if kind not in AUTOENCODERS:
             raise ValueError(f"it holds a {kind}, and must hold one of {', '.join(AUTOENCODERS)}")
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+            raise ValueError(
+                "its latents_mean and latents_std are not applied here, only scaling_factor and shift_factor"
+            )
         cls = getattr(diffusers, kind)
         if is_blueprint:
             with torch.device("meta"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .conditions import Condition, Text
 from .inventory import captions_from_bytes
+from .origins import digest
 from .text_encoding import TEXT_OPTIONS, TextEncoding, width_of
 
 _MOST_BYTES = 2**31  # of embeddings that are kept
@@ -38,6 +39,12 @@ class CaptionEmbeddings:
         rules = width_of(self.encoding.text_encoder), self.length, self.encoding.is_masked, self.encoding.is_lowered
         return dict(zip(TEXT_OPTIONS, rules, strict=True))
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of what makes embeddings of captions, by name."""
+        text_encoder, tokenizer = self.encoding.text_encoder.state_dict(), self.encoding.tokenizer_digest
+        return {"text_encoder": digest(text_encoder), "tokenizer": tokenizer}
+
     def embed(self, captions: Sequence[str], device: torch.device | str) -> Text:
         """Embeddings of captions, on a device."""
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
@@ -59,7 +66,7 @@ class CaptionEmbeddings:
         text = self.encoding.embed([*captions, *fillers], self.length, device)
         for caption, tokens, mask in zip([*captions, *fillers], text.tokens, text.mask, strict=True):
             if caption not in self._kept:
-                kept = (tokens[mask] if self.encoding.is_masked else tokens).cpu()
+                kept = (tokens[mask] if self.encoding.is_masked else tokens.clone()).cpu()  # no view of the batch
                 self._kept[caption] = kept, int(mask.sum())
                 self._num_bytes += kept.nbytes
 

@@ -19,7 +19,7 @@ from .origins import TRAINING, Origin
 from .pipeline import DualRatePipeline
 from .records import read_json
 from .refreshes import RefreshPlan
-from .repositories import CARD, describe_origin
+from .repositories import CARD, HUB_NAME, describe_origin
 from .scheduler import DualRateScheduler
 from .steps import plan_steps
 from .tables import LEGEND, PROMPT_METRICS, name_rival, percent, prompt_rows, sample_rows, v_loss_rows
@@ -153,6 +153,16 @@ def complete_notes(notes: dict, evaluation: dict) -> dict:
     return said | {name: value for name, value in notes.items() if value}
 
 
+def describe_start(told: dict) -> str:
+    """Which trained model a training started from, in words for its card; empty where there is none."""
+    place, recipe = told["start"].get("pretrained_model_name_or_path"), told.get("training", {})
+    if place is None:
+        return ""
+    name = place if HUB_NAME.fullmatch(place) else Path(place).name  # where a machine keeps it is nobody's business
+    kept = " as it is" if recipe.get("follow_encoder") or recipe.get("freeze_encoder") else ""
+    return f" It started from `{name}`, whose heavy network it holds{kept}: what that learned from counts here, too."
+
+
 def describe_networks(evaluation: dict, index: dict, plan: RefreshPlan | None) -> str:
     """How large the networks are, how often each runs, and whether contexts begin late."""
     parameters = evaluation["parameters"]
@@ -270,7 +280,7 @@ def make_card(
         is_on_hub=source is not None and not source.startswith("model_cards/"),
         picture=picture,
         notes=notes,
-        networks=describe_networks(evaluation, index, plan),
+        networks=describe_networks(evaluation, index, plan) + (describe_start(told) if is_pair else ""),
         origin=origin,
         defaults=defaults,
         is_pair=is_pair,
@@ -297,7 +307,8 @@ def record_training(folder: Path, start: Start, **facts: Any) -> None:
         start: The models that the training was told of.
         facts: The rest of the record.
     """
-    base = Origin.of_model(start.teacher or start.pretrained_model_name_or_path)
+    known = map(Origin.of_model, (start.student, start.pretrained_model_name_or_path, start.teacher))
+    base = next((origin for origin in known if origin is not None), None)
     record = facts | {"base": base and base.to_json()}
     (folder / TRAINING).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

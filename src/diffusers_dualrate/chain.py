@@ -174,7 +174,8 @@ class Chain:
         if network not in self._taken:
             given = self.condition if self.null is None else join(self.null, self.condition)
             if isinstance(given, Text):
-                given = network.project_condition(given._replace(tokens=given.tokens.to(network.dtype)))
+                pooled = None if given.pooled is None else given.pooled.to(network.dtype)
+                given = network.project_condition(given._replace(tokens=given.tokens.to(network.dtype), pooled=pooled))
             self._taken[network] = given, take_rows(given, slice(-len(z), None))
         of_both, of_one = self._taken[network]
         return (torch.cat([z, z]), of_both) if both else (z, of_one)

@@ -18,7 +18,14 @@ from tqdm.auto import tqdm
 from . import folders, inventory
 from .augmentation import Augmentation
 from .decoding import MAX_IMAGE_PIXELS, UndecodableError, decode_image, name_image
-from .inventory import check_num_classes, draw_caption, fingerprint_rows, read_captions, read_labels
+from .inventory import (
+    check_num_classes,
+    draw_caption,
+    fingerprint_rows,
+    mark_rows,
+    read_captions,
+    read_labels,
+)
 from .latents import latent_shape
 from .shards import open_shards
 
@@ -336,16 +343,12 @@ class LabelledImages(ImageReader, torch.utils.data.Dataset):
         return fingerprint_rows(self._files, self._column, self._all_labels, self.id2label, self._all_captions)
 
     @property
-    def byte_counts(self) -> list[int | None]:
-        """Bytes of each image that its row holds; `None` of one in a file, whose size the fingerprint has."""
-        import pyarrow.compute  # a second, for latents alone
-
-        column = f"{self._column}.bytes"
-        batches = self._files.flatten().select_columns(column).with_format("arrow").iter(10_000)
-        return [count for batch in batches for count in pyarrow.compute.binary_length(batch[column]).to_pylist()]
+    def marks(self) -> dict[str, list[int | None]]:
+        """What tells a change of any image without a look into it, as of [`inventory.mark_rows`]."""
+        return mark_rows(self._files, self._column)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], or `caption`, bytes [2048].
+        """Returns `pixel_values`, float32 [C, H, W] in [-1, 1], and `class_labels`, int64 [], or `caption`, bytes [8192].
 
         Args:
             index: Number of the image, or (epoch, number): each epoch has augmentations of its own; alone, epoch 0.

@@ -171,6 +171,30 @@ class Recordings:
             return None
 
 
+class GraphsMixin:
+    """What a pipeline offers to run its networks as CUDA graphs."""
+
+    _recordings: Recordings | None = None
+
+    def enable_cuda_graphs(self) -> None:
+        """Replay both networks as CUDA graphs, recorded at the first call of each shape: for GPUs that launches hold up.
+
+        Images stay the same. Where a graph might be wrong (hooks of an offload or a cache, adapters, autocast, networks of
+        diffusers, another device), a warning says so and the networks run without. `compile` works beside it, but for its
+        mode "reduce-overhead". Buffers of each shape stay on the device until `disable_cuda_graphs`.
+        """
+        self._recordings = Recordings()
+
+    @property
+    def cuda_graphs(self) -> Recordings | None:
+        """The recordings of `enable_cuda_graphs`, which count their replays; `None` without."""
+        return self._recordings
+
+    def disable_cuda_graphs(self) -> None:
+        """Run the networks kernel by kernel again, and free what graphs hold."""
+        self._recordings = None
+
+
 def lend(recordings: Recordings | None, *networks: nn.Module | None, watch: bool = False):
     """What a chain of these networks calls functions by: recordings, where the pipeline has any."""
     if recordings is None:

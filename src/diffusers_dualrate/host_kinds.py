@@ -71,7 +71,7 @@ def _call_sd3(network: nn.Module, z: Tensor, t: Tensor, condition: Condition) ->
     text = cast(Text, condition)
     if text.pooled is None:
         raise ValueError(
-            "A SD3Transformer2DModel takes a text with pooled embeddings: give Text(tokens, mask, pooled)."
+            "A SD3Transformer2DModel takes a text with pooled embeddings: give pooled_prompt_embeds beside prompt_embeds."
         )
     options = {"encoder_hidden_states": text.tokens, "pooled_projections": text.pooled, "timestep": t}
     return network(z, **options).sample

@@ -5,7 +5,13 @@ import warnings
 from typing import Any
 
 import diffusers
-from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
 
 from .hosts import HostNetwork
 from .network import check_loaded
@@ -64,6 +70,13 @@ def _scheduler_to_sample(name: object, pipeline: DiffusionPipeline, process: Noi
             stacklevel=4,
         )
         return DualRateScheduler(clip_sample="vae" not in pipeline.components)
+    if isinstance(scheduler, PNDMScheduler):
+        warnings.warn(
+            f"{name} is sampled by DPMSolverMultistepScheduler: its PNDMScheduler extrapolates predicted noise, and networks "
+            "predict velocity here. Give another by scheduler=.",
+            stacklevel=4,
+        )
+        return DPMSolverMultistepScheduler.from_config(scheduler.config)
     if scheduler.config.get("clip_sample") and "vae" in pipeline.components:
         warnings.warn(
             f"clip_sample=True of {name} would clip latents, which have no bounds: it is left out.", stacklevel=4

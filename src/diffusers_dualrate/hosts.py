@@ -5,7 +5,9 @@ says how it was trained, where that class does not look. Feature maps are the ou
 """
 
 import copy
+import inspect
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from . import diffusion
+from .caches import enable_cache_that_acts
 from .conditions import Condition, ProjectedText, Text, blank_text
 from .host_kinds import KINDS
 from .network import ImageNetworkMixin, check_loaded, per_sample, refuse_adapters
@@ -213,7 +216,9 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load a network that `save_pretrained` saved. Takes what the network's own method takes."""
-        place = pretrained_model_name_or_path
+        place, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        if isinstance(place, os.PathLike) and not os.path.exists(place):
+            raise OSError(f"{place} cannot be loaded: there is no such folder.")
         config = dict(diffusers.UNet2DModel.load_config(place, **place_of(kwargs)))
         name, said = config.get("_class_name"), config.get(_HOST)
         if name not in KINDS:
@@ -224,17 +229,20 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
                 f"{name}.from_pretrained, and wrap it as HostNetwork(network, NoiseProcess.of(scheduler))."
             )
         own = {key: said[key] for key in ("taps", *_SAID) if key in said}
-        process = NoiseProcess(**{key: value for key, value in said.items() if key not in own})
+        rest = {key: value for key, value in said.items() if key not in own}
+        if unknown := rest.keys() - inspect.signature(NoiseProcess.__init__).parameters.keys():
+            raise ValueError(f"{_HOST} in the config.json of {place} has an unknown entry, {min(unknown)}.")
+        process = NoiseProcess(**rest)
         options = {**kwargs, "use_safetensors": True}
         origin = Origin.named_in(config, place)
         if origin is None:
             network, info = _classes()[name].from_pretrained(place, **{**options, "output_loading_info": True})
             check_loaded(place, network, info["missing_keys"])
         else:
-            network = origin.fetch(place, {name: _classes()[name]}, options)
+            network, info = origin.fetch(place, {name: _classes()[name]}, options), {}
         host = cls(network, process, **own)
         host.origin = origin or Origin.find(place, **kwargs)
-        return host
+        return (host, info) if wants_info else host  # type: ignore[return-value] # as the host's method does
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save the network in its own format, and in its config.json the process and the taps."""
@@ -243,9 +251,12 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
         self.network.save_pretrained(save_directory, *args, **kwargs)
         write_into_config(save_directory, **{_HOST: self._to_json()})
 
+    # The host's pipelines read off the signature what a network's method takes.
+    save_pretrained.__signature__ = inspect.signature(ModelMixin.save_pretrained)  # type: ignore[attr-defined]
+
     def find_published(self) -> Origin | None:
         """Its origin, if the network is as it is there; else `None`."""
-        return None if self.origin is None else self.origin.confirm(self.network.state_dict(), _classes())
+        return None if self.origin is None else self.origin.confirm(cast(ModelMixin, self.network), _classes())
 
     def save_what_is_new(self, save_directory, origin: Origin, variant: str | None = None) -> None:
         """Save the configuration alone, as all weights are the origin's."""
@@ -264,6 +275,21 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
     def enable_gradient_checkpointing(self, *args, **kwargs) -> None:
         """As the network's own method."""
         self.network.enable_gradient_checkpointing(*args, **kwargs)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """As the network's own method."""
+        self.network.disable_gradient_checkpointing()
+
+    def enable_cache(self, config) -> None:
+        """Reuse features between steps, as caches of diffusers do that act inside blocks; `disable_cache` ends it.
+
+        Args:
+            config: `PyramidAttentionBroadcastConfig` or `TaylorSeerCacheConfig`. Intervals count calls of this network.
+
+        Raises:
+            ValueError: If it is of another cache, or would act on nothing.
+        """
+        enable_cache_that_acts(self, super().enable_cache, config, f"a {type(self.network).__name__} with taps")
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .inventory import ImageSet, captions_from_bytes
+from .inventory import ImageSet, captions_from_bytes, choose_caption
 from .latents import compression_of, decode
 from .losses import seed_of
 from .pipeline import DualRatePipeline
@@ -48,9 +48,9 @@ def choose(images: ImageSet, count: int, seed: int) -> list[list[int]]:
 
 
 def shown_by(images: ImageSet, chosen: Sequence[Sequence[int]]) -> Shown:
-    """What images show that `choose` chose; of several captions another in each repeat."""
+    """What images show that `choose` chose; of several captions one that is drawn, as in training."""
     if images.captions is not None:
-        return [images.captions[index][repeat % len(images.captions[index])] for repeat, index in chosen]
+        return [choose_caption(images.captions[index], FRESH_SEED, repeat, index) for repeat, index in chosen]
     return None if images.class_labels is None else images.class_labels[[index for _, index in chosen]]
 
 

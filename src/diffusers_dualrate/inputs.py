@@ -202,6 +202,8 @@ def check_components(
     _check_class("context_encoder", context_encoder, UViTContextEncoder, HostNetwork)
     encoder: Any = getattr(context_encoder, "_orig_mod", context_encoder)  # what `torch.compile` wrapped
     shared = ["in_channels", "num_classes", "cross_attention_dim", "prediction_hand_over"]
+    if denoiser.config.cross_attention_dim is not None:
+        shared += ["text_is_masked", "text_is_lowered"]
     for name in shared if isinstance(encoder, HostNetwork) else [*shared, "patch_size"]:
         theirs, ours = encoder.config[name], denoiser.config[name]
         if theirs != ours:

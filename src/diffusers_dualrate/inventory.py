@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _SAMPLED = 256  # rows whose content a fingerprint holds
-_LONGEST_CAPTION = 2048  # bytes; no text encoder reads as much
+_LONGEST_CAPTION = 8192  # bytes, which is more than text encoders read
 
 
 class Images(Protocol):
@@ -139,6 +139,10 @@ def check_captions(value: object, caption_column: str, row: int) -> list[str]:
         raise ValueError(
             f"The row {row} must hold a caption or a list of them in the column {caption_column!r}, got {value!r}."
         )
+    if (size := max(len(each.encode()) for each in captions)) > _LONGEST_CAPTION:
+        raise ValueError(
+            f"The row {row} has a caption of {size} bytes in the column {caption_column!r}; one may have {_LONGEST_CAPTION}."
+        )
     return captions
 
 
@@ -148,25 +152,27 @@ def spread_captions(captions: list[list[str]] | None, count: int) -> list[str]:
     return [captions[i * len(captions) // count][0] for i in range(count)]
 
 
-def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> Tensor:
-    """One of the captions of an image as bytes [2048], which batches and processes hand on like any tensor.
+def choose_caption(captions: list[str], seed: int, epoch: int, index: int) -> str:
+    """One of the captions of an image. Like an augmentation it is drawn from (seed, epoch, index) alone."""
+    if len(captions) == 1:
+        return captions[0]
+    draws = np.random.default_rng(np.random.SeedSequence((seed, epoch, index, 1)))
+    return captions[int(draws.integers(len(captions)))]
 
-    Like an augmentation it is drawn from (seed, epoch, index) alone.
-    """
-    which = 0
-    if len(captions) > 1:
-        which = int(np.random.default_rng(np.random.SeedSequence((seed, epoch, index, 1))).integers(len(captions)))
-    return caption_to_bytes(captions[which])
+
+def draw_caption(captions: list[str], seed: int, epoch: int, index: int) -> Tensor:
+    """The same as bytes [8192], which batches and processes hand on like any tensor."""
+    return caption_to_bytes(choose_caption(captions, seed, epoch, index))
 
 
 def caption_to_bytes(caption: str) -> Tensor:
-    """A caption as bytes [2048], filled up with zeros or cut."""
-    content = caption.encode()[:_LONGEST_CAPTION].ljust(_LONGEST_CAPTION, b"\0")
+    """A caption as bytes [8192], filled up with zeros."""
+    content = caption.encode().ljust(_LONGEST_CAPTION, b"\0")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def captions_from_bytes(captions: Tensor) -> list[str]:
-    """The captions of a batch [B, 2048]."""
+    """The captions of a batch [B, 8192]."""
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in captions.cpu().numpy()]
 
 
@@ -238,6 +244,23 @@ def _describe_file(path: str | None) -> list[str | int | None]:
     local = local_path(path)
     size = os.stat(local).st_size if local is not None and os.path.isfile(local) else None
     return [path and unicodedata.normalize("NFC", path.rpartition("/")[2]), size]
+
+
+def mark_rows(files: "Dataset", column: str) -> dict[str, list[int | None]]:
+    """The `bytes` of each image that its row holds, and when its file was `changed`, in nanoseconds; else `None`.
+
+    A fingerprint looks into some rows only. These tell of all, but depend on the machine.
+    """
+    import pyarrow.compute  # a second, for latents alone
+
+    flat = files.flatten()
+    batches = flat.select_columns(f"{column}.bytes").with_format("arrow").iter(10_000)
+    lengths = (pyarrow.compute.binary_length(batch[f"{column}.bytes"]) for batch in batches)
+    places = [local_path(path) for path in flat.select_columns(f"{column}.path")[:][f"{column}.path"]]
+    return {
+        "bytes": [count for part in lengths for count in part.to_pylist()],
+        "changed": [os.stat(place).st_mtime_ns if place and os.path.isfile(place) else None for place in places],
+    }
 
 
 def describe_images(images: Images) -> str:

@@ -71,8 +71,8 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         made = {"vae": fingerprint_of_vae(vae), "images": self.fingerprint, "size": [images.height, images.width]}
         told = made | {"count": self._count, "views": self._views, "on_corrupt": images.on_corrupt}
         told["max_image_pixels"] = images.max_image_pixels  # another image stands in for one of more
-        if any(counts := images.byte_counts):  # the fingerprint has looked into some rows only
-            told["bytes"] = counts
+        # The fingerprint has looked into some rows only.
+        told |= {name: marks for name, marks in images.marks.items() if any(marks)}
         self.name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = Path(folder, self.name)
         latent_bytes = 4 * 2 * self.channels * self.height * self.width * self._views
@@ -170,7 +170,7 @@ class LatentImages(EncodedImages, torch.utils.data.Dataset):
         return self._count
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        """Returns `pixel_values`, float32 [2 C, H, W] or [C, H, W], and `class_labels`, int64 [], or `caption`, bytes [2048].
+        """Returns `pixel_values`, float32 [2 C, H, W] or [C, H, W], and `class_labels`, int64 [], or `caption`, bytes [8192].
 
         Args:
             index: Number of the image, or (epoch, number): each epoch mirrors others; alone, epoch 0.

@@ -30,6 +30,8 @@ _INPUTS = {
     "negative_prompt_embeds": "Embeddings of what guidance leads away from.",
     "prompt_attention_mask": "Which tokens of the prompts count [B, L].",
     "negative_prompt_attention_mask": "Which tokens of the negative prompts count.",
+    "pooled_prompt_embeds": "Embeddings of whole prompts [B, P], for networks that take them beside.",
+    "negative_pooled_prompt_embeds": "The same of what guidance leads away from.",
     "num_inference_steps": "Number N of steps; default: the model's.",
     "num_context_steps": "Number K of context encoder evaluations; default: the model's.",
     "refresh_steps": "Instead of K, the steps that refresh the context.",
@@ -43,13 +45,9 @@ _INPUTS = {
     "latents": "Noise to start from [B, C, height, width].",
 }
 _STEPS = ("num_inference_steps", "num_context_steps", "refresh_steps", "timesteps")
-_CONDITIONS = (
-    "class_labels",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_attention_mask",
-)
+# What the block of texts makes, and then what a call may say of the images besides.
+_TEXTS = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
+_CONDITIONS = ("class_labels", *_TEXTS, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _PROMPTS = {
     "prompt": "A prompt or a list of them, for a model of text.",
     "negative_prompt": "What guidance leads away from; default: the empty prompt.",
@@ -75,7 +73,7 @@ class DualRateTextBlock(ModularPipelineBlocks):
         *(InputParam(name, description=text) for name, text in _PROMPTS.items()),
         *(InputParam(name, description=_INPUTS[name]) for name in (*_CONDITIONS, "guidance_scale")),
     ]
-    intermediate_outputs = [OutputParam(name, description=_INPUTS[name]) for name in _CONDITIONS[1:]]
+    intermediate_outputs = [OutputParam(name, description=_INPUTS[name]) for name in _TEXTS]
 
     def __call__(self, components, state):
         """Put the embeddings of what the call asks for into the state."""
@@ -92,7 +90,7 @@ class DualRateTextBlock(ModularPipelineBlocks):
             text, null = conditioning.encode(config, encoding, device, 1, guides)
             negative = (None, None) if null is None else (null.tokens, null.mask)
             embeds = (text.tokens, negative[0], text.mask, negative[1])
-            for name, tensor in zip(_CONDITIONS[1:], embeds, strict=True):
+            for name, tensor in zip(_TEXTS, embeds, strict=True):
                 setattr(block_state, name, tensor)
         self.set_block_state(state, block_state)
         return components, state

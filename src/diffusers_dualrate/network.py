@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Self, cast
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers import ConfigMixin, ModelMixin, TaylorSeerCacheConfig
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models import CacheMixin
 from diffusers.models.attention import AttentionMixin
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from .caches import enable_cache_that_acts
 from .conditions import Condition, ProjectedText, Text, TextProjection
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
 from .ranges import LONGEST_SIDE, MOST_AT_ONCE, check_boolean, check_integer, check_number
@@ -198,7 +199,7 @@ class UViTNetwork(
         if self.origin is None or not self.OWN_PARTS:
             return None
         shared = {name: w for name, w in self.state_dict().items() if not name.startswith(self.OWN_PARTS)}
-        return self.origin.confirm(shared, _published_kinds())
+        return self.origin.confirm_weights(shared, _published_kinds())
 
     def save_what_is_new(self, save_directory, origin: Origin, variant: str | None = None) -> None:
         prepare_folder(save_directory)
@@ -243,11 +244,6 @@ class UViTNetwork(
             ValueError: If the cache skips whole stacks of blocks, or would act on nothing.
         """
         name = type(config).__name__
-        if not isinstance(config, (PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig)):
-            raise ValueError(
-                f"{name} does not fit a U-ViT, whose blocks form one stack per level with skips between them: use "
-                "PyramidAttentionBroadcastConfig or TaylorSeerCacheConfig, which act inside blocks."
-            )
         if isinstance(config, TaylorSeerCacheConfig):
             if config.use_lite_mode or config.skip_predict_identifiers:
                 raise ValueError(
@@ -255,11 +251,12 @@ class UViTNetwork(
                     "features: leave both out."
                 )
             config = dataclasses.replace(config, cache_identifiers=config.cache_identifiers or [r".*\.attn"])
-        before = [vars(module).get("forward") for module in self.modules()]
-        super().enable_cache(config)
-        if before == [vars(module).get("forward") for module in self.modules()]:  # a hook replaces `forward`
-            self.disable_cache()
-            raise ValueError(f"{name} acts on no module of this network as it is configured.")
+        enable_cache_that_acts(
+            self,
+            super().enable_cache,
+            config,
+            "a U-ViT, whose blocks form one stack per level with skips between them",
+        )
 
     def _make_output(self) -> None:
         config = self.config

@@ -9,7 +9,7 @@ timestep gives a velocity v at a log-SNR λ. With z = α x + σ ε, α² + σ² 
 """
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Self, cast
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
@@ -26,6 +26,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 NOISE_ALONE = -80.0
 """Log-SNR that stands for −∞, where a table ends in noise alone."""
+# Difference of log-SNR that rounding makes between two tables; the last entry may stand for noise alone.
+_SAME_TABLE = 0.01
 # What single precision cannot tell from a whole timestep.
 _WHOLE = 1e-3
 
@@ -87,8 +89,15 @@ class NoiseProcess(ConfigMixin):
         if getattr(scheduler, "alphas_cumprod", None) is None or config.get("use_flow_sigmas"):
             raise ValueError(f"{name} has no table of alphas_cumprod that says which noise level a timestep has.")
         said = {key: config[key] for key in _BETAS if config.get(key) is not None}
+        if not said:  # ours has a table, too
+            said = {"trained_betas": scheduler.betas.tolist()}
         prediction_type = config.get("prediction_type", "epsilon")
-        return cls(prediction_type=prediction_type, num_train_timesteps=config.num_train_timesteps, **said)
+        process = cls(prediction_type=prediction_type, num_train_timesteps=config.num_train_timesteps, **said)
+        table = torch.logit(torch.as_tensor(scheduler.alphas_cumprod).double()).clamp(min=NOISE_ALONE).float()
+        ours = cast(Tensor, process.log_snrs)
+        if ours.shape != table.shape or not torch.allclose(ours[:-1], table[:-1], atol=_SAME_TABLE):
+            raise ValueError(f"The betas in the configuration of {name} do not give its table of alphas_cumprod.")
+        return process
 
     @property
     def table(self) -> Mapping:

@@ -207,24 +207,40 @@ class Origin:
             raise self._error(holder, "has other weights than those that the pair was trained with")
         return network
 
-    def confirm(self, weights: Mapping[str, Tensor], kinds: Mapping[str, type[ModelMixin]]) -> Self | None:
-        """This origin with digest and licence, if the network there has these weights; `None` if it has others.
+    def confirm(self, network: ModelMixin, kinds: Mapping[str, type[ModelMixin]]) -> Self | None:
+        """This origin with digest and licence, if the network there is the same; `None` if it is another.
 
         Args:
-            weights: Weights of the network, by the names that they have there.
+            network: The network, of which also the configuration counts: one that is fetched has its own.
             kinds: Classes that it may be of, by their names.
         """
+        return self.confirm_weights(network.state_dict(), kinds, network.config)
+
+    def confirm_weights(
+        self,
+        weights: Mapping[str, Tensor],
+        kinds: Mapping[str, type[ModelMixin]],
+        config: Mapping[str, Any] | None = None,
+    ) -> Self | None:
+        """The same of weights alone, by the names that they have there, and of a configuration, if one counts."""
         try:
-            theirs = self.fetch("The pair to save", kinds, {"use_safetensors": True}).state_dict()
+            theirs = self.fetch("The model to save", kinds, {"use_safetensors": True})
         except OriginError as error:
-            warnings.warn(
-                f"The encoder is saved with the pair, since its origin cannot be compared: {error}", stacklevel=3
-            )
+            warnings.warn(f"It is saved as a whole, since its origin cannot be compared: {error}", stacklevel=3)
             return None
+        if config is not None and _describe(config) != _describe(theirs.config):
+            return None
+        others = theirs.state_dict()
         for name, ours in weights.items():
-            if name not in theirs or not torch.equal(ours.cpu(), theirs[name].to(ours.dtype)):
+            if name not in others or not torch.equal(ours.cpu(), others[name].to(ours.dtype)):
                 return None
-        return dataclasses.replace(self, weights=digest(theirs), license=self._find_license())
+        return dataclasses.replace(self, weights=digest(others), license=self._find_license())
+
+    def holds(self, network: ModelMixin, kinds: Mapping[str, type[ModelMixin]]) -> Self | None:
+        """The same; where the digest is known, nothing is fetched."""
+        if self.weights is None:
+            return self.confirm(network, kinds)
+        return self if digest(network.state_dict()) == self.weights else None
 
     def _find_license(self) -> str | None:
         try:
@@ -240,6 +256,13 @@ class Origin:
         return OriginError(
             f"{holder} holds no encoder: it names {self}, which {said}; give another by context_encoder=."
         )
+
+
+def origin_of_vae(vae: ModelMixin) -> Origin | None:
+    """Where an autoencoder is published, if it still is as it is there; `None` where nobody knows."""
+    vae = getattr(vae, "_orig_mod", vae)  # what `torch.compile` wrapped
+    origin = Origin.behind(vae.config.get("_name_or_path"), "vae")
+    return None if origin is None else origin.holds(vae, {type(vae).__name__: type(vae)})
 
 
 @contextlib.contextmanager
@@ -280,6 +303,11 @@ def write_into_config(folder: str | os.PathLike, **entries: Any) -> None:
     config = json.loads(path.read_text(encoding="utf-8")) | entries
     config.pop("_name_or_path", None)  # where a machine keeps its files is nobody's business
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _describe(config: Mapping[str, Any]) -> str:
+    """What a configuration says of a network, without where it came from."""
+    return json.dumps({name: value for name, value in config.items() if not name.startswith("_")}, sort_keys=True)
 
 
 def _end_of_snapshot(folder: Path) -> int:

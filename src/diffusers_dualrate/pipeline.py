@@ -15,8 +15,9 @@ from torch import Tensor
 from .adapters import LoraMixin
 from .callbacks import CONDITIONS, Call, CallStateMixin, call_back
 from .chain import Chain, make_chain, own_caches
+from .class_labels import ClassLabels
 from .defaults import NAMES, SamplingDefaults, check_id2label, end_named_steps
-from .graphs import Recordings, lend
+from .graphs import GraphsMixin, lend
 from .host_pipelines import OfHostError, check_own, open_host_pipeline
 from .hosts import HostNetwork
 from .inputs import (
@@ -29,8 +30,8 @@ from .inputs import (
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
 from .network import find_foreign, refuse_adapters, without_origin
-from .origins import KEY, Origin, access, write_into_config
-from .prompts import ClassLabels, Conditioning, PromptMixin
+from .origins import KEY, access, origin_of_vae, write_into_config
+from .prompts import Conditioning, PromptMixin
 from .refreshes import RefreshPlan
 from .repositories import RepositoryMixin, check_index, name_classes, refuse_pickles
 from .sampling import sample_at_two_rates
@@ -40,7 +41,7 @@ from .text_encoding import TextEncoding
 _REQUIRED = ("denoiser", "scheduler")
 
 
-class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, DiffusionPipeline):
+class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin, LoraMixin, DiffusionPipeline):
     """Generate images with a pair of networks at two rates, or with a single-rate network.
 
     `DualRatePipeline(**pipe.components, **pipe.parameters)` makes another of the same parts and defaults. Several calls may
@@ -136,25 +137,6 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         self.image_processor = VaeImageProcessor(vae_scale_factor=compression_of(vae))
         # The newest call, and all that are running.
         self._call, self._running = Call(), list[Call]()
-        self._recordings: Recordings | None = None
-
-    def enable_cuda_graphs(self) -> None:
-        """Replay both networks as CUDA graphs, recorded at the first call of each shape: for GPUs that launches hold up.
-
-        Images stay the same. Where a graph might be wrong (hooks of an offload or a cache, adapters, autocast, networks of
-        diffusers, another device), a warning says so and the networks run without. `compile` works beside it, but for its
-        mode "reduce-overhead". Buffers of each shape stay on the device until `disable_cuda_graphs`.
-        """
-        self._recordings = Recordings()
-
-    @property
-    def cuda_graphs(self) -> Recordings | None:
-        """The recordings of `enable_cuda_graphs`, which count their replays; `None` without."""
-        return self._recordings
-
-    def disable_cuda_graphs(self) -> None:
-        """Run the networks kernel by kernel again, and free what graphs hold."""
-        self._recordings = None
 
     def register_to_config(self, **kwargs) -> None:
         """Change defaults; N, K or `context_from` take the place of `refresh_steps`.
@@ -175,6 +157,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         """
         parts: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         kept = {} if {"dtype", "torch_dtype"} & kwargs.keys() else {part: part.dtype for part in parts}
+        kwargs.setdefault("vae", pipeline.components.get("vae"))  # the host takes over exact classes only
         made = super().from_pipe(pipeline, **end_named_steps(kwargs))
         for part, dtype in kept.items():
             if part.dtype != dtype:  # the host casts to float32
@@ -231,7 +214,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             encoder.save_what_is_new(Path(save_directory, "context_encoder"), origin, kwargs.get("variant"))
             self.save_config(save_directory)
         if self.vae is not None:
-            theirs = Origin.behind(self.vae.config.get("_name_or_path"), "vae")
+            theirs = origin_of_vae(self.vae)
             write_into_config(Path(save_directory, "vae"), **({} if theirs is None else {KEY: theirs.to_json()}))
         name_classes(save_directory, self, self.components)
 
@@ -266,6 +249,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
         negative_prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         max_sequence_length: int | None = None,
         refresh_steps: Sequence[int] | None = None,
         timesteps: Sequence[float] | None = None,
@@ -295,6 +280,8 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             negative_prompt_embeds: Instead of `negative_prompt`, embeddings of the same shape.
             prompt_attention_mask: Which tokens of `prompt_embeds` count [B, L]; default: all.
             negative_prompt_attention_mask: The same of `negative_prompt_embeds`.
+            pooled_prompt_embeds: Beside `prompt_embeds`, embeddings of whole texts [B, P], for networks that take them.
+            negative_pooled_prompt_embeds: The same beside `negative_prompt_embeds`.
             max_sequence_length: Number of tokens that a prompt is filled up or cut to; default: the networks' `text_length`.
             refresh_steps: Instead of K, the steps that refresh the context, rising. Those before the first go without,
                 which the pair must have learned. Default: the model's, where N is the model's, too.
@@ -324,6 +311,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
         texts = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+        pooled = pooled_prompt_embeds, negative_pooled_prompt_embeds
         defaults, device = SamplingDefaults.of(self.config), self._execution_device
         steps = plan_steps(
             self.scheduler,
@@ -342,7 +330,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, LoraMixin, 
             defaults,
             device,
             self._text_encoding,
-            conditioning=Conditioning(prompt, class_labels, negative_prompt, *texts, max_sequence_length),
+            conditioning=Conditioning(prompt, class_labels, negative_prompt, *texts, max_sequence_length, *pooled),
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
             batch_size=batch_size,

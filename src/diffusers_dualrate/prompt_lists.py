@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from .image_sets import Batch, as_bytes, batches_of
 from .inventory import ImageSet
+from .origins import digest
 from .text_encoding import TextEncoding
 
 Judges = dict[str, Callable[[Tensor, Any], Tensor]]
@@ -36,7 +37,7 @@ def read_prompts(flag: str, path: str | Path) -> list[str]:
         ValueError: If it cannot be read, or holds none.
     """
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{flag} {path} cannot be read: {error}.") from error
     if not prompts:
@@ -51,11 +52,25 @@ class TextJudge:
         encoding: A contrastive text encoder, whose pooled output is compared.
         image_encoder: What was trained with it: images to directions of the same width.
         device: Where to compute.
+
+    Raises:
+        ValueError: If the text encoder has no pooled output, or one of another width.
     """
 
     def __init__(self, encoding: TextEncoding, image_encoder: nn.Module, device: torch.device | str):
         self._encoding, self._image_encoder, self._device = encoding, image_encoder, device
         encoding.text_encoder.to(device)
+        width, expected = self.embed([""]).shape[1], getattr(image_encoder, "config", {}).get("num_classes")
+        if expected not in (None, width):
+            raise ValueError(
+                f"The text encoder gives directions of {width} values, and the image encoder of {expected}: they were not "
+                "trained together."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the text encoder; the image encoder has its own."""
+        return f"{digest(self._encoding.text_encoder.state_dict())} {self._encoding.tokenizer_digest}"
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -63,8 +78,16 @@ class TextJudge:
         parts = []
         for first in range(0, len(texts), _TEXTS_AT_ONCE):
             part = list(texts[first : first + _TEXTS_AT_ONCE])
-            inputs = self._encoding.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            parts.append(normalize(self._encoding.text_encoder(**inputs.to(self._device)).pooler_output, dim=1))
+            options = {"padding": True, "truncation": True, "max_length": self._encoding.most_tokens}
+            inputs = self._encoding.tokenizer(part, **options, return_tensors="pt").to(self._device)
+            found = self._encoding.text_encoder(**inputs)
+            pooled = found.get("text_embeds", found.get("pooler_output"))  # the former is projected besides
+            if pooled is None:
+                raise ValueError(
+                    f"A {type(self._encoding.text_encoder).__name__} has no pooled output to compare images with, as a "
+                    "CLIPTextModel has: give the text encoder that was trained with the image encoder."
+                )
+            parts.append(normalize(pooled, dim=1))
         return torch.cat(parts)
 
     def compare(self, x: Tensor, directions: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
 """What a call asks the images to show: classes, prompts or the embeddings of prompts, checked before anything is computed."""
 
-import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .class_labels import ClassLabels, find_label_ids
 from .conditions import Condition, Text, repeat_rows, take_rows
 from .ranges import check_integer
 from .text_encoding import TextEncoding
-
-ClassLabels = int | str | Sequence[int | str] | Tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class Conditioning:
     prompt_attention_mask: Tensor | None = None
     negative_prompt_attention_mask: Tensor | None = None
     max_sequence_length: int | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
 
     @property
     def has_condition(self) -> bool:
@@ -93,6 +93,9 @@ class Conditioning:
                 "This model has no text_encoder and no tokenizer: give prompt_embeds, and no prompt or negative_prompt."
             )
         self._check_company()
+        if (pooled_dim := config.get("pooled_projection_dim")) is not None:
+            encoding = None  # no text encoder of this pipeline makes pooled embeddings
+        self._check_pooled(pooled_dim)
         prompts = text = negatives = null = None
         if self.prompt is not None:
             assert encoding is not None
@@ -102,11 +105,17 @@ class Conditioning:
             shape: tuple[int, ...] = (len(prompts), length, config.cross_attention_dim)
         else:
             shape = (-1, -1, config.cross_attention_dim)
-            text = _check_embeds("prompt_embeds", self.prompt_embeds, self.prompt_attention_mask, shape)
+            mask = self.prompt_attention_mask
+            text = _check_embeds(
+                "prompt_embeds", self.prompt_embeds, mask, shape, self.pooled_prompt_embeds, pooled_dim
+            )
             shape = tuple(text.tokens.shape)
         if self.negative_prompt_embeds is not None:
             mask = self.negative_prompt_attention_mask
-            null = _check_embeds("negative_prompt_embeds", self.negative_prompt_embeds, mask, shape)
+            pooled = self.negative_pooled_prompt_embeds
+            null = _check_embeds(
+                "negative_prompt_embeds", self.negative_prompt_embeds, mask, shape, pooled, pooled_dim
+            )
         elif encoding is not None:
             negatives = check_prompts("negative_prompt", "" if self.negative_prompt is None else self.negative_prompt)
             if not isinstance(self.negative_prompt, (list, tuple)):
@@ -123,10 +132,30 @@ class Conditioning:
         for name, owner in (
             ("prompt_attention_mask", "prompt_embeds"),
             ("negative_prompt_attention_mask", "negative_prompt_embeds"),
+            ("pooled_prompt_embeds", "prompt_embeds"),
+            ("negative_pooled_prompt_embeds", "negative_prompt_embeds"),
             ("max_sequence_length", "prompt"),
         ):
             if getattr(self, name) is not None and getattr(self, owner) is None:
                 raise ValueError(f"{name} belongs to {owner}, which is not given: leave it out.")
+
+    def _check_pooled(self, width: int | None) -> None:
+        """Refuse texts without pooled embeddings for networks that take them, and the other way round."""
+        given = {
+            "prompt_embeds": self.pooled_prompt_embeds,
+            "negative_prompt_embeds": self.negative_pooled_prompt_embeds,
+        }
+        for owner, pooled in given.items():
+            name = owner.replace("prompt", "pooled_prompt")
+            if width is None and pooled is not None:
+                raise ValueError(f"This model takes no pooled embeddings: leave {name} out.")
+            if width is not None and pooled is None and getattr(self, owner) is not None:
+                raise ValueError(f"This model takes pooled embeddings, too: give {name} beside {owner}.")
+        if width is not None and (self.prompt is not None or self.negative_prompt is not None):
+            raise ValueError(
+                "This model takes texts with pooled embeddings: give prompt_embeds and pooled_prompt_embeds, as the "
+                "encode_prompt of its own pipeline makes them, and no prompt or negative_prompt."
+            )
 
 
 @dataclass(frozen=True)
@@ -195,7 +224,7 @@ class CheckedConditioning:
                 text = take_rows(encoded, slice(first, first + len(prompts)))
                 first += len(prompts)
             elif isinstance(text, Text):
-                text = Text(text.tokens.to(device), text.mask.to(device))
+                text = Text(*(None if part is None else part.to(device) for part in text))  # type: ignore[arg-type]
             conditions.append(repeat_rows(cast(Text | None, text), times))
         return conditions[0], conditions[1]
 
@@ -296,8 +325,10 @@ def check_prompts(name: str, prompts: object) -> list[str]:
     return list(prompts)
 
 
-def _check_embeds(name: str, tokens: object, mask: object, shape: tuple[int, ...]) -> Text:
-    """Embeddings of prompts with their mask; a shape of −1 is any."""
+def _check_embeds(
+    name: str, tokens: object, mask: object, shape: tuple[int, ...], pooled: Tensor | None, width: int | None
+) -> Text:
+    """Embeddings of prompts with their mask and, for networks that take them, pooled ones; a shape of −1 is any."""
     if not (isinstance(tokens, Tensor) and tokens.is_floating_point()):
         what = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"{name} must be a tensor of floating-point numbers [B, tokens, channels], got {what}.")
@@ -316,51 +347,13 @@ def _check_embeds(name: str, tokens: object, mask: object, shape: tuple[int, ...
     if mask.is_floating_point() or mask.is_complex():  # one that is added to attention has 0 where a token counts
         raise ValueError(f"{name} must be of booleans or integers, got {mask.dtype}.")
     mask = mask.to(tokens.device).bool()
-    if not mask.any(1).all():
+    if not (name.startswith("negative") or mask.any(1).all()):  # an empty prompt may have none
         raise ValueError(f"{name} must leave each prompt a token, and leaves one of them none.")
-    return Text(tokens, mask)
-
-
-def find_label_ids(
-    class_labels: int | str | Sequence[int | str] | Tensor, num_classes: int | None, id2label: Mapping[int, str]
-) -> list[int]:
-    """Turn classes in any form into a list of their numbers: a number, a name, a list of either, an integer tensor."""
-    if num_classes is None:
-        raise ValueError("This model is unconditional: leave class_labels out and give batch_size.")
-    if isinstance(class_labels, Tensor):
-        if class_labels.is_floating_point() or class_labels.dtype == torch.bool or class_labels.ndim > 1:
-            raise ValueError(
-                "class_labels must be integers in at most one dimension, "
-                f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}."
-            )
-        class_labels = class_labels.reshape(-1).tolist()
-    elif isinstance(class_labels, (bytes, Set, Mapping)):  # in no order that says which image is of which class
-        raise ValueError(
-            f"class_labels must be a number, a name or a list of them, got a {type(class_labels).__name__}."
-        )
-    elif isinstance(class_labels, str) or not isinstance(class_labels, Iterable):
-        class_labels = [class_labels]
-    whole = {name: number for number, name in reversed(list(id2label.items()))}
-    # ImageNet's names are several words for one class, parted by commas; a `DiTPipeline` takes each.
-    parts = {part.strip(): number for name, number in whole.items() for part in name.split(",")}
-    numbers = {**parts, **whole}
-    ids = [_find_label_id(label, num_classes, numbers) for label in class_labels]
-    if not ids:
-        raise ValueError("class_labels is empty.")
-    return ids
-
-
-def _find_label_id(label: int | str | Tensor, num_classes: int, numbers: Mapping[str, int]) -> int:
-    if isinstance(label, str):
-        if label not in numbers:
-            close = difflib.get_close_matches(label, numbers)
-            hint = f"did you mean {close[0]!r}?" if close else "pipe.id2label lists the names."
-            raise ValueError(f"Unknown class name {label!r}; {hint}")
-        label = numbers[label]
-    if isinstance(label, Tensor) and label.ndim == 0:
-        label = cast(int, label.item())
-    if isinstance(label, bool) or not hasattr(label, "__index__"):
-        raise ValueError(f"class_labels must be integers or names, got {label!r}.")
-    if not 0 <= label < num_classes:
-        raise ValueError(f"class_labels must lie in 0..{num_classes - 1}, got {label}.")
-    return int(label)
+    if width is not None:
+        expected, name = [len(tokens), width], name.replace("prompt_attention_mask", "pooled_prompt_embeds")
+        if not (isinstance(pooled, Tensor) and pooled.is_floating_point() and list(pooled.shape) == expected):
+            got = list(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(f"{name} must be a floating-point tensor of shape {expected}, got {got}.")
+        if not pooled.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity among them.")
+    return Text(tokens, mask, pooled)

@@ -30,7 +30,7 @@ CARD = "README.md"
 _RECORDS = ("configuration.json", "training.json", "evaluation.json", "notes.json", "plan.json")
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 # What the Hub takes for a name: `model` or `owner/model`.
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class RepositoryMixin:
@@ -49,7 +49,7 @@ class RepositoryMixin:
             raise ValueError(
                 f"A model is loaded by the name of a folder or of a repository on the Hub, got {place!r}."
             )
-        if not os.path.exists(place) and (isinstance(place, os.PathLike) or not _HUB_NAME.fullmatch(place)):
+        if not os.path.exists(place) and (isinstance(place, os.PathLike) or not HUB_NAME.fullmatch(place)):
             raise OSError(f"{place} cannot be loaded: there is no such folder.")
         try:
             return super().from_pretrained(place, *args, **kwargs)  # type: ignore[misc] # of the host's class

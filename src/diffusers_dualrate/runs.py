@@ -73,7 +73,7 @@ from .progress import Progress
 from .recipes import SingleRateRecipe
 from .repositories import claim_repository, upload_model
 from .run_folder import RunFolder
-from .sources import fingerprint_of, fingerprint_weights
+from .sources import fingerprint_of
 from .streams import DealtBatches, ShuffledIndices, StreamedImages, Stretch
 
 LOGGING_STEPS = 50
@@ -122,7 +122,7 @@ class Run:
         self.parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
         self._count = None if isinstance(images, StreamedImages) else len(images)
         known = {flag: fingerprint_of(model) for flag, model in models.items() if model is not None}
-        known |= {} if captions is None else {"text_encoder": fingerprint_weights(captions.encoding.text_encoder)}
+        known |= {} if captions is None else captions.fingerprints
         precision = dataclasses.replace(self.options, mixed_precision=accelerator.mixed_precision)
         told = dataclasses.replace(self.configuration, options=precision)
         record = make_record(told, fingerprint_of_images(images), known)

@@ -134,7 +134,10 @@ def open_captions(
         return CaptionEmbeddings(embeds, trained.denoiser.config.text_length)
     if name is None:
         raise ValueError("Captions need --text_encoder, which embeds them, or a trained model that has one.")
-    return CaptionEmbeddings(load_text_encoding(name), configuration.networks.denoiser["text_length"])
+    rules = configuration.networks.denoiser
+    if trained is not None:  # which has read texts before, by rules of its own
+        rules = dict(trained.denoiser.config)
+    return CaptionEmbeddings(load_text_encoding(name).under(rules), rules["text_length"])
 
 
 def components_of(captions: CaptionEmbeddings | None) -> dict[str, Any]:

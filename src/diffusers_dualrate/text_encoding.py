@@ -1,8 +1,10 @@
 """Prompts and captions as embeddings: a text encoder of transformers with its tokenizer."""
 
 import contextlib
+import dataclasses
+import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +107,21 @@ class TextEncoding:
             raise ValueError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}.")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no pad_token, with which prompts are filled up to one length.")
-        rules = next((network.config for network in networks if network is not None), None)
-        if rules is None:
-            return cls(text_encoder, tokenizer)
-        return cls(text_encoder, tokenizer, rules.text_is_masked, rules.text_is_lowered)
+        encoding = cls(text_encoder, tokenizer)
+        return next((encoding.under(network.config) for network in networks if network is not None), encoding)
+
+    def under(self, rules: Mapping[str, Any]) -> "TextEncoding":
+        """The same under the rules for texts in a network's configuration, as far as it has any."""
+        names = {"text_is_masked": "is_masked", "text_is_lowered": "is_lowered"}
+        return dataclasses.replace(self, **{ours: rules[name] for name, ours in names.items() if name in rules})
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """A short digest of how texts become tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        said = (rules, self.tokenizer.pad_token_id, self.tokenizer.padding_side, self.most_tokens)
+        return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
 
     @property
     def most_tokens(self) -> int:
@@ -150,9 +163,15 @@ class TextEncoding:
 
     def _warn_of_cuts(self, prompts: list[str], length: int) -> None:
         whole = self._tokenize(prompts, verbose=False).input_ids
-        removed = [self.tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]
+        kept = self._tokenize(prompts, verbose=False, truncation=True, max_length=length).input_ids
+        removed = [self._decode_lost(*ids) for ids in zip(whole, kept, strict=True) if len(ids[0]) > length]
         if removed:
             logger.warning(
                 "The following part of your input was truncated because the text encoder takes sequences up to "
                 f"{length} tokens: {removed}"
             )
+
+    def _decode_lost(self, whole: list[int], kept: list[int]) -> str:
+        """The words of a text between what is kept of its beginning and the tokens that end any text."""
+        first = next((i for i, token in enumerate(kept) if token != whole[i]), len(kept))
+        return self.tokenizer.decode(whole[first : len(whole) - (len(kept) - first)])
