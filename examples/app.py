@@ -64,7 +64,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--compare",
         default="model_cards/single-rate-emoji32",
-        help="Folder or Hub repository of a heavy network alone of the same classes. Default: the emoji.",
+        help="Folder or Hub repository of a heavy network alone of the same classes, or of a pair around it. Default: the emoji.",
     )
     parser.add_argument("--prompt", nargs="*", help="Prompts that the page opens with, for a model of text.")
     parser.add_argument("--port", type=int, help="Where the page is served; default: the first free from 7860.")
@@ -83,8 +83,11 @@ def open_pair(name):
 def open_heavy(name, pair):
     """The single-rate model that draws beside a pair, which must draw the same."""
     pipe = DualRatePipeline.from_pretrained(name)
-    if pipe.context_encoder is not None:
-        raise ValueError(f"Heavy network must be a single-rate model, but {name} is a pair.")
+    if pipe.context_encoder is not None and not pipe.denoiser.config.prediction_hand_over:
+        raise ValueError(
+            f"Heavy network must be a single-rate model, but {name} is a pair whose encoder predicts nothing."
+        )
+    pipe = pipe.heavy_alone()
     ours, theirs = pair.denoiser.config, pipe.denoiser.config
     for part in ("sample_size", "in_channels", "num_classes", "cross_attention_dim"):
         if ours.get(part) != theirs.get(part):

@@ -25,7 +25,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "and are not among them.",
     )
     parser.add_argument(
-        "--teacher", required=True, help="Single-rate model or one of diffusers, a Hub repository or a folder."
+        "--teacher",
+        required=True,
+        help="Single-rate model, one of diffusers or a pair that follows one, a Hub repository or a folder.",
     )
     parser.add_argument("--student", help="Trained model to start from, a Hub repository or a folder.")
     add_light_flag(parser)
@@ -315,6 +317,8 @@ def open_models(
 ) -> tuple[DualRatePipeline, DualRatePipeline | None, Configuration]:
     """Teacher and student, and the configuration with the student's networks where there is one."""
     teacher = DualRatePipeline.from_pretrained(args.teacher)
+    if teacher.context_encoder is not None and teacher.config.encoder_denoises:
+        teacher = teacher.heavy_alone()  # a pair that follows its heavy network holds it as it was
     student = DualRatePipeline.from_pretrained(args.student) if args.student else None
     if student is not None:
         configuration = take_over_student(configuration, student, args)

@@ -18,7 +18,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model", required=True, help="Hub repository or folder of a pair, or of a single-rate model."
     )
-    parser.add_argument("--compare", help="Hub repository or folder of a single-rate model of the same classes.")
+    parser.add_argument(
+        "--compare",
+        help="Hub repository or folder of a single-rate model of the same classes, or of a pair around it.",
+    )
     parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
     parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
     parser.add_argument("--prompt", nargs="+", help="Prompts, for a model of text.")
@@ -188,8 +191,12 @@ def open_beside(flag, args, pipe):
     if path is None:
         return None
     other = DualRatePipeline.from_pretrained(path)
-    if flag == "compare" and other.context_encoder is not None:
-        raise ValueError(f"--compare must be a single-rate model, but {path} is a pair.")
+    if flag == "compare":
+        if other.context_encoder is not None and not other.denoiser.config.prediction_hand_over:
+            raise ValueError(
+                f"--compare must be a single-rate model, but {path} is a pair whose encoder predicts nothing."
+            )
+        other = other.heavy_alone()
     ours, theirs = (p.denoiser.config for p in (pipe, other))
     for name in ("sample_size", "in_channels"):
         if ours[name] != theirs[name]:

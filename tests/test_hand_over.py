@@ -1,5 +1,6 @@
 """The encoder's own prediction handed over beside the context, and its update by what z_t tells beyond z_τ."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,32 @@ def test_the_encoder_of_a_single_rate_network_predicts_what_that_network_predict
     torch.testing.assert_close(x, diffusion.x_from_v(z, velocity, log_snr[:, None, None, None]))
     torch.testing.assert_close(z_tau, z)
     torch.testing.assert_close(variance.mean((1, 2, 3)), 0.2 * torch.sigmoid(-log_snr))
+
+
+def test_the_heavy_network_of_a_pair_is_had_alone_and_draws_as_the_pair_does_where_it_refreshes_always(make_pair):
+    """Mutants: a part of the weights left out; the pair's K, refreshes or `encoder_denoises` kept."""
+    encoder, denoiser = make_pair()
+    names = {i: f"class {i}" for i in range(denoiser.config.num_classes)}
+    options = {"num_inference_steps": 6, "num_context_steps": 2, "guidance_scale": 2.0, "id2label": names}
+    pair = DualRatePipeline(denoiser, DualRateScheduler(), encoder, encoder_denoises=True, **options)
+    heavy = pair.heavy_alone()
+    for pipe in (pair, heavy):
+        pipe.set_progress_bar_config(disable=True)
+    assert heavy.context_encoder is None and heavy.id2label == names and heavy.heavy_alone() is heavy
+    drawn = [
+        pipe([0, 1], generator=torch.Generator().manual_seed(0), output_type="latent", **more).images
+        for pipe, more in ((heavy, {}), (pair, {"num_context_steps": 6}), (pair, {}))
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(drawn[0], drawn[2], atol=1e-2)
+    compiled = copy.copy(pair)
+    compiled.__dict__["context_encoder"] = torch.compile(encoder)
+    assert compiled.heavy_alone().denoiser.config == heavy.denoiser.config
+
+
+def test_an_encoder_that_predicts_nothing_draws_nothing_alone(make_pipe):
+    with pytest.raises(ValueError, match="This encoder hands over no prediction, so it draws nothing alone"):
+        make_pipe().heavy_alone()
 
 
 def test_the_encoder_learns_its_prediction_from_a_loss_of_its_own(make_pair):

@@ -384,3 +384,20 @@ def test_a_model_of_diffusers_is_measured_as_it_is(models, folder, tmp_path):  #
     assert report["samples"][0]["flops"] == 2 * network_flops(
         DualRatePipeline.from_pretrained(models / "unet").denoiser
     )
+
+
+def test_a_pair_that_follows_a_network_stands_for_it_as_teacher_and_beside_itself(models, folder, pair, tmp_path):  # noqa: F811
+    """Mutants: the student's networks taken from the pair, another network than X's own drawn beside it."""
+    theirs, ours = (
+        DualRatePipeline.from_pretrained(models / "unet"),
+        DualRatePipeline.from_pretrained(pair).heavy_alone(),
+    )
+    z, level = torch.randn(1, 3, 16, 16), torch.tensor(0.5)
+    with torch.no_grad():
+        assert torch.equal(ours.denoiser(z, level).sample, theirs.denoiser(z, level).sample)
+    student = ("--teacher", pair, "--student", pair, "--num_inference_steps", 4, "--num_context_steps", 2)
+    assert train("distill", folder, tmp_path / "student", *student, "--max_train_steps", 2) == 0
+    flags = ["--model", pair, "--compare", pair, "--distilled", tmp_path / "student", "--num_columns", 1]
+    flags += ["--num_inference_steps", 4, "--solver_steps", 2, "--output", tmp_path / "picture.png"]
+    rows = generate.main(generate.parse_args([str(flag) for flag in flags]))
+    assert [(row.heavy, row.light) for row in rows[1:3]] == [(4, 0), (2, 0)]

@@ -214,6 +214,19 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
         return encoder
 
     @classmethod
+    def from_encoder(cls, encoder: Self) -> Self:
+        """The same network as a single-rate one, which draws alone; both share it.
+
+        Raises:
+            ValueError: If the encoder hands over no prediction.
+        """
+        if not encoder.config.prediction_hand_over:
+            raise ValueError("This encoder hands over no prediction, so it draws nothing alone.")
+        denoiser = cls(encoder.network, encoder.process, text_length=encoder.config.text_length)
+        denoiser.origin = encoder.origin
+        return denoiser
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load a network that `save_pretrained` saved. Takes what the network's own method takes."""
         place, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)

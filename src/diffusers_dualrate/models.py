@@ -264,6 +264,26 @@ class UViTDenoiser(UViTNetwork):
         for projection in self.context_proj:
             nn.init.zeros_(cast(nn.Conv2d, projection).weight)
 
+    @classmethod
+    def from_encoder(cls, encoder: UViTContextEncoder) -> "UViTDenoiser":
+        """Turn the encoder of a pair back into a single-rate network that predicts what it hands over.
+
+        Args:
+            encoder: An encoder with `prediction_hand_over`; it is left as it is.
+
+        Raises:
+            ValueError: If it hands over no prediction.
+        """
+        if not encoder.config.prediction_hand_over:
+            raise ValueError("This encoder hands over no prediction, so it draws nothing alone.")
+        config = {key: encoder.config[key] for key in cls._get_init_keys(cls) if key in encoder.config}
+        denoiser = cls(**{**config, "context_channels": None, "prediction_hand_over": False})
+        learned = encoder.state_dict()
+        denoiser.load_state_dict({name: learned[name] for name in denoiser.state_dict()})
+        denoiser.origin = encoder.origin
+        same = denoiser.dtype == encoder.dtype  # the host warns of every cast
+        return denoiser.to(encoder.device).eval() if same else denoiser.to(encoder.device, encoder.dtype).eval()
+
     @apply_forward_hook
     def project_context(self, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn an encoder's context into what `forward` adds to its levels, once per refresh.

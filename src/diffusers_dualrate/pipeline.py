@@ -223,6 +223,25 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin
         """Name of each class, empty where none are known."""
         return check_id2label(self.config.id2label, self.denoiser.config.num_classes)
 
+    def heavy_alone(self) -> "DualRatePipeline":
+        """The pair's heavy network as a single-rate model with the pair's defaults; a single-rate model as it is.
+
+        Where the encoder was frozen in training, this is the network that it was before.
+
+        Raises:
+            ValueError: If the encoder hands over no prediction, so that it draws nothing alone.
+        """
+        encoder = getattr(self.context_encoder, "_orig_mod", self.context_encoder)  # what `torch.compile` wrapped
+        if encoder is None:
+            return self
+        if isinstance(encoder, HostNetwork):
+            denoiser: UViTDenoiser | HostNetwork = HostNetwork.from_encoder(encoder)
+        else:
+            denoiser = UViTDenoiser.from_encoder(encoder)
+        kept = ("num_inference_steps", "guidance_scale", "guidance_interval", "id2label")
+        parts = self.components | {"denoiser": denoiser, "context_encoder": None}
+        return type(self)(**parts, **{name: self.config[name] for name in kept})
+
     def plan_run(
         self,
         num_inference_steps: int | None = None,
