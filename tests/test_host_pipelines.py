@@ -46,7 +46,7 @@ def test_pipelines_whose_own_scheduler_needs_care_are_drawn(kind, tmp_path):
     assert all(Path(warning.filename) == Path(__file__) for warning in warned or ())
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
-    asked = {} if ours.denoiser.config.num_classes is None else {"class_labels": 1}
+    asked = {} if ours.denoiser.config.num_classes is None else {"class_labels": 1, "guidance_scale": 1.0}
     drawn = ours(num_inference_steps=5, generator=generator(), output_type="np", **asked).images
     assert np.isfinite(drawn).all()
     if kind == "zero signal":
@@ -56,7 +56,12 @@ def test_pipelines_whose_own_scheduler_needs_care_are_drawn(kind, tmp_path):
         assert steps.log_snrs[0] == NOISE_ALONE < steps.log_snrs[1]  # a number, as the network's own process has it
         with pytest.raises(ValueError, match="no steps for a process that ends in noise alone"):
             make_dpm_solver(ours.scheduler)
-    if kind == "clipped latents":
+    if kind == "clipped latents":  # its own pipeline without that draws the same
+        theirs.scheduler = DDIMScheduler(clip_sample=False)
+        expected = theirs(
+            [1], num_inference_steps=5, guidance_scale=1.0, generator=generator(), output_type="np"
+        ).images
+        np.testing.assert_allclose(drawn, expected, atol=1e-4)
         with pytest.raises(
             ValueError, match="DiTTransformer2DModel of diffusers draws squares only, got height 16 and width"
         ):

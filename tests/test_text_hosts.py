@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -17,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 
 import distill
@@ -105,6 +107,20 @@ def test_a_pipeline_of_text_draws_the_same_images_here(name, length, tmp_path):
     ours.denoiser.save_pretrained(tmp_path / "alone")
     assert HostNetwork.from_pretrained(tmp_path / "alone").config.text_length == length
     assert str(tmp_path) not in (tmp_path / "alone" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_it_does_so_under_other_schedulers(kind, tmp_path):
+    theirs = make_theirs("stable diffusion")
+    theirs.scheduler = kind()
+    theirs.save_pretrained(tmp_path)
+    ours = DualRatePipeline.from_pretrained(tmp_path)
+    options = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "latent"}
+    for pipe in (theirs, ours):
+        pipe.set_progress_bar_config(disable=True)
+    expected = theirs(PROMPTS[0], generator=torch.Generator().manual_seed(0), height=64, width=64, **options).images
+    drawn = ours(PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
+    assert (drawn - expected).abs().max() < 1e-3 * expected.std()
 
 
 def test_a_scheduler_that_extrapolates_noise_is_replaced_with_a_word_on_it(tmp_path):
