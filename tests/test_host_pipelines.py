@@ -34,7 +34,7 @@ def test_pipelines_whose_own_scheduler_needs_care_are_drawn(kind, tmp_path):
         "learned variance": lambda: DDPMPipeline(
             make_unet(out_channels=6), DDPMScheduler(variance_type="learned_range")
         ),
-        "clipped latents": lambda: DiTPipeline(make_dit(), make_vae(), DDIMScheduler()),
+        "clipped latents": lambda: DiTPipeline(make_dit(out_channels=4), make_vae(), DDIMScheduler()),
     }[kind]()
     theirs.save_pretrained(tmp_path)
     said = {
