@@ -146,7 +146,7 @@ def test_every_solver_draws_something_else(models):
         ({"model": "{}/nothing"}, "nothing cannot be loaded: there is no such folder."),
         ({"model": None}, "A model is loaded by the name of a folder"),
         ({"model": "{}/heavy"}, "heavy is a single-rate model."),
-        ({"compare": "{}/pair"}, "pair is a pair."),
+        ({"compare": "{}/pair"}, "pair is a pair whose encoder predicts nothing."),
         ({"compare": "{}/other"}, "other has other classes than the pair, or the same in another order."),
     ],
 )

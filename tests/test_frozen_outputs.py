@@ -145,7 +145,7 @@ def sample_without_denoiser_at_refreshes(name):
 
 def sample_in_order(second_order, name, **options):
     scheduler = DualRateScheduler.from_config(load(name).scheduler.config, second_order=second_order, **options)
-    steps = {"num_inference_steps": 6, "num_context_steps": 3}
+    steps = {"num_inference_steps": 6} | ({} if name == SINGLE else {"num_context_steps": 3})
     return pixels(load(name, scheduler=scheduler), **steps, guidance_scale=2)
 
 

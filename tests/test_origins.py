@@ -136,7 +136,7 @@ again.save_pretrained(root / "pushed whole", push_to_hub=True, repo_id="you/push
 told["pushed whole"] = sorted(name for name in hub.repositories["you/pushed-whole"].find("main")[1] if "context_encoder" in name)
 before = len(hub.requests)
 other = HostNetwork(copy.deepcopy(unet), start.denoiser.process, prediction_hand_over=True)
-note("replaced", lambda: torch.allclose(  # weights that lie elsewhere in memory are summed in another order
+note("replaced", lambda: torch.allclose(  # weights at other addresses may be summed in another order
     sample(DualRatePipeline.from_pretrained("you/unet", **fresh(context_encoder=other))), expected, atol=1e-4))
 told["replaced asks for"] = [path for _, path in hub.requests[before:] if "org/unet" in path]
 

@@ -61,7 +61,7 @@ def test_no_tensor_of_a_call_outlives_it(make_pipe, ending, single_rate):
 
     options = {"callback_on_step_end_tensor_inputs": ["latents", "class_labels", "context"], "guidance_scale": 2.0}
     try:
-        pipe([0, 3], 4, 2, callback_on_step_end=callback, **options)
+        pipe([0, 3], 4, None if single_rate else 2, callback_on_step_end=callback, **options)
     except RuntimeError:
         assert ending == "failed"
     gc.collect()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,15 @@ def test_kept_embeddings_hold_no_more_than_they_count(root):
     captions.embed(["a red apple"], "cpu"), captions.embed(["two fish"], "cpu")
     held = sum(tokens.untyped_storage().nbytes() for tokens, _ in captions._kept.values())
     assert held == captions._num_bytes
+
+
+def test_captions_that_are_cut_are_warned_of(root):
+    encoding = load_text_encoding(str(root / "encoder"))
+    with pytest.warns(UserWarning, match="6 of 16 captions have more than 3 tokens, and what follows is not learned"):
+        CaptionEmbeddings(encoding, 3).warn_of_cuts(open_set(root).captions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CaptionEmbeddings(encoding, 4).warn_of_cuts(open_set(root).captions)
 
 
 def test_samples_are_asked_for_every_caption_of_an_image_as_real_images_show_them(root):

@@ -1,5 +1,6 @@
 """What a training shows its networks beside the images: classes, or captions as embeddings that are computed once."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,6 +14,7 @@ from .inventory import captions_from_bytes
 from .origins import digest
 from .text_encoding import TEXT_OPTIONS, TextEncoding, width_of
 
+_MOST_LOOKED_AT = 20_000  # captions whose tokens are counted as a run begins
 _MOST_BYTES = 2**31  # of embeddings that are kept
 # Captions that are embedded at a time, always as many: the rounding of kernels depends on it, and a run that is resumed
 # meets its captions in another order.
@@ -38,6 +40,22 @@ class CaptionEmbeddings:
         """What the configuration of a network says of such texts."""
         rules = width_of(self.encoding.text_encoder), self.length, self.encoding.is_masked, self.encoding.is_lowered
         return dict(zip(TEXT_OPTIONS, rules, strict=True))
+
+    def warn_of_cuts(self, captions: Sequence[Sequence[str]]) -> None:
+        """Warn where captions are longer than what is kept of them; of very many some are looked at.
+
+        Args:
+            captions: Those of each image.
+        """
+        texts = [text for own in captions for text in own]
+        looked_at = texts[:: max(1, len(texts) // _MOST_LOOKED_AT)]
+        num_cut = sum(length > self.length for length in self.encoding.count_tokens(looked_at))
+        if num_cut:
+            warnings.warn(
+                f"{num_cut:,} of {len(looked_at):,} captions have more than {self.length} tokens, and what follows is not "
+                "learned: see text_length of the preset.",
+                stacklevel=2,
+            )
 
     @property
     def fingerprints(self) -> dict[str, str]:

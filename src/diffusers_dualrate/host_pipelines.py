@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from .hosts import HostNetwork
-from .network import check_loaded
+from .network import align_weights, check_loaded
 from .noise_process import NoiseProcess
 from .origins import place_of
 from .scheduler import DualRateScheduler
@@ -127,6 +127,7 @@ def open_host_pipeline(pretrained_model_name_or_path, **kwargs) -> dict[str, Any
     if "device_map" not in kwargs:  # else weights may wait elsewhere
         missing = [name for name, weight in network.named_parameters() if weight.device.type == "meta"]
         check_loaded(f"{component} of {pretrained_model_name_or_path}", network, missing)
+        align_weights(network)
     process = NoiseProcess.of(pipeline.scheduler)
     scheduler = given
     if given is None:

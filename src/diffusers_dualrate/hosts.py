@@ -27,7 +27,7 @@ from . import diffusion
 from .caches import enable_cache_that_acts
 from .conditions import Condition, ProjectedText, Text, blank_text
 from .host_kinds import KINDS
-from .network import ImageNetworkMixin, check_loaded, per_sample, refuse_adapters
+from .network import ImageNetworkMixin, align_weights, check_loaded, per_sample, refuse_adapters
 from .noise_process import NoiseProcess
 from .origins import KEY, Origin, place_of, prepare_folder, write_into_config
 from .ranges import check_boolean, check_integer
@@ -253,6 +253,7 @@ class HostNetwork(ImageNetworkMixin, RepositoryMixin, ModelMixin, ConfigMixin, P
             check_loaded(place, network, info["missing_keys"])
         else:
             network, info = origin.fetch(place, {name: _classes()[name]}, options), {}
+        align_weights(network)
         host = cls(network, process, **own)
         host.origin = origin or Origin.find(place, **kwargs)
         return (host, info) if wants_info else host  # type: ignore[return-value] # as the host's method does

@@ -95,6 +95,16 @@ def check_loaded(place: object, network: nn.Module, missing: Collection[str]) ->
             raise ValueError(f"{place} holds NaN or infinity in {name}.")
 
 
+def align_weights(network: nn.Module) -> None:
+    """Copy weights on the CPU to addresses of their own, so that equal weights give equal images.
+
+    Mapped from a file they may start anywhere, and the rounding of some kernels depends on that.
+    """
+    for weight in network.parameters():
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()
+
+
 def refuse_adapters(**networks: nn.Module | None) -> None:
     """Refuse to save networks that have adapters: what is saved so could not be loaded."""
     for name, network in networks.items():
@@ -160,10 +170,7 @@ class UViTNetwork(
             return cls._load_what_is_new(pretrained_model_name_or_path, config, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         check_loaded(pretrained_model_name_or_path, model, info["missing_keys"])
-        # Weights mapped from a file may start at any address, and the rounding of some kernels depends on it.
-        for weight in model.parameters():
-            if weight.device.type == "cpu":
-                weight.data = weight.data.clone()
+        align_weights(model)
         model.origin = Origin.find(pretrained_model_name_or_path, **kwargs)
         return (model, info) if wants_info else model  # type: ignore[return-value] # as the host's method does
 

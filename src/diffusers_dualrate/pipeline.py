@@ -226,20 +226,15 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin
     def heavy_alone(self) -> "DualRatePipeline":
         """The pair's heavy network as a single-rate model with the pair's defaults; a single-rate model as it is.
 
-        Where the encoder was frozen in training, this is the network that it was before.
-
         Raises:
             ValueError: If the encoder hands over no prediction, so that it draws nothing alone.
         """
         encoder = getattr(self.context_encoder, "_orig_mod", self.context_encoder)  # what `torch.compile` wrapped
         if encoder is None:
             return self
-        if isinstance(encoder, HostNetwork):
-            denoiser: UViTDenoiser | HostNetwork = HostNetwork.from_encoder(encoder)
-        else:
-            denoiser = UViTDenoiser.from_encoder(encoder)
+        kind: Any = HostNetwork if isinstance(encoder, HostNetwork) else UViTDenoiser
         kept = ("num_inference_steps", "guidance_scale", "guidance_interval", "id2label")
-        parts = self.components | {"denoiser": denoiser, "context_encoder": None}
+        parts = self.components | {"denoiser": kind.from_encoder(encoder), "context_encoder": None}
         return type(self)(**parts, **{name: self.config[name] for name in kept})
 
     def plan_run(

@@ -125,19 +125,21 @@ def open_captions(
         if name is not None:
             raise ValueError(f"--text_encoder {name} has no effect without --caption_column.")
         return None
+    # A trained model has read texts before, by rules of its own.
+    rules = configuration.networks.denoiser if trained is None else dict(trained.denoiser.config)
     if trained is not None and trained.text_encoder is not None:
         if name is not None:
             raise ValueError(f"--text_encoder {name} and the trained model are two text encoders: give one of them.")
         networks = trained.context_encoder, trained.denoiser
-        embeds = TextEncoding.of(trained.text_encoder, trained.tokenizer, *networks)
-        assert embeds is not None  # there is an encoder
-        return CaptionEmbeddings(embeds, trained.denoiser.config.text_length)
-    if name is None:
+        encoding = TextEncoding.of(trained.text_encoder, trained.tokenizer, *networks)
+        assert encoding is not None  # there is an encoder
+    elif name is not None:
+        encoding = load_text_encoding(name).under(rules)
+    else:
         raise ValueError("Captions need --text_encoder, which embeds them, or a trained model that has one.")
-    rules = configuration.networks.denoiser
-    if trained is not None:  # which has read texts before, by rules of its own
-        rules = dict(trained.denoiser.config)
-    return CaptionEmbeddings(load_text_encoding(name).under(rules), rules["text_length"])
+    captions = CaptionEmbeddings(encoding, rules["text_length"])
+    captions.warn_of_cuts(getattr(images, "captions", None) or [])  # those of a stream are not known yet
+    return captions
 
 
 def components_of(captions: CaptionEmbeddings | None) -> dict[str, Any]:

@@ -156,6 +156,10 @@ class TextEncoding:
         tokens = self.text_encoder(inputs.input_ids.to(device), **options).last_hidden_state
         return Text(tokens, mask.bool())
 
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        """How many tokens each prompt has as a whole."""
+        return [len(ids) for ids in self._tokenize(prompts, verbose=False).input_ids] if prompts else []
+
     def _tokenize(self, prompts: list[str], **options: Any) -> Any:
         """Numbers of the tokens of prompts, as the networks learned them."""
         with _TOKENIZING:
