@@ -369,9 +369,7 @@ def plan_for(
         raise ValueError(f"A plan is one for DualRateScheduler, and the model has {type(pipe.scheduler).__name__}.")
     if pipe.denoiser.config.cross_attention_dim is not None or prompts is not None:
         prompts = check_prompts("prompts of a model of text", prompts)
-    pipe.plan_run(
-        _MOST_STEPS, None if pipe.context_encoder is None else 1
-    )  # refuses a first context that even the longest chain leaves no step for
+    pipe.plan_run(_MOST_STEPS, 1 if pipe.context_encoder else None)  # refuses a first context after all steps
     search = _Search(pipe, num_images, seed, batch_size, prompts)
     search.price(unit)
     waiting = next(filter(None, (search.first_candidates(budget, each) for each in search.intervals())), [])
