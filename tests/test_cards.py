@@ -15,7 +15,7 @@ import make_card
 import train_dual_rate
 from diffusers_dualrate import cards
 from diffusers_dualrate.commands import evaluation_command, next_commands
-from diffusers_dualrate.configuration import Configuration
+from diffusers_dualrate.configuration import Configuration, Start
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "model_cards").iterdir())
@@ -204,6 +204,38 @@ def test_only_a_data_set_of_the_hub_is_linked_as_one(parts):
     assert "datasets:" not in card_of(*parts)
     parts[0]["data"]["hub"] = "owner/set"
     assert "datasets:\n- owner/set\n" in card_of(*parts)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "recipe", "kept"),
+    [("org/unet", "org/unet", {"follow_encoder": True}, " as it is"), ("/home/me/unet", "unet", {}, "")],
+)
+def test_a_pair_around_a_trained_network_says_so(parts, place, name, recipe, kept):
+    """Mutants: a path of somebody's machine shown; a network that was trained further called as it is."""
+    evaluation, index, notes = parts
+    evaluation["configuration"]["start"]["pretrained_model_name_or_path"] = place
+    evaluation["configuration"]["training"] |= recipe
+    text = " ".join(card_of(evaluation, index, notes).split())
+    assert f"It started from `{name}`, whose heavy network it holds{kept}: what that learned from counts here" in text
+
+
+def test_what_a_student_started_from_comes_before_what_it_learned_from(tmp_path):
+    for name, license in (("teacher", "mit"), ("student", "cc-by-nc-4.0")):
+        folder = tmp_path / f"models--org--{name}" / "snapshots" / ("a" * 40)
+        (folder / "denoiser").mkdir(parents=True)
+        (folder / "denoiser" / "config.json").write_text("{}")
+        (folder / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+    places = {
+        name: str(tmp_path / f"models--org--{name}" / "snapshots" / ("a" * 40)) for name in ("teacher", "student")
+    }
+    for start, expected in (
+        (Start(**places), "student"),
+        (Start(teacher=places["teacher"], student="here"), "teacher"),
+    ):
+        cards.record_training(tmp_path, start, network="distilled pair")
+        base = json.loads((tmp_path / "training.json").read_text())["base"]
+        assert base["repository"] == f"org/{expected}"
+        assert base["license"] == {"teacher": "mit", "student": "cc-by-nc-4.0"}[expected]
 
 
 def test_notes_with_an_unknown_part_are_refused_by_its_name(parts):
