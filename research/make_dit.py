@@ -1,10 +1,24 @@
 """A small `DiTPipeline` of diffusers in latents of emoji64: untrained, or with the weights of a finished training.
 
-    python -m research.make_dit --vae runs/autoencoder-emoji64 --output_dir runs/dit-untrained
-    python -m research.make_dit --vae runs/autoencoder-emoji64 --transformer runs/dit-run/denoiser --output_dir runs/dit
+Between the two, `examples/train_single_rate.py` trains it as it trains any model of diffusers. So it was converted and
+distilled:
 
-Between the two, `examples/train_single_rate.py` trains it as it trains any model of diffusers. It predicts v on the cosine
-schedule of this package. Blocks start as the identity, as in the paper (arXiv 2212.09748).
+    python -m research.train_autoencoder --output_dir runs/autoencoder-emoji64 --max_train_steps 5000
+    python -m research.make_dit --vae runs/autoencoder-emoji64 --output_dir runs/dit-untrained
+    DATA="--preset emoji64 --dataset_name examples/data/emoji64 --label_column label --mixed_precision bf16"
+    accelerate launch examples/train_single_rate.py $DATA \\
+        --pretrained_model_name_or_path runs/dit-untrained --learning_rate 1e-3 --max_train_steps 3500 \\
+        --output_dir runs/dit-run
+    python -m research.make_dit --vae runs/autoencoder-emoji64 --transformer runs/dit-run/denoiser \\
+        --output_dir runs/dit
+    accelerate launch examples/train_dual_rate.py $DATA --pretrained_model_name_or_path runs/dit \\
+        --follow_encoder --light auto --max_train_steps 3000 --output_dir runs/dit-pair
+    accelerate launch examples/distill.py $DATA --teacher runs/dit --student runs/dit-pair \\
+        --max_train_steps 1000 --output_dir runs/dit-student
+    accelerate launch examples/distill.py $DATA --teacher runs/dit --student runs/dit \\
+        --max_train_steps 1000 --output_dir runs/dit-single-student
+
+It predicts v on the cosine schedule of this package. Blocks start as the identity, as in the paper (arXiv 2212.09748).
 """
 
 import argparse

@@ -153,6 +153,15 @@ def test_kept_embeddings_hold_no_more_than_they_count(root):
     assert held == captions._num_bytes
 
 
+def test_the_digest_of_a_tokenizer_does_not_know_what_it_was_last_asked_for(root):
+    encoding = load_text_encoding(str(root / "encoder"))
+    before = encoding.tokenizer_digest
+    for length in (4, 6):
+        encoding.embed(["a red apple"], length, "cpu")
+        assert encoding.tokenizer_digest == before
+    assert load_text_encoding(str(root / "encoder")).tokenizer_digest == before
+
+
 def test_captions_that_are_cut_are_warned_of(root):
     encoding = load_text_encoding(str(root / "encoder"))
     with pytest.warns(UserWarning, match="6 of 16 captions have more than 3 tokens, and what follows is not learned"):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,11 @@ class TextEncoding:
 
     @property
     def tokenizer_digest(self) -> str:
-        """A short digest of how texts become tokens."""
+        """A short digest of how texts become tokens, whatever the tokenizer was last asked for."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        rules: Any = sorted(self.tokenizer.get_vocab().items())
+        if backend is not None:  # which keeps on itself how the last call filled up and cut
+            rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
         said = (rules, self.tokenizer.pad_token_id, self.tokenizer.padding_side, self.most_tokens)
         return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
 
