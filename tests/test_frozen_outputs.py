@@ -1,12 +1,12 @@
-"""Numbers that were right once and must stay: the released models' images and losses, and the outcome of short trainings.
+"""Numbers that were right once and must stay: images and losses of models of classes, and the outcome of short trainings.
 
 Each pins a whole chain rather than one formula, so that a redesign which changes what comes out cannot go unseen. The
-models are stored in bfloat16 and run here in float32, whose rounding is all that may differ. Between instruction sets
-(`ATEN_CPU_CAPABILITY`), one thread and two, and kernels with oneDNN and without, no number here moved by a tenth of its
-tolerance. A number changes only with a change of method, in the same commit, with the reason.
+models have the shapes of the preset `emoji32` and seeded random weights. They run in float32, whose rounding is all that
+may differ. A number changes only with a change of method, in the same commit, with the reason.
 """
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,86 +19,94 @@ import distill
 import train_dual_rate
 import train_single_rate
 from conftest import PRESET, reset_accelerate
-from diffusers_dualrate import DualRatePipeline, DualRateScheduler, losses, moment_matching
+from diffusers_dualrate import (
+    DualRatePipeline,
+    DualRateScheduler,
+    UViTContextEncoder,
+    UViTDenoiser,
+    losses,
+    moment_matching,
+)
 from diffusers_dualrate.augmentation import Augmentation
 from diffusers_dualrate.data import LabelledImages, load_images
+from diffusers_dualrate.models import SINGLE_RATE
 from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.refreshes import plan_segments
 
-MODELS = Path(__file__).parents[1] / "model_cards"
-PAIR, SINGLE, STUDENT = "dualrate-emoji32", "single-rate-emoji32", "dualrate-emoji32-distilled"
+EMOJI32 = json.loads(Path("examples/presets/emoji32.json").read_text(encoding="utf-8"))
+PAIR, SINGLE, STUDENT = "pair", "single-rate model", "student"
 CLASSES = ["food-fruit", 33, "keycap"]
 PLACES = ((0, 16, 16), (1, 10, 20), (2, 22, 9))  # channel, row and column of three pixels of each image
 
 
 # Of each of three images, seeds 0, 1 and 2: the mean, then the values at three places.
 IMAGES = {
-    "the pair as released": [
-        [0.369534, 0.981443, -1.000000, -1.000000],
-        [0.63446, 0.833214, 0.197508, 0.81798],
-        [0.391271, 0.56322, 0.726509, 0.442096],
+    "the pair with its defaults": [
+        [0.062673, 1.711293, -0.727363, 1.401150],
+        [0.167512, -0.015346, 0.906804, -1.116894],
+        [0.335343, -1.123342, 3.959282, -2.729353],
     ],
-    "the single-rate model as released": [
-        [0.263335, 0.927339, -1.000000, -0.851238],
-        [0.601436, 0.528965, 0.507744, 0.868318],
-        [0.384813, 0.616248, 0.374677, 0.477196],
+    "the single-rate model with its defaults": [
+        [0.386531, 2.193644, 0.184647, 4.670868],
+        [0.486540, -1.572003, 2.733313, 4.233043],
+        [0.316118, -0.389708, 3.514226, 1.184642],
     ],
-    "the student as released": [
-        [0.389539, 1.067751, -0.054451, -0.77893],
-        [0.500002, -0.0907199, -0.413148, 0.887603],
-        [0.470828, 1.099255, 0.777559, 0.575655],
+    "the student with its defaults": [
+        [0.100535, 2.111651, 1.118970, 7.985587],
+        [0.148844, -1.001738, 0.012355, 4.089725],
+        [0.176217, 0.459411, 3.022725, 3.513031],
     ],
     "the pair without guidance": [
-        [0.51385, 0.915644, 0.422652, -0.325692],
-        [0.592355, 0.749385, 0.272617, 0.635742],
-        [0.488593, 0.62917, 0.993486, 0.425789],
+        [0.105782, 0.920666, -0.705484, -0.518823],
+        [0.210878, 0.273578, 2.676863, -2.458191],
+        [0.230252, -1.016449, 2.352488, -4.951424],
     ],
     "the pair with named refreshes and guidance in an interval": [
-        [0.482852, 1.000000, 0.15291, -0.648994],
-        [0.586043, 0.646881, -0.0566406, 0.767839],
-        [0.439415, 1.000000, 1.000000, 0.553156],
+        [0.130039, 0.489901, 1.298184, -0.082098],
+        [0.173675, 0.758118, 0.714994, -1.915437],
+        [0.325049, -1.954290, 3.355679, -2.278032],
     ],
     "the pair whose encoder denoises": [
-        [0.420592, 0.926549, -0.258515, -0.859303],
-        [0.596548, 0.831407, 0.00137393, 0.765177],
-        [0.390588, 0.759559, 1.000000, 0.455932],
+        [-0.037170, 0.508861, -0.870757, -0.536573],
+        [-0.003355, 0.309503, 0.425562, -2.764004],
+        [0.191034, -1.831426, 1.181612, -2.992501],
     ],
     "the pair of first order": [
-        [0.460193, 1.000000, 0.207433, -0.656914],
-        [0.631885, 0.639226, 0.178916, 0.716938],
-        [0.434393, 0.868702, 1.000000, 0.537106],
+        [0.132358, 1.598707, -0.458496, -0.020123],
+        [0.175342, 0.614810, 1.565045, -1.463606],
+        [0.260241, -0.937994, 1.853981, -2.538575],
     ],
     "the pair of second order": [
-        [0.45201, 1.000000, 0.286755, -0.696548],
-        [0.615857, 0.682194, 0.0505145, 0.718451],
-        [0.431537, 0.952205, 1.000000, 0.532179],
+        [0.160273, 2.091189, -0.683653, 0.838299],
+        [0.173150, 0.588045, 1.480499, -1.117494],
+        [0.279271, -1.013422, 1.795906, -2.012701],
     ],
     "the single-rate model with more variance": [
-        [0.491458, 0.996663, 0.458582, -0.634917],
-        [0.640335, 0.654984, 0.149556, 0.684177],
-        [0.416915, 0.864974, 1.000000, 0.464946],
+        [0.272514, 0.777028, 0.110556, 2.500887],
+        [0.411117, -0.894900, 0.521084, 2.113657],
+        [0.250489, -0.988248, 2.036364, 1.372979],
     ],
     "the single-rate model of a shifted schedule": [
-        [0.457179, 1.000000, 0.385285, -0.775706],
-        [0.661338, 0.312732, 0.299847, 0.673009],
-        [0.407241, 1.000000, 0.642293, 0.459732],
+        [0.264496, 0.783098, 0.222217, 2.919575],
+        [0.367811, -0.025136, 0.142412, 2.407950],
+        [0.214201, -0.177146, 1.655867, 1.397712],
     ],
     "the single-rate model with DPM-Solver++": [
-        [0.42518, 1.202885, -0.121298, -0.785919],
-        [0.560689, -0.275189, -0.288922, 0.774251],
-        [0.407578, 1.183719, 1.014553, 0.327916],
+        [0.193980, -0.709886, 1.809695, -0.398798],
+        [0.141631, -0.554404, 0.718336, 0.279562],
+        [0.001016, 0.707049, -2.525685, -1.670835],
     ],
 }
 
 # The loss, then the norm of the gradient of the denoiser and of the encoder.
 LEARNED = {
-    "a pair and its encoder's own": [2.150163, 0.379221, 0.966436],
-    "a single-rate model": [2.399044, 0.99526],
-    "a pair that follows its encoder": [0.0421833, 0.149266, 0.186669],
-    "a new denoiser of a student": [0.531189, 1.186548, 1.815879],
-    "an auxiliary": [0.149074, 0.4535],
-    "a student": [0.0291762, 0.0696044, 0.107787],
-    "a student from noise": [0.0591033, 0.0670947, 0.0766866],
+    "a pair and its encoder's own": [17.3614, 4.56337, 13.2198],
+    "a single-rate model": [12.0976, 9.46101],
+    "a pair that follows its encoder": [1.45116, 5.72654, 14.6444],
+    "a new denoiser of a student": [3.28514, 7.44181, 32.7654],
+    "an auxiliary": [3.31802, 20.9657],
+    "a student": [-0.0186254, 0.332922, 0.807634],
+    "a student from noise": [0.00986695, 0.187612, 0.518604],
 }
 
 # Of the denoiser and of the encoder: the sum of all weights in the order of their names, number i times cos(i).
@@ -111,9 +119,34 @@ TRAINED = {
 }
 
 
+def fill(network, seed):
+    """Weights that keep the size of what goes through, and biases that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(network.named_parameters()):
+        drawn = torch.randn(weight.shape, generator=generator)
+        with torch.no_grad():
+            weight.copy_(
+                drawn / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.1 * drawn + (not name.endswith("bias"))
+            )
+    return network.eval()
+
+
 @functools.cache
 def load(name, **options):
-    pipe = DualRatePipeline.from_pretrained(MODELS / name, dtype=torch.float32, **options)
+    """A model of the classes of `emoji32`, with the defaults that its kind has."""
+    names = load_images("examples/data/emoji32", label_column="label").features["label"].names
+    told = {"id2label": dict(enumerate(names)), "num_inference_steps": 12, "guidance_scale": 4.0}
+    heavy, light = (EMOJI32[role] | {"num_classes": len(names)} for role in ("context_encoder", "denoiser"))
+    scheduler = DualRateScheduler(**EMOJI32["scheduler"], second_order=name != STUDENT, clip_sample=False)
+    if name == SINGLE:
+        denoiser, encoder = fill(UViTDenoiser(**heavy | SINGLE_RATE), 1), None
+    else:
+        seed = 3 if name == STUDENT else 5
+        encoder, denoiser = fill(UViTContextEncoder(**heavy), seed), fill(UViTDenoiser(**light), seed + 1)
+        told |= {"num_inference_steps": 8, "guidance_scale": 1.0} if name == STUDENT else {}
+        told |= {"num_context_steps": 2 if name == STUDENT else 4}
+    parts = {"denoiser": denoiser, "scheduler": scheduler, "context_encoder": encoder}
+    pipe = DualRatePipeline(**parts | told | options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -125,7 +158,7 @@ def pixels(pipe, class_labels=CLASSES, **options):
     return [[image.mean().item(), *(image[place].item() for place in PLACES)] for image in images]
 
 
-def sample_as_released(name):
+def sample_by_default(name):
     return pixels(load(name))
 
 
@@ -156,9 +189,9 @@ def sample_with_dpm_solver(name):
 
 
 SAMPLES = {
-    "the pair as released": lambda: sample_as_released(PAIR),
-    "the single-rate model as released": lambda: sample_as_released(SINGLE),
-    "the student as released": lambda: sample_as_released(STUDENT),
+    "the pair with its defaults": lambda: sample_by_default(PAIR),
+    "the single-rate model with its defaults": lambda: sample_by_default(SINGLE),
+    "the student with its defaults": lambda: sample_by_default(STUDENT),
     "the pair without guidance": lambda: sample_unguided(PAIR),
     "the pair with named refreshes and guidance in an interval": lambda: sample_where_named(PAIR),
     "the pair whose encoder denoises": lambda: sample_without_denoiser_at_refreshes(PAIR),
@@ -186,7 +219,7 @@ def learn(loss_of, pipe):
 
 
 def emoji():
-    """Eight images of the released models' data, augmented as in their training, with their classes."""
+    """Eight images of `emoji32`, augmented as in its recipe, with their classes."""
     dataset = load_images("examples/data/emoji32", label_column="label")
     augmentation = Augmentation(translation=2, scale=(0.9, 1.1), background=(0, 255), flip=True)
     images = LabelledImages(dataset, 32, label_column="label", augmentation=augmentation, seed=5)
@@ -222,7 +255,7 @@ def follow(pair, schedule):
 
 
 def distil(function, learner, *, rolls_out=False):
-    """A step of the released student's; the single-rate model is the auxiliary, and less sure of itself the teacher."""
+    """A step of the student's; the single-rate model is the auxiliary, and less sure of itself the teacher."""
     student = TrainablePair(load(STUDENT).denoiser, load(STUDENT).context_encoder)
     auxiliary = TrainablePair(load(SINGLE).denoiser).denoise
 
@@ -255,7 +288,7 @@ LOSSES = {
 
 
 def train(run, root):
-    """Four steps on made-up images; the weights as they are released."""
+    """Four steps on made-up images; the weights as they are saved."""
     script, flags, overrides = RUNS[run]
     arguments = ["--preset", "examples/presets/tiny.json", "--output_dir", root / "run", "--validation_steps", 0]
     arguments += ["--train_data_dir", root / "images", "--label_column", "label", "--cache_dir", root / "cache"]
@@ -309,12 +342,12 @@ RUNS = {
 
 
 @pytest.mark.parametrize("case", SAMPLES)
-def test_released_models_draw_the_images_that_they_drew(case):
+def test_models_of_classes_draw_the_images_that_they_drew(case):
     assert SAMPLES[case]() == [pytest.approx(values, rel=0, abs=1e-4) for values in IMAGES[case]]
 
 
 @pytest.mark.parametrize("case", LOSSES)
-def test_released_models_would_learn_what_they_learned(case):
+def test_models_of_classes_would_learn_what_they_learned(case):
     assert LOSSES[case]() == pytest.approx(LEARNED[case], rel=1e-4)
 
 

@@ -277,6 +277,14 @@ def test_a_model_of_text_is_saved_and_loaded_with_its_encoder_and_tokenizer(make
         assert torch.equal(state.get("latents"), draw(pipe, **call))
 
 
+def test_a_model_stored_in_half_precision_loads_whole_in_single_precision_unless_told(make_text_pipe, tmp_path):
+    """Kills: the text encoder left as it is stored, which is what transformers does of itself."""
+    make_text_pipe().to(torch.float16).save_pretrained(tmp_path)
+    for options, dtype in (({}, torch.float32), ({"dtype": torch.float16}, torch.float16)):
+        pipe = DualRatePipeline.from_pretrained(tmp_path, **options)
+        assert {pipe.text_encoder.dtype, pipe.denoiser.dtype, pipe.context_encoder.dtype} == {dtype}
+
+
 def test_prompts_of_several_threads_are_encoded_as_each_is_alone():
     encoding = TextEncoding(make_text_encoder(), make_tokenizer())
     jobs = [(["a red apple with two green fish", "a"], 6), (["two fish"], 3), (["a star"], 5)] * 60

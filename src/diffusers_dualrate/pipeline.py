@@ -168,10 +168,11 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "DualRatePipeline":
         """Load a model from a Hub repository, a local folder or the cache; weights from safetensors files only.
 
-        Takes what `DiffusionPipeline.from_pretrained` takes. No code of a repository is run unless `custom_pipeline` and
-        `trust_remote_code` ask for it. An encoder that the repository names, and does not hold, comes from where it says.
+        Takes what `DiffusionPipeline.from_pretrained` takes; without a `dtype` all is float32. A repository's code runs only
+        if `custom_pipeline` and `trust_remote_code` ask for it. An encoder that it names, and does not hold, comes from there.
         """
         index, kwargs = Path(str(pretrained_model_name_or_path), cls.config_name), end_named_steps(kwargs)
+        kwargs = kwargs if {"dtype", "torch_dtype"} & kwargs.keys() else {**kwargs, "dtype": torch.float32}
         try:
             if index.is_file():
                 config = cls._dict_from_json_file(index)
