@@ -4,6 +4,8 @@ CONSTRAINTS := constraints.txt
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
+# The last three are of words that training saw only apart, and of a style that it never saw of that emoji.
+PROMPTS := "red apple, flat style" "sun with face" "fire engine" "four-thirty" "evergreen tree" "butterfly" "purple heart" "pig face" "kiwi fruit, blob style"
 CODE := setup.py src examples research tests
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -12,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test test-oldest lint format docs space dist clean
 
 demo: $(VENV)/.train
-	$(PY) examples/generate.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32 --distilled model_cards/dualrate-emoji32-distilled --output demo.png
+	$(PY) examples/generate.py --model model_cards/dualrate-emoji64 --compare model_cards/dualrate-emoji64 --distilled model_cards/dualrate-emoji64-distilled --prompt $(PROMPTS) --output demo.png
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

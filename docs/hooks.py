@@ -21,7 +21,7 @@ In ten lines:
 4. Late contexts on letters: the one undistilled pair ahead of rivals of equal training FLOPs, at 39, 42 and 59 MFLOP.
 5. A plain U-Net of the heavy network's cost is better than the heavy network on letters and emoji.
 6. A small network that is given the heavy network's training FLOPs is better than every pair on digits and emoji.
-7. Students of pairs equal or beat single-rate students on digits and letters, and lose to one on emoji.
+7. Students of pairs equal or beat single-rate students on digits, letters and emoji from prompts, and lose to one on `emoji32`.
 8. A trained network becomes a pair for a part of its cost; that pair does well where two steps share a context.
 9. Contexts that are always fresh in training fail where steps share them in sampling.
 10. Fewer FLOPs become less time only where the networks fill the device.

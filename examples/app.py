@@ -1,6 +1,6 @@
 """Play with a pair on a page in the browser: what it draws, beside the heavy network alone, and what each costs.
 
-    python examples/app.py --model model_cards/dualrate-emoji32 --compare model_cards/single-rate-emoji32
+    python examples/app.py --model model_cards/dualrate-emoji64 --compare model_cards/dualrate-emoji64 --prompt "red apple" "two fish"
 
 The page shows the chain's images as they are made, then time, evaluations and GFLOP, and the steps at which the heavy
 network ran. It needs no network: it is served on this machine, and the models may be folders.
@@ -58,15 +58,20 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model",
         nargs="+",
-        default=["model_cards/dualrate-emoji32", "model_cards/dualrate-emoji32-distilled"],
+        default=["model_cards/dualrate-emoji64", "model_cards/dualrate-emoji64-distilled"],
         help="Folders or Hub repositories of pairs to choose from; the page takes others, too. Default: the emoji.",
     )
     parser.add_argument(
         "--compare",
-        default="model_cards/single-rate-emoji32",
+        default="model_cards/dualrate-emoji64",
         help="Folder or Hub repository of a heavy network alone of the same classes, or of a pair around it. Default: the emoji.",
     )
-    parser.add_argument("--prompt", nargs="*", help="Prompts that the page opens with, for a model of text.")
+    parser.add_argument(
+        "--prompt",
+        nargs="*",
+        default=["red apple, flat style", "sun with face", "fire engine", "purple heart"],
+        help="Prompts that the page opens with, for a model of text. Default: of emoji.",
+    )
     parser.add_argument("--port", type=int, help="Where the page is served; default: the first free from 7860.")
     return parser.parse_args(argv)
 
@@ -243,7 +248,7 @@ def list_rows(names, labels, images_per_class, seed):
     if seed is None or not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"Seed must be a whole number between 0 and {LARGEST_SEED}, got {seed}.")
     if images_per_class is None or images_per_class < 1:
-        raise ValueError(f"Images per class must be at least 1, got {images_per_class}.")
+        raise ValueError(f"Images of each must be at least 1, got {images_per_class}.")
     if names is None and not labels:
         raise ValueError("Prompts must name at least one, each on a line of its own.")
     if names and not labels:
@@ -314,7 +319,7 @@ def make_page(args):
                 model = gr.Dropdown(args.model, label="Pair", value=args.model[0], elem_id="model", **either)
                 classes = gr.Dropdown(label="Classes", multiselect=True, elem_id="classes", **labels)
                 prompts = gr.Textbox(
-                    "\n".join(args.prompt or []), label="Prompts, one a line", lines=4, elem_id="prompts", **words
+                    "\n".join(args.prompt), label="Prompts, one a line", lines=4, elem_id="prompts", **words
                 )
                 small = {"precision": 0, "min_width": 120}
                 with gr.Row():
@@ -325,7 +330,7 @@ def make_page(args):
                     seed = gr.Number(0, label="Seed", elem_id="seed", **small)
                 solver = gr.Dropdown(SOLVERS, label="Solver", elem_id="solver", **own)
                 with gr.Accordion("More: images, heavy network", open=False):
-                    each = gr.Number(2, label="Images per class", **small)
+                    each = gr.Number(2, label="Images of each", **small)
                     compare = gr.Dropdown([args.compare], label="Heavy network alone", value=args.compare, **either)
                     runs = gr.Radio(HEAVY_RUNS, label="It runs", value=ALIKE)
                 button = gr.Button("Draw", variant="primary", elem_id="draw")

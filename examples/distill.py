@@ -1,6 +1,6 @@
 """Distil a single-rate teacher into a student of few steps, Dual-Rate or single-rate, by Moment Matching.
 
-    accelerate launch examples/distill.py --preset emoji32 --teacher model_cards/single-rate-emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
+    accelerate launch examples/distill.py --preset emoji32 --teacher runs/single-rate-emoji32 --dataset_name examples/data/emoji32 --label_column label --output_dir runs/distilled-emoji32
 
 Without `--student` a new Dual-Rate student is made. Its encoder starts from the teacher. For `pretraining_steps` that
 encoder is frozen, and a new denoiser learns by plain denoising. With `--student` the student starts from a trained model:

@@ -1,6 +1,6 @@
 """Measure a trained model on the data it was trained on, and write every metric into evaluation.json.
 
-    python examples/evaluate.py --model model_cards/dualrate-emoji32 --heavy model_cards/single-rate-emoji32 --light runs/light-emoji32 --dataset_name examples/data/emoji32 --label_column label --classifier examples/classifiers/emoji32.safetensors --output model_cards/dualrate-emoji32/evaluation.json --grid model_cards/dualrate-emoji32/samples.png
+    python examples/evaluate.py --model runs/dualrate-emoji32 --heavy runs/single-rate-emoji32 --light runs/light-emoji32 --dataset_name examples/data/emoji32 --label_column label --classifier examples/classifiers/emoji32.safetensors --output runs/dualrate-emoji32/evaluation.json --grid runs/dualrate-emoji32/samples.png
 
 `v_loss`: the mean of (v − v̂)² on freshly augmented images with fixed noise. It is that of the model, of the model with
 its context dropped, and of the single-rate networks it is compared with. A student has none, as it knows only the times
@@ -176,8 +176,9 @@ def draw_first(first, pipe, images, prompts, args):
             shown = [pipe.id2label.get(label, str(label)) for label in shown.tolist()]
         if name is None:
             draw_grid(pictures, shown).save(grid)
-        else:  # prompts are longer than classes
-            draw_grid(pictures, prompts[name], 10, 192).save(grid.with_stem(f"{grid.stem}-{name}"))
+        else:  # prompts are longer than classes; in 256 colours, as a hundred images are a large file
+            picture = draw_grid(pictures, prompts[name], 10, 128).quantize(256)
+            picture.save(grid.with_stem(f"{grid.stem}-{name}"), optimize=True)
 
 
 def tell(report, args):

@@ -1,6 +1,6 @@
 """Generate a labelled picture of samples with a Dual-Rate pair, beside other ways to spend the compute.
 
-    python examples/generate.py --model model_cards/dualrate-emoji32 --class_labels food-fruit animal-bird
+    python examples/generate.py --model model_cards/dualrate-emoji64 --prompt "red apple" "two fish"
 
 With `--compare`, a single-rate model makes the same images: from the same noise at equal N, and with DPM-Solver++ at few
 steps, the fast solver that every diffusers user has. With `--distilled`, so does a student, at the few steps and the
@@ -274,8 +274,9 @@ def main(args):
     if pipe.vae is not None:
         print(f"\nGFLOP are those of the networks. Decoding an image takes {decode_flops(pipe) / 1e9:.3g} more.")
     print(f"\nThe picture is {Path(args.output).resolve()}.")
+    other = "prompts" if args.prompt else "classes"
     print(
-        "Next: other classes, N, K or guidance, by the flags of --help; or examples/evaluate.py, which measures a model."
+        f"Next: other {other}, N, K or guidance, by the flags of --help; or examples/evaluate.py, which measures a model."
     )
     return rows
 

@@ -68,6 +68,7 @@ def write_card(folder, source=None):
         presets=PRESETS,
         source=source,
         picture=GRID if (folder / GRID).is_file() else None,
+        list_pictures=sorted(path.name for path in folder.glob(f"{Path(GRID).stem}-*.png")),
         origin=describe_origin(folder),
     )
     (folder / CARD).write_text(card + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Choose how a model samples within a budget, and keep that as its default.
 
-    python examples/plan.py --model model_cards/dualrate-emoji32 --budget 1.2 --output runs/planned-emoji32
+    python examples/plan.py --model model_cards/dualrate-emoji64 --prompt_list examples/data/emoji64/prompts/seen.txt --budget 1.5 --output runs/planned-emoji64
 
 Tries plans of few and many steps, even and uneven ones, both orders of the steps, and several intervals of guidance. Where
 the pair learned to go without context, refreshes may begin late. The best plan is the default of the model that is saved,

@@ -17,8 +17,15 @@ from .report import insert_between
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY, TIMING, GAINS = (Path(__file__).with_name(name) for name in ("study.json", "timing.json", "gains.json"))
-RELEASED = ROOT / "model_cards" / "dualrate-emoji32-distilled" / "evaluation.json"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("gains.md", "distillation.md", "comparison.md")))
+EMOJI = (  # measurements of a student, of its teacher, its start and a single-rate student of the same teacher
+    ROOT / "research" / "emoji32" / "dualrate-emoji32-distilled" / "evaluation.json",
+    ROOT / "model_cards" / "dualrate-emoji64-distilled" / "evaluation.json",
+)
+SIX_STEPS = ROOT / "research" / "emoji64-six-steps.json"  # of the heavy network of text: about what the pair costs
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("gains", "distillation", "comparison", "models")),
+)
 
 PAIRS = [  # data, steps, refreshes
     ("emoji32", 32, 4),
@@ -115,19 +122,19 @@ def compare_student(points: dict, data: str, arm: str) -> dict:
     }
 
 
-def compare_released(evaluation: dict) -> dict:
-    """The released student beside a single-rate student of the same teacher, as its own measurement has them.
+def compare_emoji(evaluation: dict) -> dict:
+    """A student of emoji beside a single-rate student of the same teacher, as its own measurement has them.
 
     What a training started from counts as its own.
     """
-    rivals = evaluation["rivals"]
-    teacher, start = (rivals[name]["training_flops"] for name in ("single-rate-emoji32", "dualrate-emoji32"))
-    other = rivals["single-rate-emoji32-distilled"]
+    rivals, data = evaluation["rivals"], evaluation["data"]["name"]
+    teacher, start = (rivals[name]["training_flops"] for name in (f"single-rate-{data}", f"dualrate-{data}"))
+    other = rivals[f"single-rate-{data}-distilled"]
     rows = {}
     for name, record, before in (("pair", evaluation, teacher + start), ("single", other, teacher)):
         (sample,) = record["samples"]
         rows[name] = {
-            "data": "emoji32",
+            "data": data,
             "N": sample["num_inference_steps"],
             "K": sample["num_context_steps"],
             "flops": sample["flops_with_guidance"],
@@ -137,12 +144,52 @@ def compare_released(evaluation: dict) -> dict:
         }
     pairs = zip(rows["pair"]["fd"]["values"], rows["single"]["fd"]["values"], strict=True)
     return {
-        "claim": "emoji32: the released student beside a single-rate student of the same guided teacher",
+        "claim": f"{data}: a distilled pair beside a single-rate student of the same guided teacher",
         **rows,
         "times_fewer_flops": rows["single"]["flops"] / rows["pair"]["flops"],
         "times_the_training_flops": rows["pair"]["training_flops"] / rows["single"]["training_flops"],
         "distance_ratio": summarise([ours / theirs for ours, theirs in pairs]),
     }
+
+
+def describe_prompts(evaluation: dict, six_steps: dict) -> list[dict]:
+    """Real images, then the teacher, the pair and both students of a model of text: what each costs and what of it is known.
+
+    `recognised` is of each list of prompts the share whose image has no other prompt of the list nearer to it.
+    """
+    rivals, data = evaluation["rivals"], evaluation["data"]["name"]
+
+    def recognised(lists: dict) -> dict:
+        return {name: measured.get(metric_of(measured)) for name, measured in lists.items() if measured}
+
+    def metric_of(measured: dict) -> str | None:
+        return next((name for name in measured if name.startswith("prompt_of_nearest_prompt")), None)
+
+    found = recognised(evaluation["prompt_lists"]) | {
+        "held_out": evaluation["classifier"]["prompts_held_out"]["first"]
+    }
+    real = {name: {"mean": share, "std": None} for name, share in found.items()}
+    rows = [{"model": "real images", "recognised": real, "fd": evaluation["floor"]["fd_local_500"]}]
+    named = [
+        ("heavy network alone", rivals[f"single-rate-{data}"]),
+        ("heavy network alone", six_steps),
+        ("pair", rivals[f"dualrate-{data}"]),
+        ("single-rate student", rivals[f"single-rate-{data}-distilled"]),
+        ("pair's student", evaluation),
+    ]
+    for title, record in named:
+        for sample in record["samples"]:
+            rows.append({
+                "model": title,
+                "solver": sample["solver"],
+                "N": sample["num_inference_steps"],
+                "K": sample["num_context_steps"],
+                "flops": sample["flops_with_guidance"],
+                "seeds": record["seeds"],
+                "recognised": recognised(sample["prompts"]),
+                "fd": sample["fd_local_500"],
+            })  # fmt: skip
+    return rows
 
 
 def find_ends(points: dict, data: str) -> dict:
@@ -156,8 +203,8 @@ def find_ends(points: dict, data: str) -> dict:
     return {"claim": f"{data}: rivals of the best undistilled pair", "pair": pair, "rivals": rivals}
 
 
-def compute(study: dict, timing: dict, evaluation: dict) -> dict:
-    """All claims."""
+def compute(study: dict, timing: dict, six_steps: dict, *evaluations: dict) -> dict:
+    """All claims; the last evaluation is of a model of text."""
     points = collect(study)
     return {
         "command": "python -m research.gains",
@@ -165,7 +212,8 @@ def compute(study: dict, timing: dict, evaluation: dict) -> dict:
         "count": {data: floor["n"] for data, floor in study["floors"].items()},
         "floor": {data: floor["fd"] for data, floor in study["floors"].items()},
         "pairs": [compare_pair(points, *case) for case in PAIRS],
-        "students": [*(compare_student(points, *case) for case in STUDENTS), compare_released(evaluation)],
+        "students": [*(compare_student(points, *case) for case in STUDENTS), *map(compare_emoji, evaluations)],
+        "prompts": describe_prompts(evaluations[-1], six_steps),
         "solvers": [
             {solver: best_of(points, data, "single-rate", "steps", (solver,)) for solver in SOLVERS} for data in RIVALS
         ],
@@ -176,7 +224,7 @@ def compute(study: dict, timing: dict, evaluation: dict) -> dict:
 
 def write_distance(row: dict) -> str:
     """A mean distance with its spread, to as many places as the data set's figures have."""
-    fd, places = row["fd"], 2 if row["data"] == "emoji32" else 3
+    fd, places = row["fd"], 2 if row["data"].startswith("emoji") else 3
     return f"{fd['mean']:.{places}f}" + (f"±{fd['std']:.{places}f}" if fd["std"] is not None else "")
 
 
@@ -197,7 +245,7 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_gains(gains: dict) -> str:
-    """The tables of pairs, of students and of time."""
+    """The tables of pairs and of students."""
     pairs = [
         [row["pair"]["data"], f"{row['pair']['N']}/{row['pair']['K']}", write_cost(row["heavy"]), write_cost(row["pair"]),
          f"**{row['times_fewer_flops']:.1f}**", write_ratio(row["distance_ratio"]), write_cost(row["light"])]
@@ -208,17 +256,29 @@ def write_gains(gains: dict) -> str:
          f"**{row['times_fewer_flops']:.1f}**", write_ratio(row["distance_ratio"])]
         for row in gains["students"]
     ]  # fmt: skip
-    times = [
-        [row["where"], f"{row['N']}/{row['K']}", f"{row['heavy_ms']:,.1f}", f"{row['pair_ms']:,.1f}",
-         f"{row['times_fewer_flops']:.1f}", f"**{row['times_less_time']:.1f}**"]
-        for row in gains["time"]
-    ]  # fmt: skip
     ratios = ["times fewer FLOPs", "pair ÷ heavy"]
     return "\n\n".join([
         format_table(["undistilled", "N/K", "heavy alone", "pair", *ratios, "light alone, best N"], pairs),
         format_table(["distilled", "N/K", "distilled heavy", "pair", *ratios], students),
-        format_table(["milliseconds per image, no guidance", "N/K", "heavy alone", "pair", "times fewer FLOPs", "times less time"], times),
     ])  # fmt: skip
+
+
+def write_time(gains: dict) -> str:
+    """The table of time."""
+    rows = [
+        [row["where"], f"{row['N']}/{row['K']}", f"{row['heavy_ms']:,.1f}", f"{row['pair_ms']:,.1f}",
+         f"{row['times_fewer_flops']:.1f}", f"**{row['times_less_time']:.1f}**"]
+        for row in gains["time"]
+    ]  # fmt: skip
+    titles = [
+        "milliseconds per image, no guidance",
+        "N/K",
+        "heavy alone",
+        "pair",
+        "times fewer FLOPs",
+        "times less time",
+    ]
+    return format_table(titles, rows)
 
 
 def write_needs(gains: dict) -> str:
@@ -260,25 +320,37 @@ def write_solvers(gains: dict) -> str:
 
 
 def write_student(gains: dict) -> str:
-    """The released student in one row."""
-    row = gains["students"][-1]
-    cells = [
-        write_cost(row["single"]),
-        write_cost(row["pair"]),
-        f"{row['times_fewer_flops']:.1f}",
-        write_ratio(row["distance_ratio"]),
-        f"{row['times_the_training_flops']:.1f}",
-    ]
-    return format_table(
-        [
-            "emoji32, 8 steps: single-rate student",
-            "distilled pair, K = 2",
-            "times fewer FLOPs",
-            "pair ÷ single",
-            "training FLOPs, pair ÷ single",
-        ],
-        [cells],
-    )
+    """The students of emoji, a row each."""
+    rows = [
+        [row["pair"]["data"], write_cost(row["single"]), write_cost(row["pair"]), f"{row['times_fewer_flops']:.1f}",
+         write_ratio(row["distance_ratio"]), f"{row['times_the_training_flops']:.1f}"]
+        for row in gains["students"] if row["pair"]["data"].startswith("emoji")
+    ]  # fmt: skip
+    ratios = ["times fewer FLOPs", "pair ÷ single", "training FLOPs, pair ÷ single"]
+    return format_table(["8 steps", "single-rate student", "distilled pair, K = 2", *ratios], rows)
+
+
+def write_share(share: dict | None) -> str:
+    """A share of prompts in per cent, with its spread where there are several seeds."""
+    if share is None:
+        return ""
+    return f"{100 * share['mean']:.0f}" + ("" if share["std"] is None else f"±{100 * share['std']:.0f}") + " %"
+
+
+def write_prompts(gains: dict) -> str:
+    """The models of text: what they cost and what of them is recognised."""
+    rows = []
+    for row in gains["prompts"]:
+        steps = ""
+        if "N" in row:
+            steps = f", {SOLVERS.get(row['solver'], row['solver'])}, N = {row['N']}" + (
+                f", K = {row['K']}" if row["K"] else ""
+            )
+        distance = f"{row['fd']['mean']:.1f}" + ("" if row["fd"]["std"] is None else f"±{row['fd']['std']:.1f}")
+        shares = [write_share(row["recognised"].get(name)) for name in ("seen", "held_out", "novel")]
+        rows.append([row["model"] + steps, f"{row['flops'] / 1e9:.2f}" if "N" in row else "", *shares, distance])
+    titles = ["emoji64, from prompts", "GFLOP", "seen", "held out", "never drawn", "distance"]
+    return format_table(titles, rows)
 
 
 def write_ends(gains: dict) -> str:
@@ -310,16 +382,18 @@ def write_tables(gains: dict) -> dict[str, str]:
     """All tables by the names of their markers."""
     writers = {
         "gains": write_gains,
+        "time": write_time,
         "needs": write_needs,
         "ends": write_ends,
         "solvers": write_solvers,
         "student": write_student,
+        "prompts": write_prompts,
     }
     return {name: write(gains) for name, write in writers.items()}
 
 
 def main():
-    gains = compute(read(STUDY), read(TIMING), read(RELEASED))
+    gains = compute(*map(read, (STUDY, TIMING, SIX_STEPS, *EMOJI)))
     GAINS.write_text(json.dumps(gains, indent=1) + "\n", encoding="utf-8")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ def write_json(path: Path, content) -> None:
     """Write a file that has its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{multiprocessing.current_process().pid}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=0, separators=(",", ":")) + "\n")  # a value a line, no blanks
     partial.replace(path)
 
 

@@ -1,11 +1,11 @@
-"""The pictures of the README: real images, the heavy network, the pair and the student, with what each costs.
+"""The pictures of the README: prompts as drawings, by the heavy network, the pair and the student, with what each costs.
 
     python -m research.picture
     python -m research.picture runs/quick 0000700
 
-draws the same classes from the same seeds by every released model with its own defaults, and writes
+draws the same prompts from the same seeds by the released models with their own defaults, and writes
 `docs/images/comparison.png` and, beside it, `comparison.json` with every figure in it. Times are process time on one
-thread for batches of all classes, the arms interleaved, the lower quartile over repeats; distances are those that each
+thread for batches of all prompts, the arms interleaved, the lower quartile over repeats; distances are those that each
 model's `evaluation.json` holds. With a run of the preset `quick` and a step, its grid of that step gets
 its classes' names and becomes `docs/images/quick.png`.
 """
@@ -26,35 +26,37 @@ from diffusers_dualrate.flops import count_evaluations
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "images" / "comparison.png"
-MODELS = {
-    "heavy network alone": "single-rate-emoji32",
-    "Dual-Rate pair": "dualrate-emoji32",
-    "Dual-Rate pair, distilled": "dualrate-emoji32-distilled",
-}
-CLASSES = [
-    *("heart", "face-affection", "food-fruit", "flag", "time", "geometric", "sky & weather", "keycap", "animal-bird"),
-    "place-building",
+PAIR, STUDENT = (ROOT / "model_cards" / name for name in ("dualrate-emoji64", "dualrate-emoji64-distilled"))
+PROMPTS = [  # the last three hold a style or words together that training never saw so
+    *(
+        "red apple, flat style",
+        "sun with face",
+        "fire engine",
+        "four-thirty",
+        "evergreen tree",
+        "butterfly",
+        "penguin",
+    ),
+    *("purple heart", "pig face", "kiwi fruit, blob style"),
 ]
-SEED, REPEATS, ZOOM, GAP, LINE = 0, 12, 3, 6, 26
+SEED, REPEATS, ZOOM, GAP, LINE = 0, 12, 2, 6, 26
 
 
 def sample(pipe: DualRatePipeline) -> tuple[list[Image.Image], float]:
-    """One image of each class, and the process time in milliseconds per image."""
-    generators = [torch.Generator().manual_seed(SEED + i) for i in range(len(CLASSES))]
+    """One image of each prompt, and the process time in milliseconds per image."""
+    generators = [torch.Generator().manual_seed(SEED + i) for i in range(len(PROMPTS))]
     began = time.process_time()
-    images = pipe(class_labels=CLASSES, generator=generators).images
-    return images, 1000 * (time.process_time() - began) / len(CLASSES)
+    images = pipe(PROMPTS, generator=generators).images
+    return images, 1000 * (time.process_time() - began) / len(PROMPTS)
 
 
-def describe(pipe: DualRatePipeline, name: str) -> dict:
+def describe(pipe: DualRatePipeline, measured: dict) -> dict:
     """What a model's defaults evaluate, counted, and what was measured with them."""
     with count_evaluations(pipe.context_encoder, pipe.denoiser) as evaluations:
         sample(pipe)
     refreshes, steps = evaluations
     is_pair = pipe.context_encoder is not None
-    measured = json.loads((ROOT / "model_cards" / name / "evaluation.json").read_text(encoding="utf-8"))["samples"][0]
     return {
-        "model": name,
         "heavy": refreshes if is_pair else steps,
         "light": steps if is_pair else 0,
         "gflop": measured["flops_with_guidance"] / 1e9,
@@ -68,19 +70,21 @@ def write_caption(title: str, row: dict) -> str:
     fd = row["fd_local_500"]
     return (
         f"{title}: {row['milliseconds']:.0f} ms per image, {row['heavy']} heavy{light} evaluations, "
-        f"distance {fd['mean']:.2f} ± {fd['std']:.2f}"
+        f"distance {fd['mean']:.1f} ± {fd['std']:.1f}"
     )
 
 
 def draw(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Rows of enlarged images, each over its caption."""
+    """Rows of enlarged images, each over its caption, under their prompts."""
     side = rows[0][1][0].width * ZOOM
-    font = ImageFont.load_default(17)
-    height = len(rows) * (side + GAP + LINE) + GAP
-    picture = Image.new("RGB", (len(CLASSES) * (side + GAP) + GAP, height), "white")
+    font, small = ImageFont.load_default(17), ImageFont.load_default(11)
+    height = LINE + len(rows) * (side + GAP + LINE) + GAP
+    picture = Image.new("RGB", (len(PROMPTS) * (side + GAP) + GAP, height), "white")
     pen = ImageDraw.Draw(picture)
+    for j, prompt in enumerate(PROMPTS):
+        pen.text((GAP + j * (side + GAP), GAP), prompt, "black", small)
     for i, (caption, images) in enumerate(rows):
-        top = GAP + i * (side + GAP + LINE)
+        top = LINE + GAP + i * (side + GAP + LINE)
         for j, image in enumerate(images):
             picture.paste(image.resize((side, side), Image.Resampling.LANCZOS), (GAP + j * (side + GAP), top))
         pen.text((GAP, top + side + 2), caption, "black", font)
@@ -88,13 +92,16 @@ def draw(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
 
 
 def find_real() -> list[Image.Image]:
-    """The first image of each class in the training data, on the white that sampled images have."""
-    rows = load_dataset(str(ROOT / "examples" / "data" / "emoji32"), split="train")
-    names = rows.features["label"].names
-    labels = rows["label"]
-    images = [rows[list(labels).index(names.index(name))]["image"].convert("RGBA") for name in CLASSES]
-    white = Image.new("RGBA", images[0].size, "white")
-    return [Image.alpha_composite(white, image).convert("RGB") for image in images]
+    """The first drawing of each prompt, also of those held out, on the white that sampled images have."""
+    found = {}
+    for split in ("train", "test"):
+        rows = load_dataset(str(ROOT / "examples" / "data" / "emoji64"), split=split)
+        for i, captions in enumerate(rows["captions"]):
+            for caption in captions:
+                if caption in PROMPTS and caption not in found:
+                    found[caption] = rows[i]["image"].convert("RGBA")
+    white = Image.new("RGBA", found[PROMPTS[0]].size, "white")
+    return [Image.alpha_composite(white, found[prompt]).convert("RGB") for prompt in PROMPTS]
 
 
 def label_grid(run: Path, step: str) -> Image.Image:
@@ -121,26 +128,33 @@ def main(run: str | None = None, step: str | None = None):
         label_grid(Path(run), step).quantize(256).save(PICTURE.with_name("quick.png"), optimize=True)
         return
     torch.set_num_threads(1)
-    pipes = {title: DualRatePipeline.from_pretrained(ROOT / "model_cards" / name) for title, name in MODELS.items()}
+    pair, student = map(DualRatePipeline.from_pretrained, (PAIR, STUDENT))
+    own, of_student = (json.loads((path / "evaluation.json").read_text(encoding="utf-8")) for path in (PAIR, STUDENT))
+    arms = {
+        "heavy network alone": (pair.heavy_alone(), own["rivals"]["single_rate_heavy"]["samples"][0]),
+        "Dual-Rate pair": (pair, own["samples"][0]),
+        "its student": (student, of_student["samples"][0]),
+    }
+    pipes = {title: pipe for title, (pipe, _) in arms.items()}
     found, times, images = {}, {title: [] for title in pipes}, {}
-    for title, pipe in pipes.items():
+    for title, (pipe, measured) in arms.items():
         pipe.set_progress_bar_config(disable=True)
-        found[title] = describe(pipe, MODELS[title])
+        found[title] = describe(pipe, measured)
     for _ in range(REPEATS):
         for title, pipe in pipes.items():
             images[title], milliseconds = sample(pipe)
             times[title].append(milliseconds)
     for title, row in found.items():
         row["milliseconds"] = quantiles(times[title], n=4)[0]
-    rows = [("real images", find_real())]
+    rows = [("drawings", find_real())]
     rows += [(write_caption(title, row), images[title]) for title, row in found.items()]
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     draw(rows).quantize(256).save(PICTURE, optimize=True)
     record = {
         "command": "python -m research.picture",
-        "classes": CLASSES,
+        "prompts": PROMPTS,
         "first_seed": SEED,
-        "batch": len(CLASSES),
+        "batch": len(PROMPTS),
         "repeats": REPEATS,
         "hardware": f"{platform.machine()}, 1 thread, process time, lower quartile",
         "versions": {"torch": torch.__version__},

@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
 
+from PIL import Image
+
 from .front import compare, undominated
 
 SOLVERS = ("ancestral", "ddim", "dpmsolver++", "sde-dpmsolver++")
@@ -322,3 +324,4 @@ def plot(study: dict, path: Path) -> None:
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=90)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # a third of its size

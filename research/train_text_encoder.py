@@ -310,7 +310,8 @@ def main(args):
         text_encoder = make_text_encoder(tokenizer, args.hidden_size, args.num_hidden_layers)
     else:
         tokenizer = CLIPTokenizer.from_pretrained(args.text_encoder / "tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(args.text_encoder / "text_encoder").requires_grad_(False)
+        folder = args.text_encoder / "text_encoder"
+        text_encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     lengths = sorted(len(ids) for ids in tokenizer(texts).input_ids)
     print(f"{len(tokenizer)} tokens; captions have {lengths[len(lengths) // 2]} in the median, at most {lengths[-1]}")
     kind = SMALL if args.text_encoder is None else LARGE
@@ -339,7 +340,7 @@ def main(args):
             print(f"{found['images']} images among the {len(prompts)} prompts of {path.name}:", found)
     recipe = ("max_train_steps", "train_batch_size", "learning_rate", "weight_decay", "seed")
     if args.text_encoder is None:
-        text_encoder.save_pretrained(args.output_dir / "text_encoder")
+        text_encoder.half().save_pretrained(args.output_dir / "text_encoder")
         tokenizer.save_pretrained(args.output_dir / "tokenizer")
     image_encoder.half().save(
         args.output_dir / IMAGE_ENCODER, **facts, **{name: getattr(args, name) for name in recipe}

@@ -146,7 +146,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, folder):
             for line in filter(str.strip, text.splitlines()):
                 run_command(line, folder)
     if page.name == "README.md":
-        assert Image.open("heart.png").size == (128, 128) and Path("my-pair/model_index.json").is_file()
+        assert Image.open("apple.png").size == (128, 128) and Path("my-pair/model_index.json").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,8 +1,9 @@
-"""Numbers that were right once and must stay: images and losses of models of classes, and the outcome of short trainings.
+"""Numbers that were right once and must stay: images and losses of models, and the outcome of short trainings.
 
-Each pins a whole chain rather than one formula, so that a redesign which changes what comes out cannot go unseen. The
-models have the shapes of the preset `emoji32` and seeded random weights. They run in float32, whose rounding is all that
-may differ. A number changes only with a change of method, in the same commit, with the reason.
+Each pins a whole chain rather than one formula, so that a redesign which changes what comes out cannot go unseen. Models
+of classes have the shapes of the preset `emoji32` and seeded random weights; those of text are the ones that ship. All run
+in float32, whose rounding is all that may differ. A number changes only with a change of method, in the same commit, with
+the reason.
 """
 
 import functools
@@ -34,7 +35,9 @@ from diffusers_dualrate.pair import TrainablePair, schedule_of
 from diffusers_dualrate.refreshes import plan_segments
 
 EMOJI32 = json.loads(Path("examples/presets/emoji32.json").read_text(encoding="utf-8"))
+MODELS = Path(__file__).parents[1] / "model_cards"
 PAIR, SINGLE, STUDENT = "pair", "single-rate model", "student"
+PROMPTS = ["red apple, flat style", "purple heart", "a green fish"]
 CLASSES = ["food-fruit", 33, "keycap"]
 PLACES = ((0, 16, 16), (1, 10, 20), (2, 22, 9))  # channel, row and column of three pixels of each image
 
@@ -96,6 +99,21 @@ IMAGES = {
         [0.141631, -0.554404, 0.718336, 0.279562],
         [0.001016, 0.707049, -2.525685, -1.670835],
     ],
+    "the pair of text": [
+        [0.018356, -0.153182, 0.527227, -1.051847],
+        [0.012736, -0.374074, -0.307301, 0.108325],
+        [-0.070011, -0.112229, -0.573607, -1.140217],
+    ],
+    "the pair of text away from a negative prompt": [
+        [0.102743, -0.162966, 1.603482, -3.194841],
+        [0.063931, -0.611333, 0.010315, -0.122557],
+        [-0.162204, -0.001625, -0.405083, -1.958205],
+    ],
+    "the student of text": [
+        [0.022767, -0.132093, 0.617854, -1.157160],
+        [-0.005184, -0.448077, -0.316158, 0.102622],
+        [-0.072486, 0.002180, -0.303776, -0.824285],
+    ],
 }
 
 # The loss, then the norm of the gradient of the denoiser and of the encoder.
@@ -154,12 +172,21 @@ def load(name, **options):
 def pixels(pipe, class_labels=CLASSES, **options):
     """The mean of each of three images, then three of its values, from seeds 0, 1 and 2."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    images = pipe(class_labels, generator=generators, output_type="latent", **options).images
-    return [[image.mean().item(), *(image[place].item() for place in PLACES)] for image in images]
+    images = pipe(class_labels=class_labels, generator=generators, output_type="latent", **options).images
+    side = images.shape[-1]
+    places = [(channel, row % side, column % side) for channel, row, column in PLACES]
+    return [[image.mean().item(), *(image[place].item() for place in places)] for image in images]
 
 
 def sample_by_default(name):
     return pixels(load(name))
+
+
+def sample_prompts(name, **options):
+    """The latents of three prompts, by a model that ships."""
+    pipe = DualRatePipeline.from_pretrained(MODELS / name)
+    pipe.set_progress_bar_config(disable=True)
+    return pixels(pipe, None, prompt=PROMPTS, **options)
 
 
 def sample_unguided(name):
@@ -200,6 +227,11 @@ SAMPLES = {
     "the single-rate model with more variance": lambda: sample_in_order(False, SINGLE, variance_interpolation=0.3),
     "the single-rate model of a shifted schedule": lambda: sample_in_order(True, SINGLE, image_size=64),
     "the single-rate model with DPM-Solver++": lambda: sample_with_dpm_solver(SINGLE),
+    "the pair of text": lambda: sample_prompts("dualrate-emoji64"),
+    "the pair of text away from a negative prompt": lambda: sample_prompts(
+        "dualrate-emoji64", negative_prompt="blob style", num_inference_steps=6, num_context_steps=2
+    ),
+    "the student of text": lambda: sample_prompts("dualrate-emoji64-distilled"),
 }
 
 
@@ -342,12 +374,12 @@ RUNS = {
 
 
 @pytest.mark.parametrize("case", SAMPLES)
-def test_models_of_classes_draw_the_images_that_they_drew(case):
+def test_models_draw_the_images_that_they_drew(case):
     assert SAMPLES[case]() == [pytest.approx(values, rel=0, abs=1e-4) for values in IMAGES[case]]
 
 
 @pytest.mark.parametrize("case", LOSSES)
-def test_models_of_classes_would_learn_what_they_learned(case):
+def test_models_would_learn_what_they_learned(case):
     assert LOSSES[case]() == pytest.approx(LEARNED[case], rel=1e-4)
 
 

@@ -414,7 +414,7 @@ from huggingface_hub import snapshot_download
 
 folder, other, cache = sys.argv[1:]
 make_card.main(make_card.parse_args([folder, "--push_to_hub", "--hub_model_id", "you/made"]))
-pipe = DualRatePipeline.from_pretrained(folder, dtype=torch.bfloat16)
+pipe = DualRatePipeline.from_pretrained(folder, dtype=torch.float16)
 pipe.push_to_hub("you/pushed")
 pipe.denoiser.push_to_hub("you/denoiser")
 pipe.save_pretrained(other, push_to_hub=True, repo_id="you/saved")
@@ -427,7 +427,7 @@ def published(hub, environment, tmp_path_factory):
     """A trained model that was published in every way there is: its folder, one with another card, what came back."""
     root = tmp_path_factory.mktemp("published")
     folder, other = root / "model", root / "other"
-    shutil.copytree(ROOT / "model_cards/dualrate-emoji32-distilled", folder)
+    shutil.copytree(ROOT / "model_cards/dualrate-emoji64-distilled", folder)
     for name in (
         "checkpoint-1/model.safetensors",
         "diffusers-dualrate/events",

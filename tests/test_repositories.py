@@ -80,6 +80,12 @@ def test_a_model_index_that_says_too_little_is_refused_by_its_file(folder, entri
         DualRatePipeline.from_pretrained(folder)
 
 
+def test_a_model_of_a_library_that_is_not_installed_says_so(folder):
+    change(folder / "model_index.json", text_encoder=["onnxruntime.training", "ORTModule"])
+    with pytest.raises(ImportError, match=f"{folder} cannot be loaded: it needs onnxruntime, which is not installed"):
+        DualRatePipeline.from_pretrained(folder)
+
+
 def test_what_a_model_index_leaves_open_may_be_given(folder, make_networks):
     change(folder / "model_index.json", denoiser=[None, None], scheduler=..., context_encoder=...)
     encoder, denoiser = make_networks(num_classes=4)

@@ -6,6 +6,7 @@ A card depends on nothing else, so it can be made again at any time.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,7 @@ def make_card(
     presets: Path | None,
     source: str | None = None,
     picture: str | None = GRID,
+    list_pictures: Sequence[str] = (),
     origin: str = "",
 ) -> str:
     """The card's text.
@@ -245,6 +247,7 @@ def make_card(
         presets: Folder of the shipped presets, which a run's values are held against; `None` for none.
         source: Name that the model is loaded by; default: the name of its folder.
         picture: File of samples beside the card; `None` where there is none.
+        list_pictures: Files of drawn lists of prompts beside it, samples-NAME.png.
         origin: Of `describe_origin`.
 
     Raises:
@@ -279,6 +282,7 @@ def make_card(
         source=source or evaluation["model"],
         is_on_hub=source is not None and not source.startswith("model_cards/"),
         picture=picture,
+        list_pictures={file.partition("-")[2].partition(".")[0]: file for file in list_pictures},
         notes=notes,
         networks=describe_networks(evaluation, index, plan) + (describe_start(told) if is_pair else ""),
         origin=origin,

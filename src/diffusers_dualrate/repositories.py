@@ -43,6 +43,7 @@ class RepositoryMixin:
         Raises:
             OSError: If there is nothing of that name, or files of it are missing or damaged.
             ValueError: If its content cannot be used; the message names the place.
+            ImportError: If a part of it, such as a text encoder, needs a library that is not installed.
         """
         place = pretrained_model_name_or_path
         if not isinstance(place, (str, os.PathLike)):
@@ -55,6 +56,8 @@ class RepositoryMixin:
             return super().from_pretrained(place, *args, **kwargs)  # type: ignore[misc] # of the host's class
         except OriginError:  # which says it all
             raise
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{place} cannot be loaded: it needs {error.name}, which is not installed.") from error
         except ValueError as error:
             raise ValueError(f"{place} cannot be loaded: {error}") from error
         except OSError as error:

@@ -27,7 +27,7 @@ FOLDER = EXAMPLES / "text_encoders" / "emoji64"
 
 @pytest.fixture(scope="module")
 def shipped():
-    encoder = CLIPTextModel.from_pretrained(FOLDER / "text_encoder")
+    encoder = CLIPTextModel.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32)
     return encoder.eval(), AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
 
 

@@ -1,1 +1,0 @@
-from diffusers_dualrate import UViTDenoiser  # noqa: F401

@@ -1,1 +1,0 @@
-from diffusers_dualrate import DualRatePipeline  # noqa: F401
