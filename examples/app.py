@@ -30,7 +30,7 @@ OWN, ANCESTRAL, SECOND_ORDER, FAST = SOLVERS = ("the model's own", "ancestral", 
 ALIKE, ITS_OWN = HEAVY_RUNS = ("with N, guidance and solver of the pair", "with its own defaults")
 MOST_IMAGES, LARGEST_SEED = 32, 2**53 - 1  # a browser's numbers are whole up to there
 EXPLANATION = """# Dual-Rate Diffusion
-Noise becomes images in N steps. In a **pair**, a light network takes every step, and a heavy one helps at K of them.
+Noise becomes images in N steps. In a **pair**, a heavy network runs at K steps, and a light one at every step or at the others.
 The **heavy network alone** takes every step itself, from the same noise."""
 STYLE = """
 #result .sides {display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr))}

@@ -372,6 +372,7 @@ def main(args: argparse.Namespace, open_images: Callable = open_images) -> int:
         num_context_steps=recipe.num_context_steps if averaged.context_encoder else None,
         context_from=recipe.context_from if recipe.context_from < 1 else None,
         context_free=recipe.context_from < 1,
+        is_distilled=True,
         **components_of(captions),
     )
     run = Run(accelerator, configuration, networks, images, {"teacher": teacher, "student": student}, captions)

@@ -177,7 +177,7 @@ def draw_first(first, pipe, images, prompts, args):
         if name is None:
             draw_grid(pictures, shown).save(grid)
         else:  # prompts are longer than classes; in 256 colours, as a hundred images are a large file
-            picture = draw_grid(pictures, prompts[name], 10, 128).quantize(256)
+            picture = draw_grid(pictures, prompts[name], 10, 128, lines=2).quantize(256)
             picture.save(grid.with_stem(f"{grid.stem}-{name}"), optimize=True)
 
 

@@ -1,6 +1,6 @@
 """Generate a labelled picture of samples with a Dual-Rate pair, beside other ways to spend the compute.
 
-    python examples/generate.py --model model_cards/dualrate-emoji64 --prompt "red apple" "two fish"
+    python examples/generate.py --model model_cards/dualrate-emoji64 --prompt pizza penguin
 
 With `--compare`, a single-rate model makes the same images: from the same noise at equal N, and with DPM-Solver++ at few
 steps, the fast solver that every diffusers user has. With `--distilled`, so does a student, at the few steps and the
@@ -20,14 +20,14 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--compare",
-        help="Hub repository or folder of a single-rate model of the same classes, or of a pair around it.",
+        help="Hub repository or folder of a single-rate model of the same classes or text, or of a pair around it.",
     )
-    parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same classes.")
+    parser.add_argument("--distilled", help="Hub repository or folder of a distilled student of the same.")
     parser.add_argument("--class_labels", nargs="+", help="Names or numbers; default: classes spread over all.")
     parser.add_argument("--prompt", nargs="+", help="Prompts, for a model of text.")
     parser.add_argument("--num_columns", type=int, default=12, help="Images per row where no classes are named.")
     parser.add_argument(
-        "--num_images_per_class", type=int, default=2, help="Images of each class, one below the other."
+        "--num_images_per_class", type=int, default=2, help="Images of each class or prompt, one below the other."
     )
     parser.add_argument("--num_inference_steps", type=int, help="N, not of a student; default: the model's.")
     parser.add_argument("--num_context_steps", type=int, help="K, not of a student; default: the model's.")
@@ -261,7 +261,7 @@ def main(args):
     draw(rows, names, args).save(args.output)
 
     print(
-        f"\nImages in each row of the picture: {len(rows[0].images)}. Per image, where guidance above 1 evaluates both branches:\n"
+        f"\nImages of each way to sample: {len(rows[0].images)}. Per image, where guidance above 1 evaluates both branches:\n"
     )
     print(f"{'':28}{'N':>5}{'K':>5}{'guidance':>10}{'heavy':>7}{'light':>7}{'GFLOP':>8}{'ratio':>8}{'seconds':>9}")
     for row in rows:

@@ -178,17 +178,17 @@ def describe_prompts(evaluation: dict, six_steps: dict) -> list[dict]:
         ("pair's student", evaluation),
     ]
     for title, record in named:
-        for sample in record["samples"]:
-            rows.append({
-                "model": title,
-                "solver": sample["solver"],
-                "N": sample["num_inference_steps"],
-                "K": sample["num_context_steps"],
-                "flops": sample["flops_with_guidance"],
-                "seeds": record["seeds"],
-                "recognised": recognised(sample["prompts"]),
-                "fd": sample["fd_local_500"],
-            })  # fmt: skip
+        sample = record["samples"][0]
+        rows.append({
+            "model": title,
+            "solver": sample["solver"],
+            "N": sample["num_inference_steps"],
+            "K": sample["num_context_steps"],
+            "flops": sample["flops_with_guidance"],
+            "seeds": record["seeds"],
+            "recognised": recognised(sample["prompts"]),
+            "fd": sample["fd_local_500"],
+        })  # fmt: skip
     return rows
 
 

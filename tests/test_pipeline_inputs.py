@@ -356,3 +356,29 @@ def test_images_that_are_not_finite_are_said_to_be_so(make_pipe):
     next(pipe.denoiser.parameters()).data.fill_(float("nan"))
     with pytest.warns(UserWarning, match="The images hold NaN or infinity: see weights"):
         pipe(class_labels=[0], num_inference_steps=2, output_type="np")
+
+
+# A student away from what it was distilled into
+
+
+@pytest.mark.parametrize("kind", ["a pair", "a single-rate model"])
+def test_a_student_warns_when_it_is_sampled_otherwise_and_not_by_its_own_plan(make_pipe, tmp_path, kind):
+    """Mutants: the comparison of plans left out; guidance; second-order steps; the flag lost in saving."""
+    k = {"num_context_steps": 2} if kind == "a pair" else {}
+    made = make_pipe(kind != "a pair", num_inference_steps=4, is_distilled=True, **k)
+    made.save_pretrained(tmp_path)
+    pipe = DualRatePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for own in ({}, {"num_inference_steps": 4, **k}, {"guidance_scale": 1.0}):
+            pipe([0], generator=generator(), output_type="latent", **own)
+    others = [({"num_inference_steps": 6}, "this plan of N = 6"), ({"guidance_scale": 2.0}, "guidance_scale=2.0")]
+    if k:
+        others += [({"num_context_steps": 4}, "this plan of N = 4, K = 4"), ({"refresh_steps": [0, 1]}, "this plan of N = 4")]
+    for other, said in others:
+        with pytest.warns(UserWarning, match=f"was distilled for N = 4.* was not trained for {said}.*worse images"):
+            pipe([0], generator=generator(), output_type="latent", **other)
+    pipe.scheduler = DualRateScheduler.from_config(pipe.scheduler.config, second_order=True)
+    with pytest.warns(UserWarning, match="not trained for the steps of this scheduler"):
+        pipe([0], generator=generator(), output_type="latent")

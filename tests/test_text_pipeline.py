@@ -103,6 +103,16 @@ def test_embeddings_computed_once_draw_the_same_images_and_need_no_encoder(make_
     assert torch.equal(text, embeds["prompt_embeds"].repeat_interleave(2, 0)) and null is null_mask is None
 
 
+def test_embeddings_without_their_mask_warn_that_padding_counts(make_text_pipe):
+    pipe = make_text_pipe()
+    text, mask, *_ = pipe.encode_prompt(PROMPTS)
+    with pytest.warns(UserWarning, match="without prompt_attention_mask, so all their tokens count, padding too"):
+        draw(pipe, prompt_embeds=text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        draw(pipe, prompt_embeds=text, prompt_attention_mask=mask)
+
+
 def test_guidance_in_an_interval_gives_each_step_the_branches_it_needs(make_text_pipe, watch):
     pipe = make_text_pipe()
     calls = watch(pipe)

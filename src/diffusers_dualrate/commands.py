@@ -19,7 +19,7 @@ EXAMPLE_PROMPT = "a red apple"
 # Options that the repetition of a run does not need: they say where it goes on from, or nothing of the model.
 _PASSING = frozenset(
     "resume_from_checkpoint checkpoints_total_limit images_per_process push_to_hub hub_model_id output_dir cache_dir "
-    "report_to checkpointing_steps validation_steps mixed_precision".split()
+    "report_to checkpointing_steps validation_steps".split()
 )
 
 
@@ -70,7 +70,7 @@ def list_flags(told: dict, *sections: str) -> list[str]:
         part = getattr(configuration, section)
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if field.name not in passing and value not in (field.default, None, False):
+            if field.name not in passing and value not in (field.default, None, False, "no"):
                 flags.append(f"--{field.name}" if value is True else f"--{field.name} {shlex.quote(str(value))}")
     return flags
 

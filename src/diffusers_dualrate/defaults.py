@@ -1,5 +1,6 @@
 """How a model is sampled where a call does not say otherwise: what travels with it in its model_index.json."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -22,6 +23,7 @@ class SamplingDefaults:
         guidance_scale: Scale of guidance where there are classes; 1 is none.
         guidance_interval: Lowest and highest log-SNR at which guidance acts; `None` for all.
         encoder_denoises: Whether a refresh takes the prediction that the encoder hands over.
+        is_distilled: Whether the model was distilled into these steps and this guidance, and knows no others.
         id2label: Name of each class; `None` where none are known.
 
     Raises:
@@ -36,6 +38,7 @@ class SamplingDefaults:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     encoder_denoises: bool = False
+    is_distilled: bool = False
     id2label: Mapping[Any, str] | None = None
 
     def __post_init__(self):
@@ -51,6 +54,7 @@ class SamplingDefaults:
         check_number("guidance_scale", self.guidance_scale, least=1)
         check_interval(self.guidance_interval)
         check_boolean("encoder_denoises", self.encoder_denoises)
+        check_boolean("is_distilled", self.is_distilled)
 
     @classmethod
     def of(cls, config: Mapping) -> Self:
@@ -72,12 +76,23 @@ class SamplingDefaults:
         if self.refresh_steps is not None and self.refresh_steps[0] > 0:
             self.check_context_free(f"refresh_steps={self.refresh_steps}")
 
+    def warn_of_other_use(self, what: str) -> None:
+        """Warn that a distilled model is sampled in a way that it was not distilled for."""
+        k = "" if self.num_context_steps is None else f", K = {self.num_context_steps}"
+        warnings.warn(
+            f"This model was distilled for N = {self.num_inference_steps}{k}, guidance {self.guidance_scale:g} and "
+            f"ancestral steps. It was not trained for {what}: expect worse images.",
+            stacklevel=3,
+        )
+
     def choose_guidance(
         self, scale: float | None, interval: tuple[float, float] | None, has_classes: bool
     ) -> tuple[float, tuple[float, float] | None]:
         """Scale and interval of a call: what was asked for, else the model's. Without classes there is none."""
         if scale is None:
             scale = self.guidance_scale if has_classes else 1.0
+        elif self.is_distilled and scale != self.guidance_scale:
+            self.warn_of_other_use(f"guidance_scale={scale}")
         return scale, self.guidance_interval if interval is None else interval
 
 

@@ -180,6 +180,14 @@ def check_returned(returned: Mapping, given: Mapping[str, Tensor | Sequence[Tens
                 )
 
 
+def warn_of_lone_denoiser(denoiser: Any, context_encoder: Any) -> None:
+    """Warn if the denoiser of a pair is to sample without its encoder."""
+    if context_encoder is None and denoiser.config.context_channels is not None:
+        warnings.warn(
+            "The denoiser is one of a pair and there is no context_encoder: it samples without context.", stacklevel=3
+        )
+
+
 def check_components(
     denoiser: UViTDenoiser,
     scheduler: SchedulerMixin,

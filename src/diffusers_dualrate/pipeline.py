@@ -26,6 +26,7 @@ from .inputs import (
     check_encoder_denoises,
     check_images,
     describe_unsaid,
+    warn_of_lone_denoiser,
 )
 from .latents import check_vae, compression_of, decode
 from .models import UViTContextEncoder, UViTDenoiser
@@ -67,6 +68,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin
         guidance_interval: Default lowest and highest log-SNR at which guidance acts; `None` for all.
         encoder_denoises: Whether refreshes take the encoder's own prediction, so that the denoiser runs at the N − K other
             steps only. It is for pairs trained with `--follow_encoder` (beyond the paper).
+        is_distilled: Whether the model was distilled into its own steps and guidance; others bring a warning.
 
     Raises:
         ValueError: If the two networks do not fit each other, or the defaults do not.
@@ -102,15 +104,12 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         encoder_denoises: bool | None = None,
+        is_distilled: bool | None = None,
     ):
         super().__init__()
         check_components(denoiser, scheduler, context_encoder, TextEncoding.of(text_encoder, tokenizer))
         check_vae(vae, denoiser.config.in_channels, scheduler)
-        if context_encoder is None and denoiser.config.context_channels is not None:
-            warnings.warn(
-                "The denoiser is one of a pair and there is no context_encoder: it samples without context.",
-                stacklevel=2,
-            )
+        warn_of_lone_denoiser(denoiser, context_encoder)
         given = {
             "id2label": id2label,
             "num_inference_steps": num_inference_steps,
@@ -121,6 +120,7 @@ class DualRatePipeline(RepositoryMixin, PromptMixin, CallStateMixin, GraphsMixin
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
             "encoder_denoises": encoder_denoises,
+            "is_distilled": is_distilled,
         }
         given = {name: value for name, value in given.items() if value is not None}
         defaults = SamplingDefaults.of(given)

@@ -109,6 +109,12 @@ class Conditioning:
             text = _check_embeds(
                 "prompt_embeds", self.prompt_embeds, mask, shape, self.pooled_prompt_embeds, pooled_dim
             )
+            if mask is None and config.text_is_masked:
+                warnings.warn(
+                    "prompt_embeds came without prompt_attention_mask, so all their tokens count, padding too. "
+                    "encode_prompt returns embeddings and mask, then the same of the negative prompt.",
+                    stacklevel=2,
+                )
             shape = tuple(text.tokens.shape)
         if self.negative_prompt_embeds is not None:
             mask = self.negative_prompt_attention_mask

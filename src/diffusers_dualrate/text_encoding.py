@@ -174,7 +174,7 @@ class TextEncoding:
         removed = [self._decode_lost(*ids) for ids in zip(whole, kept, strict=True) if len(ids[0]) > length]
         if removed:
             logger.warning(
-                "The following part of your input was truncated because the text encoder takes sequences up to "
+                "The following part of your input was truncated because this model takes sequences up to "
                 f"{length} tokens: {removed}"
             )
 
