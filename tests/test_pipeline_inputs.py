@@ -375,7 +375,10 @@ def test_a_student_warns_when_it_is_sampled_otherwise_and_not_by_its_own_plan(ma
             pipe([0], generator=generator(), output_type="latent", **own)
     others = [({"num_inference_steps": 6}, "this plan of N = 6"), ({"guidance_scale": 2.0}, "guidance_scale=2.0")]
     if k:
-        others += [({"num_context_steps": 4}, "this plan of N = 4, K = 4"), ({"refresh_steps": [0, 1]}, "this plan of N = 4")]
+        others += [
+            ({"num_context_steps": 4}, "this plan of N = 4, K = 4"),
+            ({"refresh_steps": [0, 1]}, "this plan of N = 4"),
+        ]
     for other, said in others:
         with pytest.warns(UserWarning, match=f"was distilled for N = 4.* was not trained for {said}.*worse images"):
             pipe([0], generator=generator(), output_type="latent", **other)

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from diffusers_dualrate import DualRateScheduler, RefreshPlan, diffusion, plan_refreshes
+from diffusers_dualrate import DualRatePipeline, DualRateScheduler, RefreshPlan, diffusion, plan_refreshes
 from plain_loop import amplitudes, conditioned, log_snr_at
 
 SHIFTED = [
@@ -356,6 +356,15 @@ def test_a_plan_printed_is_the_diagram_of_its_run():
         "               ▼    ▼    ▼    ▼    ▼    ▼",
         "denoiser  z₁ → g →  g →  g →  g →  g →  g → x    light, N times: v(z_t, t, τ, context)",
     ]
+
+
+def test_the_diagram_of_a_pair_whose_encoder_denoises_shows_who_takes_each_step(make_networks):
+    encoder, denoiser = make_networks(prediction_hand_over=True)
+    told = {"num_inference_steps": 6, "num_context_steps": 2, "encoder_denoises": True}
+    pipe = DualRatePipeline(denoiser, DualRateScheduler(), encoder, **told)
+    last = str(pipe.plan_run()).splitlines()[-1]
+    assert last == "denoiser  z₁ → E →  g →  g →  E →  g →  g → x    light, N − K times: v(z_t, t, τ, context)"
+    assert pipe.plan_run() == plan_refreshes(6, 2)
 
 
 def test_a_long_plan_printed_names_its_refreshes_and_one_without_any_shows_no_encoder():

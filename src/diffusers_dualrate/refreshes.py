@@ -4,7 +4,7 @@ A plan may begin late. Before its first refresh the light network works alone, w
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .ranges import check_integer
 
@@ -21,9 +21,11 @@ class RefreshPlan:
 
     Args:
         refreshes: Whether each step refreshes. All are false for a single-rate model.
+        encoder_denoises: Whether refreshes take the encoder's own prediction. It changes what is printed, not the plan.
     """
 
     refreshes: tuple[bool, ...]
+    encoder_denoises: bool = field(default=False, compare=False)
 
     @property
     def num_inference_steps(self) -> int:
@@ -75,12 +77,15 @@ class RefreshPlan:
         encoder = "".join(" " if i + 1 == 5 * n or (encoder + " ")[i + 1] == "E" else encoder[i] for i in range(5 * n))
         arrows = "".join("│    " if now else "     " for now in self)
         steps = "".join(f"{i:<5}" for i in range(n))
+        spared = [now and self.encoder_denoises for now in self]
+        taken = "".join("E →  " if rests else "g →  " for rests in spared)
+        light = f"light, N{' − K' if any(spared) else ''} times: v(z_t, t, τ, context)"
         rows = [
             ("step", steps, f"N = {n}, K = {k}"),
             ("encoder", encoder, "heavy, K times: context of z_τ"),
             ("", arrows, ""),
             ("", "     " * alone + "▼    " * (n - alone), f"{alone} steps without context" if alone else ""),
-            ("denoiser  z₁ →", ("g →  " * n).rstrip() + " x", "light, N times: v(z_t, t, τ, context)"),
+            ("denoiser  z₁ →", taken.rstrip() + " x", light),
         ]
         rows = rows if k else [rows[0], rows[-1]]
         return "\n".join(f"{name:15}{row:{5 * n + 4}}{words}".rstrip() for name, row, words in rows)

@@ -1,6 +1,7 @@
 """The steps of one chain, under our scheduler or one of the host's: planned once, before anything is computed."""
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -91,6 +92,7 @@ def plan_steps(
     if num_context_steps is None and refresh_steps is None and defaults.num_context_steps is not None:
         num_context_steps = min(defaults.num_context_steps, n - alone)
     plan = plan_refreshes(n, num_context_steps, refresh_steps, num_steps_alone=alone)
+    plan = dataclasses.replace(plan, encoder_denoises=defaults.encoder_denoises)
     if not is_pair:
         plan = RefreshPlan((False,) * n)
     elif plan.num_steps_alone > 0:
