@@ -160,10 +160,10 @@ def describe_prompts(evaluation: dict, six_steps: dict) -> list[dict]:
     rivals, data = evaluation["rivals"], evaluation["data"]["name"]
 
     def recognised(lists: dict) -> dict:
-        return {name: measured.get(metric_of(measured)) for name, measured in lists.items() if measured}
-
-    def metric_of(measured: dict) -> str | None:
-        return next((name for name in measured if name.startswith("prompt_of_nearest_prompt")), None)
+        metric = "prompt_of_nearest_prompt"
+        return {
+            name: value for name, own in lists.items() for key, value in (own or {}).items() if key.startswith(metric)
+        }
 
     found = recognised(evaluation["prompt_lists"]) | {
         "held_out": evaluation["classifier"]["prompts_held_out"]["first"]

@@ -303,9 +303,8 @@ def student(parts):
     """The same for a student of that pair, whose teacher is guided."""
     evaluation, index, notes = parts
     evaluation["training"] = {"network": "distilled pair", "images_seen": 13920}
-    evaluation["configuration"] = json.loads(
-        (CLASSES / "dualrate-emoji32-distilled" / "configuration.json").read_text()
-    )
+    made = json.loads((CLASSES / "dualrate-emoji32-distilled" / "evaluation.json").read_text())
+    evaluation["configuration"] = made["configuration"]
     evaluation["configuration"]["distillation"]["guidance_scale"] = 3.0
     evaluation |= {
         "images_by_phase": {"pretraining": 0, "auxiliary": 8000, "student": 5920},

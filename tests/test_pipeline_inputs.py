@@ -361,6 +361,19 @@ def test_images_that_are_not_finite_are_said_to_be_so(make_pipe):
 # A student away from what it was distilled into
 
 
+def test_a_late_student_warns_of_other_refreshes_and_not_of_its_own(make_pipe):
+    """Mutant: only N compared where contexts begin late."""
+    told = {"num_inference_steps": 4, "num_context_steps": 2, "context_from": 0.5, "context_free": True}
+    pipe = make_pipe(is_distilled=True, **told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        own = pipe.plan_run()
+        assert own.num_steps_alone > 0
+        pipe.plan_run(refresh_steps=[i for i, refreshes in enumerate(own) if refreshes])
+    with pytest.warns(UserWarning, match="was not trained for this plan of N = 4, K = 1"):
+        pipe.plan_run(num_context_steps=1)
+
+
 @pytest.mark.parametrize("kind", ["a pair", "a single-rate model"])
 def test_a_student_warns_when_it_is_sampled_otherwise_and_not_by_its_own_plan(make_pipe, tmp_path, kind):
     """Mutants: the comparison of plans left out; guidance; second-order steps; the flag lost in saving."""

@@ -126,6 +126,22 @@ def test_figures_that_stand_in_sentences_are_those_of_their_records():
     assert f"{images} drawings of emoji" in README and f"{images} drawings" in pages["models.md"]
 
 
+def test_what_a_stricter_judge_accepted_and_what_students_lost_are_what_their_records_hold():
+    found = {(row["model"], row["list"]): row for row in gains.read(ROOT / "research/emoji64-viewer.json")["rows"]}
+    assert not any(row["wrong_accepted"] for row in found.values())
+    shares = {key: len(row["right_accepted"]) / row["right"] for key, row in found.items()}
+    seen = [shares[name, "seen"] for name in ("dualrate-emoji64", "dualrate-emoji64-distilled", "single-rate-emoji64")]
+    held_out, novel = (shares["dualrate-emoji64", name] for name in ("held_out", "novel"))
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    said = "accepted {:.0%} of the right texts, and no wrong one. For the student it was {:.0%}, too, and for the heavy network {:.0%}. "
+    said += "Of held-out prompts it accepted {:.0%} for the pair, and of those never drawn {:.0%}."
+    assert said.format(*seen, held_out, novel).replace("%", " %") in page
+    student = gains.read(gains.EMOJI[0])
+    ways = student["samples"][0], student["rivals"]["single-rate-emoji32"]["samples"][0]
+    recalls = "{:.0%} for the teacher's {:.0%}".format(*(way["recall_local_500"]["mean"] for way in ways))
+    assert recalls.replace("%", " %") in (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8")
+
+
 def test_the_tables_of_the_comparison_that_are_written_by_hand_have_the_points_of_the_study():
     points, text = gains.collect(gains.read(gains.STUDY)), (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
     found = {}

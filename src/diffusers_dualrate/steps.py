@@ -100,27 +100,15 @@ def plan_steps(
             f"context_from={defaults.context_from}" if refresh_steps is None else f"refresh_steps={refresh_steps}"
         )
     if defaults.is_distilled:
-        _check_distilled(defaults, scheduler, plan, is_pair and defaults.context_from is None, timesteps)
+        own = plan_steps(scheduler, dataclasses.replace(defaults, is_distilled=False), is_pair=is_pair).plan
+        if plan != own or timesteps is not None:
+            refreshes = f", K = {plan.num_context_steps}" if is_pair else ""
+            defaults.warn_of_other_use(f"this plan of N = {n}{refreshes}")
+        if not isinstance(scheduler, DualRateScheduler) or scheduler.config.second_order:
+            defaults.warn_of_other_use("the steps of this scheduler")
     if isinstance(scheduler, DualRateScheduler):
         scheduler.refresh_plan = plan
     return ChainSteps(scheduler, plan, log_snrs)
-
-
-def _check_distilled(
-    defaults: SamplingDefaults,
-    scheduler: SchedulerMixin,
-    plan: RefreshPlan,
-    compares_refreshes: bool,
-    timesteps: Sequence[float] | None,
-) -> None:
-    """Warn of a chain that a distilled model was not made for."""
-    k = defaults.num_context_steps if defaults.refresh_steps is None else None
-    own = plan_refreshes(defaults.num_inference_steps, k, defaults.refresh_steps)
-    if len(plan) != len(own) or timesteps is not None or (compares_refreshes and plan != own):
-        refreshes = f", K = {plan.num_context_steps}" if any(plan) else ""
-        defaults.warn_of_other_use(f"this plan of N = {len(plan)}{refreshes}")
-    if not isinstance(scheduler, DualRateScheduler) or scheduler.config.second_order:
-        defaults.warn_of_other_use("the steps of this scheduler")
 
 
 def make_dpm_solver(scheduler: DualRateScheduler) -> DPMSolverMultistepScheduler:
