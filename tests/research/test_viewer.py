@@ -1,0 +1,58 @@
+"""research.viewer: the viewer sees each drawing once, half of them under another's text, and answers count for the right places."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from diffusers_dualrate.pictures import draw_grid
+from research import viewer
+
+
+@pytest.mark.parametrize("judge", [1, 2])
+def test_half_of_the_texts_are_another_drawing_s_and_the_rest_its_own(judge):
+    prompts = viewer.read_prompts("seen")
+    texts, wrong, order = viewer.mislead(prompts, judge)
+    assert [i for i in range(100) if texts[i] != prompts[i]] == wrong and len(wrong) == 50
+    assert sorted(texts) == sorted(prompts) and sorted(order) == list(range(100)) != order
+
+
+def test_each_judge_is_misled_elsewhere():
+    first, second = (viewer.mislead(viewer.read_prompts("seen"), judge)[1] for judge in (1, 2))
+    assert first != second
+
+
+def test_drawings_are_cut_as_the_grid_laid_them_and_answers_count_at_their_places(tmp_path):
+    """Mutants: the name's height left out, the order read backwards, numbers counted from 0."""
+    prompts = viewer.read_prompts("novel")
+    drawings = [Image.new("RGB", (64, 64), (i, 2 * i, 3 * i)) for i in range(len(prompts))]
+    (tmp_path / "model").mkdir()
+    picture = tmp_path / "model" / "samples-novel.png"
+    draw_grid(drawings, prompts, 10, 128, lines=2).save(picture)
+    found = viewer.cut(Image.open(picture), len(prompts))
+    assert [image.getcolors() for image in found] == [[(128 * 128, (i, 2 * i, 3 * i))] for i in range(len(prompts))]
+
+    viewer.write_pages(picture, 3, tmp_path / "pages")
+    key = json.loads((tmp_path / "pages" / "key.json").read_text())
+    page, place = Image.open(tmp_path / "pages" / "2.png"), key["order"][20 + 6]  # seventh drawing of the second page
+    left, top = viewer.SHOWN + viewer.LINE, viewer.SHOWN + 3 * viewer.LINE
+    assert page.getpixel((left + 9, top + 9)) == (place, 2 * place, 3 * place)
+    lines = (tmp_path / "pages" / "texts.txt").read_text().splitlines()
+    texts = dict(line.split(". ", 1) for line in lines[2:])
+    yes = [number for number, place in enumerate(key["order"], 1) if texts[str(number)] == prompts[place]]
+    row = viewer.count(key, yes)
+    assert row["right_accepted"] == [i for i in range(30) if i not in key["wrong"]] and row["wrong_accepted"] == []
+    assert (row["model"], row["list"], row["judge"], row["right"], row["wrong"]) == ("model", "novel", 3, 15, 15)
+    row = viewer.count(key, [1, 1, 30])
+    assert sorted(row["right_accepted"] + row["wrong_accepted"]) == sorted([key["order"][0], key["order"][29]])
+
+
+def test_a_judge_s_second_answer_replaces_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(viewer, "RECORD", tmp_path / "record.json")
+    viewer.RECORD.write_text('{"question": "?", "rows": []}')
+    row = {"model": "m", "list": "seen", "judge": 2, "right_accepted": [1]}
+    for entered in (row, row | {"judge": 1}, row | {"right_accepted": [7]}):
+        viewer.enter(entered)
+    record = json.loads(viewer.RECORD.read_text())
+    assert [(r["judge"], r["right_accepted"]) for r in record["rows"]] == [(1, [1]), (2, [7])]
+    assert record["question"] == "?"
