@@ -21,6 +21,7 @@ EMOJI = (  # measurements of a student, of its teacher, its start and a single-r
     ROOT / "research" / "emoji32" / "dualrate-emoji32-distilled" / "evaluation.json",
     ROOT / "model_cards" / "dualrate-emoji64-distilled" / "evaluation.json",
 )
+EARLIER = ROOT / "research" / "emoji64-earlier.json"  # trainings that those of the models of text went on from
 SIX_STEPS = ROOT / "research" / "emoji64-six-steps.json"  # of the heavy network of text: about what the pair costs
 PAGES = (
     ROOT / "README.md",
@@ -122,13 +123,16 @@ def compare_student(points: dict, data: str, arm: str) -> dict:
     }
 
 
-def compare_emoji(evaluation: dict) -> dict:
+def compare_emoji(evaluation: dict, earlier: dict) -> dict:
     """A student of emoji beside a single-rate student of the same teacher, as its own measurement has them.
 
-    What a training started from counts as its own.
+    What a training started from counts as its own, and so do the `earlier` trainings that it went on from.
     """
     rivals, data = evaluation["rivals"], evaluation["data"]["name"]
-    teacher, start = (rivals[name]["training_flops"] for name in (f"single-rate-{data}", f"dualrate-{data}"))
+    teacher, start = (
+        rivals[name]["training_flops"] + earlier.get(name, {}).get("training_flops", 0)
+        for name in (f"single-rate-{data}", f"dualrate-{data}")
+    )
     other = rivals[f"single-rate-{data}-distilled"]
     rows = {}
     for name, record, before in (("pair", evaluation, teacher + start), ("single", other, teacher)):
@@ -203,7 +207,7 @@ def find_ends(points: dict, data: str) -> dict:
     return {"claim": f"{data}: rivals of the best undistilled pair", "pair": pair, "rivals": rivals}
 
 
-def compute(study: dict, timing: dict, six_steps: dict, *evaluations: dict) -> dict:
+def compute(study: dict, timing: dict, six_steps: dict, earlier: dict, *evaluations: dict) -> dict:
     """All claims; the last evaluation is of a model of text."""
     points = collect(study)
     return {
@@ -212,7 +216,10 @@ def compute(study: dict, timing: dict, six_steps: dict, *evaluations: dict) -> d
         "count": {data: floor["n"] for data, floor in study["floors"].items()},
         "floor": {data: floor["fd"] for data, floor in study["floors"].items()},
         "pairs": [compare_pair(points, *case) for case in PAIRS],
-        "students": [*(compare_student(points, *case) for case in STUDENTS), *map(compare_emoji, evaluations)],
+        "students": [
+            *(compare_student(points, *case) for case in STUDENTS),
+            *(compare_emoji(evaluation, earlier) for evaluation in evaluations),
+        ],
         "prompts": describe_prompts(evaluations[-1], six_steps),
         "solvers": [
             {solver: best_of(points, data, "single-rate", "steps", (solver,)) for solver in SOLVERS} for data in RIVALS
@@ -393,7 +400,7 @@ def write_tables(gains: dict) -> dict[str, str]:
 
 
 def main():
-    gains = compute(*map(read, (STUDY, TIMING, SIX_STEPS, *EMOJI)))
+    gains = compute(*map(read, (STUDY, TIMING, SIX_STEPS, EARLIER, *EMOJI)))
     GAINS.write_text(json.dumps(gains, indent=1) + "\n", encoding="utf-8")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

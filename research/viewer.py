@@ -5,7 +5,8 @@
 
 A viewer is a person or a large vision-language model. It sees the pages, twenty numbered drawings each, and `texts.txt`,
 not `key.json`. It knows that half of the texts belong to other drawings of the list, and answers `QUESTION` for each
-number. `count` takes the numbers of its yeses, and writes them into `emoji64-viewer.json` by the places in the list.
+number. One viewer sees the pages of one picture: other pictures would tell it which texts are wrong. `count` takes the
+numbers of its yeses, and writes them into `emoji64-viewer.json` by the places in the list.
 
     python -m research.viewer decode --output runs/drawings/samples-seen.png
 
@@ -43,9 +44,9 @@ def cut(picture: Image.Image, count: int) -> list[Image.Image]:
     return [picture.crop((left, top, left + SIDE, top + SIDE)) for left, top in corners]
 
 
-def mislead(prompts: list[str], judge: int) -> tuple[list[str], list[int], list[int]]:
+def mislead(prompts: list[str], seed: str) -> tuple[list[str], list[int], list[int]]:
     """The texts that a judge reads, the places whose text is another's, and the order in which the judge sees the places."""
-    rng = random.Random(judge)
+    rng = random.Random(seed)
     wrong = rng.sample(range(len(prompts)), len(prompts) // 2)
     texts = list(prompts)
     for place, other in zip(wrong, [*wrong[1:], wrong[0]], strict=True):
@@ -56,7 +57,7 @@ def mislead(prompts: list[str], judge: int) -> tuple[list[str], list[int], list[
 def write_pages(picture: Path, judge: int, folder: Path) -> None:
     """Pages, texts and key of one judge; the picture's folder is the model, and its name ends in the list."""
     name = picture.stem.partition("-")[2]
-    texts, wrong, order = mislead(read_prompts(name), judge)
+    texts, wrong, order = mislead(read_prompts(name), f"{picture.parent.name} {name} {judge}")
     drawings, font = cut(Image.open(picture).convert("RGB"), len(texts)), ImageFont.load_default(18)
     folder.mkdir(parents=True)
     for first in range(0, len(order), ACROSS * DOWN):
@@ -114,7 +115,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     pages = commands.add_parser("pages", help="Write pages and texts for one judge.")
     pages.add_argument("picture", type=Path, help="Picture of a list of prompts: MODEL/samples-LIST.png.")
-    pages.add_argument("--judge", type=int, default=1, help="Its number chooses the wrong texts and the order.")
+    pages.add_argument("--judge", type=int, default=1, help="It and the picture choose the wrong texts and the order.")
     pages.add_argument("--output_dir", type=Path, required=True)
     counted = commands.add_parser("count", help="Write what a judge accepted into the record.")
     counted.add_argument("folder", type=Path, help="What `pages` wrote.")

@@ -9,17 +9,25 @@ from diffusers_dualrate.pictures import draw_grid
 from research import viewer
 
 
-@pytest.mark.parametrize("judge", [1, 2])
-def test_half_of_the_texts_are_another_drawing_s_and_the_rest_its_own(judge):
+@pytest.mark.parametrize("seed", ["pair seen 1", "pair seen 2"])
+def test_half_of_the_texts_are_another_drawing_s_and_the_rest_its_own(seed):
     prompts = viewer.read_prompts("seen")
-    texts, wrong, order = viewer.mislead(prompts, judge)
+    texts, wrong, order = viewer.mislead(prompts, seed)
     assert [i for i in range(100) if texts[i] != prompts[i]] == wrong and len(wrong) == 50
     assert sorted(texts) == sorted(prompts) and sorted(order) == list(range(100)) != order
 
 
-def test_each_judge_is_misled_elsewhere():
-    first, second = (viewer.mislead(viewer.read_prompts("seen"), judge)[1] for judge in (1, 2))
-    assert first != second
+def test_each_judge_is_misled_elsewhere_and_in_each_picture(tmp_path):
+    """One that saw a model's clear drawings would else know which texts of another's are wrong."""
+    keys = []
+    for model, judge in (("heavy", 1), ("heavy", 2), ("pair", 1)):
+        (tmp_path / model).mkdir(exist_ok=True)
+        draw_grid([Image.new("RGB", (64, 64))] * 30, viewer.read_prompts("novel"), 10, 128, lines=2).save(
+            tmp_path / model / "samples-novel.png"
+        )
+        viewer.write_pages(tmp_path / model / "samples-novel.png", judge, tmp_path / f"{model}-{judge}")
+        keys.append(json.loads((tmp_path / f"{model}-{judge}" / "key.json").read_text()))
+    assert len({str(key["wrong"]) for key in keys}) == len({str(key["order"]) for key in keys}) == 3
 
 
 def test_drawings_are_cut_as_the_grid_laid_them_and_answers_count_at_their_places(tmp_path):
