@@ -4,7 +4,7 @@
     python -m research.viewer count runs/viewer/pair-1 --accepted 1 4 9
 
 A viewer is a person or a large vision-language model. It sees the pages, twenty numbered drawings each, and `texts.txt`,
-not `key.json`. It knows that half of the texts belong to other drawings of the list, and answers `QUESTION` for each
+nothing else. It knows that half of the texts belong to other drawings of the list, and answers `QUESTION` for each
 number. One viewer sees the pages of one picture: other pictures would tell it which texts are wrong. `count` takes the
 numbers of its yeses, and writes them into `emoji64-viewer.json` by the places in the list.
 
@@ -54,9 +54,29 @@ def mislead(prompts: list[str], seed: str) -> tuple[list[str], list[int], list[i
     return texts, sorted(wrong), rng.sample(range(len(prompts)), len(prompts))
 
 
-def write_pages(picture: Path, judge: int, folder: Path) -> None:
-    """Pages, texts and key of one judge; the picture's folder is the model, and its name ends in the list."""
+def list_of(picture: Path) -> str:
+    """The list that a picture's name ends in; its folder is named for the model."""
     name = picture.stem.partition("-")[2]
+    lists = sorted(path.stem for path in (DATA / "prompts").glob("*.txt"))
+    if name not in lists:
+        raise ValueError(f"A picture is named samples-LIST.png, with a list of {', '.join(lists)}, but got {picture}.")
+    return name
+
+
+def key_of(folder: Path) -> Path:
+    """Which texts are wrong: beside the folder, so that no judge sees it."""
+    return folder.with_name(f"{folder.name}.key.json")
+
+
+def write_pages(picture: Path, judge: int, folder: Path) -> None:
+    """Pages, texts and key of one judge."""
+    name = list_of(picture)
+    if not picture.is_file():
+        raise ValueError(
+            f"There is no picture {picture}: examples/evaluate.py draws it with --prompt_lists and --grid."
+        )
+    if folder.exists() or key_of(folder).exists():
+        raise ValueError(f"{folder} has pages already: give --output_dir another name.")
     texts, wrong, order = mislead(read_prompts(name), f"{picture.parent.name} {name} {judge}")
     drawings, font = cut(Image.open(picture).convert("RGB"), len(texts)), ImageFont.load_default(18)
     folder.mkdir(parents=True)
@@ -70,7 +90,7 @@ def write_pages(picture: Path, judge: int, folder: Path) -> None:
     lines = [f"{i}. {texts[place]}" for i, place in enumerate(order, 1)]
     (folder / "texts.txt").write_text("\n".join([QUESTION, "", *lines, ""]), encoding="utf-8")
     key = {"model": picture.parent.name, "list": name, "judge": judge, "wrong": wrong, "order": order}
-    (folder / "key.json").write_text(json.dumps(key), encoding="utf-8")
+    key_of(folder).write_text(json.dumps(key), encoding="utf-8")
 
 
 def count(key: dict, accepted: list[int]) -> dict:
@@ -95,8 +115,10 @@ def enter(row: dict) -> None:
 
 def decode(model: Path, output: Path) -> None:
     """Draw the data's own emoji of a list, encoded and decoded by a model's autoencoder."""
-    prompts = read_prompts(output.stem.partition("-")[2])
-    rows = {row["captions"][0]: row["image"] for row in load_dataset(str(DATA), split="train")}
+    prompts = read_prompts(list_of(output))
+    rows = {row["captions"][0]: row["image"] for part in load_dataset(str(DATA)).values() for row in part}
+    if unknown := [prompt for prompt in prompts if prompt not in rows]:
+        raise ValueError(f"The data have no drawing of {unknown[0]!r}.")
     white = [Image.new("RGBA", rows[prompt].size, "white") for prompt in prompts]
     images = [
         Image.alpha_composite(paper, rows[text].convert("RGBA")) for paper, text in zip(white, prompts, strict=True)
@@ -124,10 +146,17 @@ def main():
     decoded.add_argument("--model", type=Path, default=ROOT / "model_cards" / "dualrate-emoji64")
     decoded.add_argument("--output", type=Path, required=True, help="FOLDER/samples-LIST.png.")
     args = parser.parse_args()
+    try:
+        run(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(args: argparse.Namespace) -> None:
     if args.command == "pages":
         write_pages(args.picture, args.judge, args.output_dir)
     elif args.command == "count":
-        row = count(json.loads((args.folder / "key.json").read_text(encoding="utf-8")), args.accepted)
+        row = count(json.loads(key_of(args.folder).read_text(encoding="utf-8")), args.accepted)
         enter(row)
         print(
             f"{len(row['right_accepted'])} of {row['right']} right and {len(row['wrong_accepted'])} of {row['wrong']} wrong texts accepted"

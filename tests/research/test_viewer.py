@@ -26,7 +26,7 @@ def test_each_judge_is_misled_elsewhere_and_in_each_picture(tmp_path):
             tmp_path / model / "samples-novel.png"
         )
         viewer.write_pages(tmp_path / model / "samples-novel.png", judge, tmp_path / f"{model}-{judge}")
-        keys.append(json.loads((tmp_path / f"{model}-{judge}" / "key.json").read_text()))
+        keys.append(json.loads((tmp_path / f"{model}-{judge}.key.json").read_text()))
     assert len({str(key["wrong"]) for key in keys}) == len({str(key["order"]) for key in keys}) == 3
 
 
@@ -41,7 +41,7 @@ def test_drawings_are_cut_as_the_grid_laid_them_and_answers_count_at_their_place
     assert [image.getcolors() for image in found] == [[(128 * 128, (i, 2 * i, 3 * i))] for i in range(len(prompts))]
 
     viewer.write_pages(picture, 3, tmp_path / "pages")
-    key = json.loads((tmp_path / "pages" / "key.json").read_text())
+    key = json.loads((tmp_path / "pages.key.json").read_text())
     page, place = Image.open(tmp_path / "pages" / "2.png"), key["order"][20 + 6]  # seventh drawing of the second page
     left, top = viewer.SHOWN + viewer.LINE, viewer.SHOWN + 3 * viewer.LINE
     assert page.getpixel((left + 9, top + 9)) == (place, 2 * place, 3 * place)
@@ -53,6 +53,21 @@ def test_drawings_are_cut_as_the_grid_laid_them_and_answers_count_at_their_place
     assert (row["model"], row["list"], row["judge"], row["right"], row["wrong"]) == ("model", "novel", 3, 15, 15)
     row = viewer.count(key, [1, 1, 30])
     assert sorted(row["right_accepted"] + row["wrong_accepted"]) == sorted([key["order"][0], key["order"][29]])
+
+
+def test_what_cannot_be_shown_or_would_be_overwritten_is_refused_in_one_sentence(tmp_path):
+    picture = tmp_path / "model" / "samples-novel.png"
+    with pytest.raises(ValueError, match="There is no picture"):
+        viewer.write_pages(picture, 1, tmp_path / "pages")
+    with pytest.raises(ValueError, match="a list of held_out, novel, seen"):
+        viewer.write_pages(picture.with_stem("samples"), 1, tmp_path / "pages")
+    with pytest.raises(ValueError, match="no drawing of"):
+        viewer.decode(viewer.ROOT, picture)
+    picture.parent.mkdir()
+    draw_grid([Image.new("RGB", (64, 64))] * 30, viewer.read_prompts("novel"), 10, 128, lines=2).save(picture)
+    viewer.write_pages(picture, 1, tmp_path / "pages")
+    with pytest.raises(ValueError, match="has pages already"):
+        viewer.write_pages(picture, 2, tmp_path / "pages")
 
 
 def test_a_judge_s_second_answer_replaces_the_first(tmp_path, monkeypatch):
