@@ -14,6 +14,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
 
@@ -91,17 +92,23 @@ def draw(rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     return picture
 
 
-def find_real() -> list[Image.Image]:
-    """The first drawing of each prompt, also of those held out, on the white that sampled images have."""
+def find_real(prompts: Sequence[str]) -> list[Image.Image]:
+    """The first drawing of each prompt, also of those held out, on the white that sampled images have.
+
+    Raises:
+        ValueError: If a prompt has no drawing.
+    """
     found = {}
     for split in ("train", "test"):
         rows = load_dataset(str(ROOT / "examples" / "data" / "emoji64"), split=split)
         for i, captions in enumerate(rows["captions"]):
-            for caption in captions:
-                if caption in PROMPTS and caption not in found:
+            for caption in captions[:2]:  # its name, with and without the style; another's keywords may be the same
+                if caption in prompts and caption not in found:
                     found[caption] = rows[i]["image"].convert("RGBA")
-    white = Image.new("RGBA", found[PROMPTS[0]].size, "white")
-    return [Image.alpha_composite(white, found[prompt]).convert("RGB") for prompt in PROMPTS]
+    if unknown := [prompt for prompt in prompts if prompt not in found]:
+        raise ValueError(f"The data have no drawing of {unknown[0]!r}.")
+    white = Image.new("RGBA", found[prompts[0]].size, "white")
+    return [Image.alpha_composite(white, found[prompt]).convert("RGB") for prompt in prompts]
 
 
 def label_grid(run: Path, step: str) -> Image.Image:
@@ -146,7 +153,7 @@ def main(run: str | None = None, step: str | None = None):
             times[title].append(milliseconds)
     for title, row in found.items():
         row["milliseconds"] = quantiles(times[title], n=4)[0]
-    rows = [("drawings", find_real())]
+    rows = [("drawings", find_real(PROMPTS))]
     rows += [(write_caption(title, row), images[title]) for title, row in found.items()]
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     draw(rows).quantize(256).save(PICTURE, optimize=True)

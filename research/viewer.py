@@ -19,12 +19,12 @@ import random
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_dualrate.pictures import draw_grid
+from research.picture import find_real
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, DATA = ROOT / "research" / "emoji64-viewer.json", ROOT / "examples" / "data" / "emoji64"
@@ -95,6 +95,8 @@ def write_pages(picture: Path, judge: int, folder: Path) -> None:
 
 def count(key: dict, accepted: list[int]) -> dict:
     """The record's row for the numbers that a judge accepted."""
+    if strange := [number for number in accepted if not 1 <= number <= len(key["order"])]:
+        raise ValueError(f"Drawings are numbered from 1 to {len(key['order'])}, but got {strange[0]}.")
     places, wrong = sorted(key["order"][number - 1] for number in set(accepted)), set(key["wrong"])
     return {name: key[name] for name in ("model", "list", "judge")} | {
         "right": len(key["order"]) - len(wrong),
@@ -116,18 +118,11 @@ def enter(row: dict) -> None:
 def decode(model: Path, output: Path) -> None:
     """Draw the data's own emoji of a list, encoded and decoded by a model's autoencoder."""
     prompts = read_prompts(list_of(output))
-    rows = {row["captions"][0]: row["image"] for part in load_dataset(str(DATA)).values() for row in part}
-    if unknown := [prompt for prompt in prompts if prompt not in rows]:
-        raise ValueError(f"The data have no drawing of {unknown[0]!r}.")
-    white = [Image.new("RGBA", rows[prompt].size, "white") for prompt in prompts]
-    images = [
-        Image.alpha_composite(paper, rows[text].convert("RGBA")) for paper, text in zip(white, prompts, strict=True)
-    ]
+    images = find_real(prompts)
     vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
     processor = VaeImageProcessor(vae_scale_factor=1)
     with torch.no_grad():
-        x = processor.preprocess([image.convert("RGB") for image in images])
-        pictures = processor.postprocess(vae(x).sample)
+        pictures = processor.postprocess(vae(processor.preprocess(images)).sample)
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(pictures, prompts, COLUMNS, SIDE, lines=2).save(output)
 
@@ -156,6 +151,8 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "pages":
         write_pages(args.picture, args.judge, args.output_dir)
     elif args.command == "count":
+        if not key_of(args.folder).is_file():
+            raise ValueError(f"There is no {key_of(args.folder)}, which `pages` writes beside its folder.")
         row = count(json.loads(key_of(args.folder).read_text(encoding="utf-8")), args.accepted)
         enter(row)
         print(

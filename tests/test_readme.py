@@ -127,6 +127,29 @@ def test_figures_that_stand_in_sentences_are_those_of_their_records():
     assert f"{images} drawings of emoji" in README and f"{images} drawings" in pages["models.md"]
 
 
+def test_what_sentences_say_of_the_models_of_text_is_what_their_records_hold():
+    pair, student = (gains.read(card / "evaluation.json") for card in CARDS)
+    teacher = student["rivals"]["single-rate-emoji64"]
+    six = gains.read(gains.SIX_STEPS)
+    far, near, goal, short = (
+        f"{record['samples'][0]['fd_local_500']['mean']:.1f}" for record in (pair, student, teacher, six)
+    )
+    page, distillation = ((ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("models", "distillation"))
+    assert f"distance of {near} for {goal}" in README and f"than the undistilled pair, {short} for {far}." in README
+    assert f"than the pair:** {short} for {far}." in page and f"nearer than either, at {near}," in page
+    recalls = [f"{record['samples'][0]['recall_local_500']['mean']:.0%}" for record in (student, teacher)]
+    assert "On `emoji64` it is {} for {}".format(*recalls).replace("%", " %") in distillation
+
+    earlier = gains.read(gains.EARLIER)
+    heavy, light = (
+        f"{(student['rivals'][name]['training_flops'] + earlier[name]['training_flops']) / 1e12:.0f}"
+        for name in ("single-rate-emoji64", "dualrate-emoji64")
+    )
+    cards = [(card / "README.md").read_text("utf-8") for card in CARDS]
+    assert f"({heavy} TFLOP)" in cards[0] and f"({light} TFLOP)" in cards[0]
+    assert f"{heavy} and {light} TFLOP in all" in cards[1] and f"*fd_local* is {short} for {far}." in cards[0]
+
+
 def test_what_stricter_judges_accepted_and_what_students_lost_are_what_their_records_hold():
     judged = {}
     for row in gains.read(ROOT / "research/emoji64-viewer.json")["rows"]:
@@ -145,6 +168,11 @@ def test_what_stricter_judges_accepted_and_what_students_lost_are_what_their_rec
     figures += [share(heavy, "seen"), share("drawings", "seen"), share(pair, "held_out"), share(pair, "novel")]
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert said.format(*figures).replace("%", " %") in page
+    seen, _, _, _, distilled, _, _, held_out, novel = (f"{figure:.0%}".replace("%", " %") for figure in figures)
+    assert f"accept {seen[:-2]}, {held_out[:-2]} and {novel} of the pair's drawings, and {distilled} of the" in README
+    cards = [(card / "README.md").read_text(encoding="utf-8") for card in CARDS]
+    assert f"accepted {seen} of the right texts" in cards[0] and f"accepted {distilled} of the right" in cards[1]
+    assert f"Of held-out prompts they accepted {held_out}, of those never drawn {novel}." in cards[0]
     student = gains.read(gains.EMOJI[0])
     ways = student["samples"][0], student["rivals"]["single-rate-emoji32"]["samples"][0]
     recalls = "{:.0%} for the teacher's {:.0%}".format(*(way["recall_local_500"]["mean"] for way in ways))

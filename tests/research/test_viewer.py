@@ -53,6 +53,9 @@ def test_drawings_are_cut_as_the_grid_laid_them_and_answers_count_at_their_place
     assert (row["model"], row["list"], row["judge"], row["right"], row["wrong"]) == ("model", "novel", 3, 15, 15)
     row = viewer.count(key, [1, 1, 30])
     assert sorted(row["right_accepted"] + row["wrong_accepted"]) == sorted([key["order"][0], key["order"][29]])
+    for number in (0, 31):
+        with pytest.raises(ValueError, match=f"numbered from 1 to 30, but got {number}"):
+            viewer.count(key, [1, number])
 
 
 def test_what_cannot_be_shown_or_would_be_overwritten_is_refused_in_one_sentence(tmp_path):
